@@ -1,0 +1,1 @@
+"""Graph networks on causal sets, the discrete spacetimes of quantum gravity."""

@@ -1,0 +1,1 @@
+"""Video restoration (VRT) from JSON option files."""

@@ -1,0 +1,1 @@
+"""Checkpoints: written beside, verified, found, kept."""

@@ -1,0 +1,1 @@
+"""Reading configurations: YAML tags, resolving, validation with suggestions."""

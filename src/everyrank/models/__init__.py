@@ -1,0 +1,1 @@
+"""Models that are described by a configuration."""

@@ -1,0 +1,1 @@
+"""Inside one process: who it is, its device, its process group, its collectives and its logs."""

@@ -1,0 +1,1 @@
+"""The trainer: the step, evaluation, early stopping, history, progress."""
