@@ -1,0 +1,197 @@
+"""The global order: one permutation of all samples for each (seed, epoch), computed position by position.
+
+A permutation is usually a list that is shuffled, which costs time and memory in proportion to the number of samples on
+every rank. Here it is a *function*: a keyed Feistel network over a domain slightly larger than the number of samples,
+with cycle walking (Black and Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002). Any position can be asked
+for on its own, an epoch over 10^12 samples starts as fast as one over 10^3, and two ranks never need to talk to agree.
+
+It is a shuffle for training, not a cipher: the statistical tests in ``tests/data`` are what it is held to.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import math
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+
+from everyrank.errors import DataError
+
+Indices = npt.NDArray[np.int64]
+
+# The order of a (seed, epoch, num_samples) is part of every checkpoint's meaning: change this only with a new version.
+ORDER_VERSION = 1
+MAX_NUM_SAMPLES = 2**62
+
+_MASK = (1 << 64) - 1
+# Multipliers of the 64-bit finaliser of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014; variant 13 of D. Stafford).
+_MULTIPLIER_1 = 0xBF58476D1CE4E5B9
+_MULTIPLIER_2 = 0x94D049BB133111EB
+# Rounds below and from this size on. Few samples leave little room for each round to stir, so they get more of them:
+# 32 rounds bring four samples within 1e-6, and five or six within 1e-4, of all permutations being equally likely.
+_FEW_SAMPLES = 4096
+_NUM_ROUNDS_FEW = 32
+_NUM_ROUNDS_MANY = 8
+# Positions worked on at a time: the temporary arrays stay in the processor's cache and memory stays constant.
+_BLOCK = 8192
+
+
+@runtime_checkable
+class Order(Protocol):
+    """Which sample stands at each position of an epoch.
+
+    Every rank asks the same questions and must get the same answers: an order knows nothing of ranks. ``num_samples``
+    is the length of an epoch.
+    """
+
+    num_samples: int
+
+    def index(self, epoch: int, position: int) -> int:
+        """Return the sample at ``position`` (0 to ``num_samples`` - 1) of ``epoch``."""
+        ...
+
+    def indices(self, epoch: int, start: int, stop: int) -> Indices:
+        """Return the samples at positions ``start`` to ``stop`` - 1 of ``epoch``, shape ``(stop - start,)``."""
+        ...
+
+
+class GlobalOrder:
+    """A permutation of ``0 .. num_samples - 1`` for every epoch, in constant time and memory per position.
+
+    The permutation depends on ``(seed, epoch, num_samples)`` alone: not on the platform, the library versions, the rank
+    or the world size.
+
+    Args:
+        num_samples: Number of samples, 1 to 2**62.
+        seed: Any integer. Different seeds give unrelated orders.
+        shuffle: If false, every epoch has the order 0, 1, 2, ...
+
+    Raises:
+        DataError: If ``num_samples`` is out of range.
+
+    Example:
+        >>> order = GlobalOrder(10**12, seed=7)
+        >>> 0 <= order.index(epoch=3, position=999_999_999_999) < 10**12
+        True
+    """
+
+    def __init__(self, num_samples: int, seed: int = 0, shuffle: bool = True) -> None:
+        if not 1 <= num_samples <= MAX_NUM_SAMPLES:
+            raise DataError(
+                f"num_samples={num_samples} was given for the global order, but it must be between 1 and 2**62. "
+                "Give the length of the dataset; if the dataset is empty, look at how its files or filters are set."
+            )
+        self.num_samples = int(num_samples)
+        self.seed = int(seed)
+        self.shuffle = bool(shuffle)
+        # The Feistel network works on pairs (left, right) of the domain left_size x right_size, just above num_samples.
+        # One side is even, because additions modulo two odd numbers could only ever make even permutations.
+        left_size = math.isqrt(self.num_samples - 1) + 1
+        self._left_size = left_size + left_size % 2
+        self._right_size = -(-self.num_samples // self._left_size)
+
+    def __repr__(self) -> str:
+        return f"GlobalOrder(num_samples={self.num_samples}, seed={self.seed}, shuffle={self.shuffle})"
+
+    def index(self, epoch: int, position: int) -> int:
+        """Return the sample at one position, in pure Python integers.
+
+        Args:
+            epoch: Number of the epoch, any integer.
+            position: Position in the epoch, 0 to ``num_samples`` - 1.
+
+        Raises:
+            IndexError: If the position is outside the epoch.
+        """
+        check_positions(self.num_samples, position, position + 1)
+        if not self.shuffle:
+            return int(position)
+        keys = _round_keys(self.num_samples, self.seed, epoch)
+        value = self._encrypt(int(position), keys)
+        while value >= self.num_samples:
+            value = self._encrypt(value, keys)
+        return value
+
+    def indices(self, epoch: int, start: int, stop: int) -> Indices:
+        """Return the samples at positions ``start`` to ``stop`` - 1, the same as ``index`` for each of them.
+
+        Args:
+            epoch: Number of the epoch, any integer.
+            start: First position.
+            stop: One past the last position, at most ``num_samples``.
+
+        Returns:
+            Array of shape ``(stop - start,)`` and type int64.
+
+        Raises:
+            IndexError: If a position is outside the epoch.
+        """
+        check_positions(self.num_samples, start, stop)
+        if not self.shuffle:
+            return np.arange(start, stop, dtype=np.int64)
+        keys = _round_keys(self.num_samples, self.seed, epoch)
+        out = np.empty(stop - start, dtype=np.int64)
+        for begin in range(start, stop, _BLOCK):
+            end = min(begin + _BLOCK, stop)
+            values = self._encrypt_block(np.arange(begin, end, dtype=np.uint64), keys)
+            outside = np.flatnonzero(values >= np.uint64(self.num_samples))
+            while outside.size:
+                values[outside] = self._encrypt_block(values[outside], keys)
+                outside = outside[values[outside] >= np.uint64(self.num_samples)]
+            out[begin - start : end - start] = values  # below 2**62, so the cast to int64 is exact
+        return out
+
+    def _encrypt(self, value: int, keys: tuple[int, ...]) -> int:
+        left, right = divmod(value, self._right_size)
+        for number in range(0, len(keys), 4):
+            left = (left + _mix(right, keys[number], keys[number + 1])) % self._left_size
+            right = (right + _mix(left, keys[number + 2], keys[number + 3])) % self._right_size
+        return left * self._right_size + right
+
+    def _encrypt_block(self, values: npt.NDArray[np.uint64], keys: tuple[int, ...]) -> npt.NDArray[np.uint64]:
+        left_size, right_size = np.uint64(self._left_size), np.uint64(self._right_size)
+        left, right = np.divmod(values, right_size)
+        for number in range(0, len(keys), 4):
+            left += _mix_block(right, keys[number], keys[number + 1])
+            left %= left_size
+            right += _mix_block(left, keys[number + 2], keys[number + 3])
+            right %= right_size
+        left *= right_size
+        left += right
+        return left
+
+
+def check_positions(num_samples: int, start: int, stop: int) -> None:
+    """Raise IndexError unless ``0 <= start <= stop <= num_samples``."""
+    if not 0 <= start <= stop <= num_samples:
+        raise IndexError(f"positions {start} to {stop} are not within an epoch of {num_samples} samples")
+
+
+@functools.lru_cache(maxsize=32)
+def _round_keys(num_samples: int, seed: int, epoch: int) -> tuple[int, ...]:
+    """Return two 64-bit keys a round, from SHAKE-256 of everything the order depends on."""
+    num_rounds = _NUM_ROUNDS_FEW if num_samples < _FEW_SAMPLES else _NUM_ROUNDS_MANY
+    message = f"everyrank order {ORDER_VERSION}: {num_samples} samples, seed {seed}, epoch {epoch}"
+    digest = hashlib.shake_256(message.encode()).digest(16 * num_rounds)
+    return tuple(int.from_bytes(digest[i : i + 8], "little") for i in range(0, len(digest), 8))
+
+
+def _mix(value: int, key: int, key_2: int) -> int:
+    """Hash one half to 63 bits; the sum with the other half then never leaves 64 bits."""
+    value = ((value ^ key) * _MULTIPLIER_1) & _MASK
+    value = ((value ^ (value >> 32) ^ key_2) * _MULTIPLIER_2) & _MASK
+    return (value ^ (value >> 29)) >> 1
+
+
+def _mix_block(values: npt.NDArray[np.uint64], key: int, key_2: int) -> npt.NDArray[np.uint64]:
+    """Do what ``_mix`` does to each element."""
+    mixed = values ^ np.uint64(key)
+    mixed *= np.uint64(_MULTIPLIER_1)
+    mixed ^= (mixed >> np.uint64(32)) ^ np.uint64(key_2)
+    mixed *= np.uint64(_MULTIPLIER_2)
+    mixed ^= mixed >> np.uint64(29)
+    mixed >>= np.uint64(1)
+    return mixed
