@@ -9,7 +9,8 @@
     │   ├── DriverError                 a launch that cannot be planned, or a launcher that is missing
     │   └── DataError                   data that is missing, or does not have the form that was promised
     ├── ProcessGroupError (RuntimeError)   joining, leaving or using a process group
-    │   └── BarrierTimeoutError         names the ranks that did not come
+    │   ├── BarrierTimeoutError         names the ranks that did not come
+    │   └── RendezvousError             also a UserError: the processes of a run cannot meet
     ├── CheckpointError (RuntimeError)  a checkpoint that cannot be written or read
     ├── RankFailedError (RuntimeError)  a rank raised or died: its rank, traceback and log file
     └── Preempted                       a signal asked the run to stop and its checkpoint is safe; exit code 75
@@ -72,6 +73,10 @@ class BarrierTimeoutError(ProcessGroupError):
         self.missing_ranks = tuple(missing_ranks)
 
 
+class RendezvousError(ProcessGroupError, UserError):
+    """The processes of a run cannot meet: the master is unreachable, its port is taken, or ranks are missing."""
+
+
 class CheckpointError(EveryrankError, RuntimeError):
     """A checkpoint cannot be written or read."""
 
@@ -87,7 +92,13 @@ class RankFailedError(EveryrankError, RuntimeError):
     """
 
     def __init__(
-        self, message: str, *, rank: int, traceback: str = "", log_file: str | None = None, exit_code: int = EXIT_FAILURE
+        self,
+        message: str,
+        *,
+        rank: int,
+        traceback: str = "",
+        log_file: str | None = None,
+        exit_code: int = EXIT_FAILURE,
     ) -> None:
         super().__init__(message)
         self.rank = rank
