@@ -1,0 +1,50 @@
+"""What this process remembers about the group it has joined. Torch has one default group a process, so has this."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch.distributed import Store
+
+from everyrank.runtime.world import World
+
+
+@dataclass(kw_only=True)
+class Membership:
+    """The joined group of this process.
+
+    Attributes:
+        world: The process's world.
+        store: Key-value store of this group alone: its prefix is new for each attempt to join.
+        base_store: The store under the prefix; keeps the server alive on the rank that hosts it.
+        hosts_store: Whether the store's server lives in this process.
+        endpoint: Where the processes met, for messages.
+        timeout_s: Timeout of the group.
+        roster: For each rank, where it runs: ``"pid 7 on node1"``.
+        num_barriers: How many monitored barriers this process has entered.
+        saved_variables: Environment variables that were set while joined, and what they were before.
+    """
+
+    world: World
+    store: Store
+    base_store: Store
+    hosts_store: bool
+    endpoint: str
+    timeout_s: float
+    roster: list[str]
+    num_barriers: int = 0
+    saved_variables: dict[str, str | None] = field(default_factory=dict)
+
+
+_current: Membership | None = None
+
+
+def get_membership() -> Membership | None:
+    """Return the group this process has joined through everyrank, or None."""
+    return _current
+
+
+def set_membership(membership: Membership | None) -> None:
+    """Remember (or forget) the group this process has joined."""
+    global _current
+    _current = membership

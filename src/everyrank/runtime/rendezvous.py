@@ -1,0 +1,159 @@
+"""The store where the processes of a run meet: a TCP store, the launcher's own store, or a shared file."""
+
+from __future__ import annotations
+
+import errno
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch.distributed as dist
+
+from everyrank.errors import ConfigError, RendezvousError
+from everyrank.runtime.environment import is_loopback_name
+from everyrank.runtime.network import is_this_host
+from everyrank.runtime.process_environment import ProcessEnvironment, environment_error
+
+_LISTEN_BACKLOG = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class Meeting:
+    """An open store and how to speak about it.
+
+    Attributes:
+        store: The store; its keys may be older than this run.
+        hosted_here: Whether this process runs the store's server, so that it must leave last.
+        endpoint: Address and port, or file, for messages.
+    """
+
+    store: dist.Store
+    hosted_here: bool
+    endpoint: str
+
+
+def open_meeting(
+    environment: ProcessEnvironment, init_method: str, timeout_s: float, environ: Mapping[str, str]
+) -> Meeting:
+    """Open the store where all processes of the run meet.
+
+    Args:
+        environment: The process's place in the run.
+        init_method: ``env://``, ``tcp://HOST:PORT`` or ``file:///PATH`` (a file that all nodes share).
+        timeout_s: Give up connecting after so many seconds.
+        environ: Environment variables, to tell whether torch's elastic agent hosts the store.
+
+    Raises:
+        ConfigError: ``init_method`` cannot be understood.
+        LaunchEnvironmentError: ``env://``, and nobody said where the master is.
+        RendezvousError: The master cannot be reached in time, or its port is taken.
+    """
+    if environment.world_size == 1:
+        return Meeting(store=dist.HashStore(), hosted_here=False, endpoint="this process")
+    url = urlsplit(init_method)
+    if url.scheme == "file":
+        return _open_file(url.netloc + url.path, environment, timeout_s)
+    if url.scheme == "tcp":
+        try:
+            host, port = url.hostname, url.port
+        except ValueError:
+            host, port = url.hostname, None
+        if not host or not port:
+            raise ConfigError(f"init_method={init_method!r} lacks a host or a port. To mend it: tcp://HOST:PORT.")
+        return _open_tcp(host, port, environment, timeout_s, agent_hosts=False)
+    if url.scheme != "env":
+        raise ConfigError(
+            f"init_method={init_method!r} is not understood. To mend it: env://, tcp://HOST:PORT or file:///PATH."
+        )
+    if environment.master_addr is None or environment.master_port is None:
+        missing = "MASTER_ADDR" if environment.master_addr is None else "MASTER_PORT"
+        raise environment_error(
+            f"the launch environment is half-set: {environment.world_size} processes (by {environment.detected_by}) "
+            f"need a place to meet, and {missing} is missing",
+            environ,
+            "set MASTER_ADDR to rank 0's host and MASTER_PORT to a free port there, or use init_method=file:///PATH.",
+        )
+    agent_hosts = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and environ.get("RANK") is not None
+    return _open_tcp(environment.master_addr, environment.master_port, environment, timeout_s, agent_hosts=agent_hosts)
+
+
+def stays_on_this_machine(environment: ProcessEnvironment, host: str | None) -> bool:
+    """Tell whether all processes of the run are on this machine, so that loopback carries all traffic."""
+    return environment.num_nodes == 1 or is_loopback_name(host)
+
+
+def _open_tcp(host: str, port: int, environment: ProcessEnvironment, timeout_s: float, *, agent_hosts: bool) -> Meeting:
+    local = stays_on_this_machine(environment, host)
+    endpoint = f"{host}:{port}"
+    if local and not agent_hosts and is_this_host(host):
+        host = "127.0.0.1"  # one address family for all: localhost may also resolve to ::1
+    hosts = environment.rank == 0 and not agent_hosts
+    options: dict[str, Any] = {
+        "timeout": timedelta(seconds=timeout_s),
+        "wait_for_workers": False,
+        "world_size": environment.world_size,
+    }
+    if hosts:
+        listener = _listen(port, loopback=local)
+        # The store owns the descriptor from here on and closes it with the server.
+        store = dist.TCPStore("127.0.0.1", port, is_master=True, master_listen_fd=listener.detach(), **options)
+        return Meeting(store=store, hosted_here=True, endpoint=endpoint)
+    try:
+        store = dist.TCPStore(host, port, is_master=False, **options)
+    except (dist.DistError, RuntimeError, ValueError) as error:
+        raise RendezvousError(
+            f"rank {environment.rank} could not reach the master at {endpoint} within {timeout_s:g} s "
+            f"({environment.world_size} processes, launcher {environment.launcher}). To mend it: check that rank 0 "
+            f"runs, that MASTER_ADDR={environment.master_addr} and MASTER_PORT={environment.master_port} are right on every "
+            "node and that no firewall is between them, or raise timeout_s if rank 0 starts late."
+        ) from error
+    return Meeting(store=store, hosted_here=False, endpoint=endpoint)
+
+
+def _listen(port: int, *, loopback: bool) -> socket.socket:
+    """Return a listening socket for the store: on loopback only, or on all addresses of both families."""
+    try:
+        if loopback:
+            return _bound(socket.AF_INET, ("127.0.0.1", port))
+        if socket.has_dualstack_ipv6():
+            return _bound(socket.AF_INET6, ("::", port))
+        return _bound(socket.AF_INET, ("0.0.0.0", port))
+    except OSError as error:
+        if error.errno not in (errno.EADDRINUSE, errno.EACCES):
+            raise
+        found = "is already in use on this machine" if error.errno == errno.EADDRINUSE else "needs privileges"
+        raise RendezvousError(
+            f"the master port {port} was asked for, but it {found} (perhaps by another run). "
+            "To mend it: choose another master_port (MASTER_PORT), end the program that listens there "
+            f"(ss -tlnp 'sport = :{port}' names it), or start by a driver that finds a free port itself."
+        ) from error
+
+
+def _bound(family: socket.AddressFamily, address: tuple[str, int]) -> socket.socket:
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        listener.bind(address)
+        listener.listen(_LISTEN_BACKLOG)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def _open_file(path: str, environment: ProcessEnvironment, timeout_s: float) -> Meeting:
+    file = Path(path)
+    if not path or not file.parent.is_dir():
+        raise ConfigError(
+            f"init_method=file://{path} needs a folder that exists and that all nodes share; {file.parent} does not. "
+            "To mend it: create it, or name another file, for example file:///shared/run1/rendezvous."
+        )
+    store = dist.FileStore(str(file), environment.world_size)
+    store.set_timeout(timedelta(seconds=timeout_s))
+    return Meeting(store=store, hosted_here=False, endpoint=f"file {path}")
