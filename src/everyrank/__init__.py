@@ -64,10 +64,37 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
-if TYPE_CHECKING:
-    from everyrank.checkpoint.checkpointer import Checkpointer
-    from everyrank.data.order import GlobalOrder
-    from everyrank.data.sampler import GlobalBatchSampler
-    from everyrank.runtime.environment import ProcessEnvironment, detect
-    from everyrank.runtime.process_group import cleanup_ddp, current_world, initialize_ddp, join
-    from everyrank.runtime.world import World
+if TYPE_CHECKING:  # for type checkers and editors, which do not follow __getattr__
+    from everyrank.checkpoint.checkpointer import Checkpointer as Checkpointer
+    from everyrank.config.yaml_loader import get_loader as get_loader
+    from everyrank.data.order import GlobalOrder as GlobalOrder
+    from everyrank.data.sampler import GlobalBatchSampler as GlobalBatchSampler
+    from everyrank.drivers.function import launch as launch
+    from everyrank.errors import BarrierTimeoutError as BarrierTimeoutError
+    from everyrank.errors import CheckpointError as CheckpointError
+    from everyrank.errors import ConfigError as ConfigError
+    from everyrank.errors import EveryrankError as EveryrankError
+    from everyrank.errors import RankFailedError as RankFailedError
+    from everyrank.errors import UserError as UserError
+    from everyrank.models.gnn import GNNModel as GNNModel
+    from everyrank.runtime.collectives import barrier as barrier
+    from everyrank.runtime.collectives import broadcast_decision as broadcast_decision
+    from everyrank.runtime.collectives import gather_objects as gather_objects
+    from everyrank.runtime.collectives import main_first as main_first
+    from everyrank.runtime.collectives import monitored_barrier as monitored_barrier
+    from everyrank.runtime.collectives import rank_zero_only as rank_zero_only
+    from everyrank.runtime.collectives import reduce_mean as reduce_mean
+    from everyrank.runtime.collectives import reduce_sum as reduce_sum
+    from everyrank.runtime.environment import ProcessEnvironment as ProcessEnvironment
+    from everyrank.runtime.environment import detect as detect
+    from everyrank.runtime.logs import get_logger as get_logger
+    from everyrank.runtime.logs import setup_logging as setup_logging
+    from everyrank.runtime.process_group import cleanup_ddp as cleanup_ddp
+    from everyrank.runtime.process_group import current_world as current_world
+    from everyrank.runtime.process_group import initialize_ddp as initialize_ddp
+    from everyrank.runtime.process_group import join as join
+    from everyrank.runtime.world import World as World
+    from everyrank.training.early_stopping import DefaultEarlyStopping as DefaultEarlyStopping
+    from everyrank.training.evaluation import DefaultTester as DefaultTester
+    from everyrank.training.evaluation import DefaultValidator as DefaultValidator
+    from everyrank.training.trainer import TrainerDDP as TrainerDDP

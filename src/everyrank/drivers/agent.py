@@ -1,0 +1,204 @@
+"""torch's elastic agent with ranks from our forkserver, and without the faults that hurt our users.
+
+Source of the behaviour: ``torch/distributed/elastic/agent/server`` and ``multiprocessing/api.py`` of torch 2.13.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from typing import Any
+
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing.api import LogsDest, LogsSpecs, PContext, RunProcsResult, Std, to_map
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+from everyrank.drivers.forkserver import Forkserver, RankProcess
+from everyrank.drivers.rank_files import error_file, log_file
+from everyrank.drivers.spec import EngineRun, RankFunction
+from everyrank.errors import EXIT_BAD_INPUT, EXIT_OK, EXIT_PREEMPTED
+
+
+class RunLogs(LogsSpecs):
+    """Error files, and the output of outside programs, in the run's own log folder.
+
+    torch's default makes a ``torchelastic_*`` folder in the temporary folder for every launch and leaves it there.
+    """
+
+    def __init__(self, log_dir: str, tee: bool) -> None:
+        super().__init__(log_dir, tee=Std.ALL if tee else Std.NONE)
+
+    @property
+    def root_log_dir(self) -> str:
+        """The run's log folder."""
+        return str(self._root_log_dir)
+
+    def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
+        """Name the files of each local rank, and clear the error files of an earlier attempt."""
+        os.makedirs(self.root_log_dir, exist_ok=True)
+        stdouts, stderrs, errors = {}, {}, {}
+        tee = to_map(self._tee, len(envs))
+        for local_rank, env in envs.items():
+            errors[local_rank] = error_file(self.root_log_dir, int(env["RANK"]))
+            if os.path.exists(errors[local_rank]):
+                os.remove(errors[local_rank])
+            env["TORCHELASTIC_ERROR_FILE"] = errors[local_rank]
+            path = log_file(self.root_log_dir, int(env["RANK"])) if tee[local_rank] else ""
+            stdouts[local_rank] = path
+            stderrs[local_rank] = path.replace(".log", ".err.log")
+        tees = [{k: v for k, v in streams.items() if v} for streams in (stdouts, stderrs)]
+        return LogsDest(stdouts, stderrs, *tees, errors)
+
+
+class ForkedRanks(PContext):
+    """The ranks of this node, forked by the forkserver."""
+
+    def __init__(self, run: EngineRun, forkserver: Forkserver, stdio: tuple[int, int], **context: Any) -> None:
+        super().__init__(**context)
+        self._run = run
+        self._forkserver = forkserver
+        self._stdio = stdio
+        self._pids: dict[int, int] = {}
+        self._first_failure_s: float | None = None
+        self.ended_by_us: set[int] = set()
+
+    def _start(self) -> None:
+        for local_rank in range(self.nprocs):
+            process = RankProcess(
+                entry=self._run.work.entry,  # type: ignore[union-attr]
+                args=self.args[local_rank],
+                env={**self._run.base_env, **self.envs[local_rank]},
+                cwd=self._run.cwd,
+                sys_path=list(self._run.sys_path),
+            )
+            self._pids[local_rank] = self._forkserver.fork(process, *self._stdio)
+
+    def exit_codes(self) -> dict[int, int]:
+        """Exit codes of the local ranks that have ended."""
+        codes = self._forkserver.exit_codes
+        return {local_rank: codes[pid] for local_rank, pid in self._pids.items() if pid in codes}
+
+    def wait(self, timeout: float = -1, period: float = 1) -> RunProcsResult | None:
+        """Wait until the ranks have ended or one has failed, at most ``timeout`` seconds (negative: for ever)."""
+        deadline = time.monotonic() + timeout
+        while True:
+            result = self._poll()
+            left_s = period if timeout < 0 else min(period, deadline - time.monotonic())
+            if result is not None or left_s <= 0:
+                return result
+            self._forkserver.wait(left_s)
+
+    def _poll(self) -> RunProcsResult | None:
+        self._forkserver.wait(0)
+        codes = self.exit_codes()
+        failed = {r for r, code in codes.items() if code != EXIT_OK}
+        if len(codes) < self.nprocs:
+            if not {codes[r] for r in failed} - {EXIT_PREEMPTED}:
+                return None  # running, or leaving together after a preemption
+            # The first to exit is often an innocent rank whose peer went away: give the guilty one time to say so.
+            if self._first_failure_s is None:
+                self._first_failure_s = time.monotonic()
+            if time.monotonic() - self._first_failure_s < self._run.failure_grace_s:
+                return None
+            self.close(timeout=int(self._run.failure_grace_s) + 1)
+            codes = self.exit_codes()
+            failed = {r for r, code in codes.items() if code != EXIT_OK}
+        if not failed:
+            return RunProcsResult(return_values=dict.fromkeys(range(self.nprocs)))
+        failures = {
+            r: ProcessFailure(local_rank=r, pid=self._pids[r], exitcode=codes[r], error_file=self.error_files[r])
+            for r in failed
+        }
+        return RunProcsResult(failures=failures)
+
+    def pids(self) -> dict[int, int]:
+        """Pids by local rank."""
+        return dict(self._pids)
+
+    def _close(self, death_sig: signal.Signals, timeout: int = 30) -> None:
+        for signum, patience_s in ((death_sig, timeout), (signal.SIGKILL, 30)):
+            alive = set(self._pids) - set(self.exit_codes())
+            for local_rank in alive:
+                self.ended_by_us.add(local_rank)
+                self._forkserver.kill(self._pids[local_rank], signum)
+            deadline = time.monotonic() + patience_s
+            while len(self.exit_codes()) < len(self._pids) and time.monotonic() < deadline:
+                self._forkserver.wait(max(0.0, deadline - time.monotonic()))
+
+
+class RankAgent(LocalElasticAgent):
+    """An elastic agent that knows the exit codes of everyrank."""
+
+    def __init__(
+        self,
+        run: EngineRun,
+        spec: WorkerSpec,
+        make_ranks: Callable[..., ForkedRanks] | None,
+    ) -> None:
+        super().__init__(
+            spec=spec,
+            logs_specs=RunLogs(run.log_dir, tee=not isinstance(run.work, RankFunction)),
+            start_method=run.start_method,
+            shutdown_timeout=int(run.shutdown_timeout_s),
+            exit_barrier_timeout=60,
+        )
+        self._run = run
+        self._make_ranks = make_ranks
+
+    @property
+    def ranks(self) -> PContext | None:
+        """The processes of the current attempt."""
+        return self._pcontext
+
+    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+        if self._make_ranks is None:
+            return super()._start_workers(worker_group)
+        spec = worker_group.spec
+        envs = {worker.local_rank: self._rank_env(worker_group, worker) for worker in worker_group.workers}
+        self._pcontext = self._make_ranks(
+            name=spec.role,
+            entrypoint=spec.get_entrypoint_name(),
+            args=dict.fromkeys(envs, tuple(spec.args)),
+            envs=envs,
+            logs_specs=self._logs_specs,
+        )
+        self._pcontext.start()
+        return self._pcontext.pids()
+
+    def _rank_env(self, group: WorkerGroup, worker: Any) -> dict[str, str]:
+        """The variables torchrun sets for a worker (its documented contract with user scripts)."""
+        spec = group.spec
+        return {
+            "LOCAL_RANK": str(worker.local_rank),
+            "RANK": str(worker.global_rank),
+            "GROUP_RANK": str(group.group_rank),
+            "ROLE_RANK": str(worker.role_rank),
+            "ROLE_NAME": spec.role,
+            "LOCAL_WORLD_SIZE": str(spec.local_world_size),
+            "WORLD_SIZE": str(worker.world_size),
+            "GROUP_WORLD_SIZE": str(group.group_world_size),
+            "ROLE_WORLD_SIZE": str(worker.role_world_size),
+            "MASTER_ADDR": str(group.master_addr),
+            "MASTER_PORT": str(group.master_port),
+            "TORCHELASTIC_RESTART_COUNT": str(spec.max_restarts - self._remaining_restarts),
+            "TORCHELASTIC_MAX_RESTARTS": str(spec.max_restarts),
+            "TORCHELASTIC_RUN_ID": spec.rdzv_handler.get_run_id(),
+            "TORCHELASTIC_USE_AGENT_STORE": str(spec.rdzv_handler.use_agent_store),
+            "TORCH_NCCL_ASYNC_ERROR_HANDLING": os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1"),
+        }
+
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        result = super()._monitor_workers(worker_group)
+        if result.state == WorkerState.FAILED:
+            codes = {failure.exitcode for failure in result.failures.values()}
+            # Starting again mends neither a preemption (the machine is going) nor a mistake in the configuration.
+            if codes & {EXIT_PREEMPTED, EXIT_BAD_INPUT}:
+                self._remaining_restarts = 0
+        return result
+
+    def _stop_workers(self, worker_group: WorkerGroup) -> None:
+        # Ranks that wait for a dead peer have nothing to save: the checkpoint on disk is what a restart goes on from.
+        self._shutdown(timeout=int(self._run.failure_grace_s) + 1)

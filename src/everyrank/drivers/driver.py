@@ -1,0 +1,95 @@
+"""The contract of a driver: plan first, purely; then carry the plan out."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from everyrank.drivers.spec import EngineRun, Outcome
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchRequest:
+    """What is to be launched, whoever launches it.
+
+    Attributes:
+        config_file: Path of the resolved config that every worker reads.
+        config_text: Its content, written before the launch.
+        run_dir: The run's folder (absolute).
+        cwd: Working directory of the ranks.
+        env: Variables for the ranks, from ``env=...``.
+        command: The outside program each rank executes, or None for an app that runs in Python.
+        device: ``distributed.device``.
+        timeout_s: ``distributed.timeout_s``.
+        preload: Modules that a forkserver may import before the first rank.
+    """
+
+    config_file: str
+    config_text: str
+    run_dir: str
+    cwd: str
+    env: Mapping[str, str] = field(default_factory=dict)
+    command: tuple[str, ...] | None = None
+    device: str = "auto"
+    timeout_s: float = 600.0
+    preload: tuple[str, ...] = ()
+
+    @property
+    def worker(self) -> tuple[str, ...]:
+        """The Python module and arguments that start one worker."""
+        return ("-m", "everyrank.worker", "--config", self.config_file)
+
+    @property
+    def log_dir(self) -> str:
+        """Folder of the ranks' logs."""
+        return f"{self.run_dir}/logs"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchPlan:
+    """Every command, variable and file of a launch; nothing has happened yet.
+
+    Attributes:
+        driver: The driver's name.
+        command: The command that is run, or to which the launch is equivalent.
+        summary: Processes per node, nodes, master: one fact a line.
+        env: Variables set for the ranks.
+        files: Path and content of the files written before the start.
+        notices: What was decided otherwise than the configuration says, and why.
+        nproc_per_node: Ranks on this node.
+        engine: The engine's orders, for drivers that use it.
+    """
+
+    driver: str
+    command: tuple[str, ...]
+    nproc_per_node: int
+    summary: tuple[str, ...] = ()
+    env: Mapping[str, str] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict)
+    notices: tuple[str, ...] = ()
+    engine: EngineRun | None = None
+
+    def render(self, with_files: bool = False) -> str:
+        """The plan as text."""
+        lines = [f"notice: {notice}" for notice in self.notices]
+        lines += [f"driver: {self.driver}", f"command: {shlex.join(self.command)}", *self.summary]
+        lines += [f"variable: {name}={shlex.quote(value)}" for name, value in sorted(self.env.items())]
+        for path, content in self.files.items():
+            lines.append(f"file: {path}")
+            if with_files:
+                lines += [f"    {line}" for line in content.splitlines()]
+        return "\n".join(lines)
+
+
+class Driver(Protocol):
+    """Starts the processes of a run."""
+
+    def __init__(self, config: Any) -> None: ...
+
+    def plan(self, request: LaunchRequest) -> LaunchPlan:
+        """Work out the launch; pure."""
+
+    def run(self, plan: LaunchPlan, request: LaunchRequest) -> Outcome:
+        """Carry the plan out and wait for its end."""

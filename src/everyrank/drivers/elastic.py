@@ -1,0 +1,148 @@
+"""Carrying out one launch on this node with torch's elastic agent."""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import sys
+from typing import Any
+
+from torch.distributed.elastic.agent.server.api import WorkerSpec
+from torch.distributed.elastic.multiprocessing.api import PContext, SignalException
+from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousParameters
+from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
+
+from everyrank.drivers.agent import ForkedRanks, RankAgent
+from everyrank.drivers.forkserver import Forkserver
+from everyrank.drivers.guarded import guarded
+from everyrank.drivers.rank_files import error_file, existing, log_file, read_error
+from everyrank.drivers.rendezvous import LoopbackRendezvous
+from everyrank.drivers.spec import EngineRun, Outcome, RankFailure, RankFunction
+
+_HANDLED = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
+
+
+def execute(run: EngineRun, forkserver: Forkserver, stdio: tuple[int, int]) -> Outcome:
+    """Run the ranks of this node to their end.
+
+    Args:
+        run: What to run and how.
+        forkserver: Where ranks come from with ``start_method=forkserver``.
+        stdio: Descriptors for the ranks' stdout and stderr.
+    """
+    _enter_environment(run, stdio)
+    handler = _rendezvous(run)
+    make_ranks = None
+    if isinstance(run.work, RankFunction):
+        entrypoint: Any = _call
+        args: tuple[Any, ...] = (run.work.entry, run.work.args)
+        if run.start_method == "forkserver":
+            args = run.work.args
+            make_ranks = functools.partial(ForkedRanks, run, forkserver, stdio)
+    else:
+        entrypoint, *args_list = guarded(run.work.argv)
+        args = tuple(args_list)
+    spec = WorkerSpec(
+        role="rank",
+        local_world_size=run.nproc_per_node,
+        entrypoint=entrypoint,
+        args=args,
+        rdzv_handler=handler,
+        max_restarts=run.max_restarts,
+        monitor_interval=run.monitor_interval_s,
+    )
+    agent = RankAgent(run, spec, make_ranks)
+    signum: int | None = None
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = _HANDLED  # torch handles them once ranks run; we, until then
+    try:
+        for name in _HANDLED.split(","):
+            signal.signal(getattr(signal, name), _raise_signal)
+        agent.run()
+    except SignalException as error:
+        signum = int(error.sigval)
+    finally:
+        handler.shutdown()
+        for name in _HANDLED.split(","):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    return _outcome(run, agent, signum)
+
+
+def _raise_signal(signum: int, _frame: Any) -> None:
+    raise SignalException(
+        f"the engine was told to stop by {signal.Signals(signum).name}", sigval=signal.Signals(signum)
+    )
+
+
+def _enter_environment(run: EngineRun, stdio: tuple[int, int]) -> None:
+    """Spawned ranks and outside programs inherit folder, variables and output from this process."""
+    os.chdir(run.cwd)
+    os.environ.clear()
+    os.environ.update({**run.base_env, **run.env})
+    sys.path[:] = list(run.sys_path) or sys.path
+    for stream, fd in ((sys.stdout, 1), (sys.stderr, 2)):
+        stream.flush()
+        os.dup2(stdio[fd - 1], fd)
+
+
+def _rendezvous(run: EngineRun) -> RendezvousHandler:
+    meeting = run.rendezvous
+    if meeting.backend == "loopback":
+        return LoopbackRendezvous(meeting.run_id, run.master_port)
+    config = dict(meeting.config)
+    if meeting.backend == "static":
+        config["rank"] = meeting.node_rank
+    return get_rendezvous_handler(
+        RendezvousParameters(
+            backend=meeting.backend,
+            endpoint=meeting.endpoint,
+            run_id=meeting.run_id,
+            min_nodes=run.min_nodes,
+            max_nodes=run.max_nodes,
+            **config,
+        )
+    )
+
+
+def _call(entry: str, args: tuple[Any, ...]) -> None:
+    """Entry of a rank that torch starts by spawn or fork."""
+    import importlib
+
+    module, _, function = entry.partition(":")
+    getattr(importlib.import_module(module), function)(*args)
+
+
+def _outcome(run: EngineRun, agent: RankAgent, signum: int | None) -> Outcome:
+    group = agent.get_worker_group()
+    ranks = agent.ranks
+    failures = []
+    codes = _exit_codes(ranks) if ranks else {}
+    ended_by_us = getattr(ranks, "ended_by_us", set())
+    for worker in group.workers:
+        code = codes.get(worker.local_rank, 0)
+        if code != 0:
+            failures.append(
+                RankFailure(
+                    rank=worker.global_rank,
+                    exit_code=code,
+                    error=read_error(error_file(run.log_dir, worker.global_rank)),
+                    log_file=existing(log_file(run.log_dir, worker.global_rank)),
+                    ended_by_us=worker.local_rank in ended_by_us and code < 0,
+                )
+            )
+    return Outcome(
+        failures=tuple(failures),
+        signum=signum,
+        num_restarts=run.max_restarts - agent._remaining_restarts,
+        world_size=group.workers[0].world_size if group.workers else 0,
+    )
+
+
+def _exit_codes(ranks: PContext) -> dict[int, int]:
+    if isinstance(ranks, ForkedRanks):
+        return ranks.exit_codes()
+    started = getattr(ranks, "_pc", None)  # torch keeps spawned ranks here ...
+    if started is not None:
+        return {i: p.exitcode for i, p in enumerate(started.processes) if p.exitcode is not None}
+    handlers = getattr(ranks, "subprocess_handlers", {})  # ... and outside programs here
+    return {i: h.proc.returncode for i, h in handlers.items() if h.proc.returncode is not None}

@@ -1,0 +1,20 @@
+"""``python -I -S guard.py PARENT_PID PROGRAM [ARG ...]``: become PROGRAM, and end when the parent ends.
+
+Run as a plain file, so that a rank of an outside program costs one bare interpreter start and no import of everyrank.
+"""
+
+import ctypes
+import os
+import signal
+import sys
+
+if __name__ == "__main__":
+    parent_pid, program = int(sys.argv[1]), sys.argv[2:]
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(1, int(signal.SIGKILL), 0, 0, 0)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent_pid:
+            sys.exit(1)
+    try:
+        os.execvp(program[0], program)
+    except OSError as error:
+        sys.exit(f"error: cannot run {program[0]!r}: {error.strerror}")

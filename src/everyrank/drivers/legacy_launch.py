@@ -1,0 +1,95 @@
+"""``driver=launch``: legacy ``python -m torch.distributed.launch``, for clusters that still call it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+
+from everyrank.drivers.config import LegacyLaunchConfig
+from everyrank.drivers.driver import LaunchPlan, LaunchRequest
+from everyrank.drivers.environment import SUPERVISED, rank_variables
+from everyrank.drivers.guarded import guarded
+from everyrank.drivers.machine import resolve_nproc
+from everyrank.drivers.ports import check_port_is_free
+from everyrank.drivers.rank_files import clear_errors, existing, read_error
+from everyrank.drivers.signals import forwarded
+from everyrank.drivers.spec import Outcome, RankFailure
+from everyrank.errors import EXIT_FAILURE, DriverError
+
+
+class LegacyLaunchDriver:
+    """Runs torch's legacy launcher as a child and reads what its ranks recorded."""
+
+    config_type = LegacyLaunchConfig
+
+    def __init__(self, config: LegacyLaunchConfig) -> None:
+        self.config = config
+
+    def plan(self, request: LaunchRequest) -> LaunchPlan:
+        """Plan the one command."""
+        c = self.config
+        nproc = resolve_nproc(c.nproc_per_node, "driver.nproc_per_node", request.device)
+        if not 0 <= c.node_rank < c.nnodes:
+            raise DriverError(
+                f"driver.node_rank={c.node_rank} was set with driver.nnodes={c.nnodes}: "
+                f"node ranks run from 0 to {c.nnodes - 1}."
+            )
+        flags = [f"--nproc-per-node={nproc}", f"--max-restarts={c.max_restarts}"]
+        if c.nnodes > 1:
+            if not (c.master_addr and c.master_port):
+                raise DriverError(
+                    f"driver.nnodes={c.nnodes} was set, but driver.master_addr={c.master_addr} and "
+                    f"driver.master_port={c.master_port}. Every node must name node 0: "
+                    "driver.master_addr=HOST driver.master_port=29500."
+                )
+            flags += [f"--nnodes={c.nnodes}", f"--node-rank={c.node_rank}"]
+            flags += [f"--master-addr={c.master_addr}", f"--master-port={c.master_port}"]
+        elif c.master_port:
+            flags += ["--master-addr=127.0.0.1", f"--master-port={c.master_port}"]
+        else:
+            flags.insert(0, "--standalone")  # torch's own default is port 29500, for every launch on the machine
+        if c.use_env:
+            flags.append("--use-env")
+        program = request.worker if request.command is None else ("--no-python", *request.command)
+        return LaunchPlan(
+            driver="launch",
+            command=(sys.executable, "-m", "torch.distributed.launch", *flags, *program),
+            nproc_per_node=nproc,
+            summary=(f"processes per node: {nproc}", f"nodes: {c.nnodes}"),
+            env={**rank_variables(request, c.threads_per_rank), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
+            files={request.config_file: request.config_text},
+        )
+
+    def run(self, plan: LaunchPlan, request: LaunchRequest) -> Outcome:
+        """Run the launcher to its end."""
+        c = self.config
+        if c.master_port and c.nnodes == 1:
+            check_port_is_free(c.master_port)
+        clear_errors(request.log_dir)
+        env = {**os.environ, **plan.env, SUPERVISED: "1", "PYTHONWARNINGS": "ignore::FutureWarning"}
+        env["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
+        command = guarded(plan.command)
+        os.makedirs(request.log_dir, exist_ok=True)
+        with open(os.path.join(request.log_dir, "launcher.log"), "ab") as log:
+            process = subprocess.Popen(command, cwd=request.cwd, env=env, stderr=log, process_group=0)
+            with forwarded(process.send_signal, lambda: os.killpg(process.pid, signal.SIGKILL)) as told:
+                code = process.wait()
+        failures = _failures(request.log_dir)
+        if code and not failures:
+            log_file = existing(os.path.join(request.log_dir, "launcher.log"))
+            failures = (RankFailure(rank=0, exit_code=code if code > 0 else EXIT_FAILURE, log_file=log_file),)
+        return Outcome(failures=failures, signum=told.signum, world_size=plan.nproc_per_node * c.nnodes)
+
+
+def _failures(log_dir: str) -> tuple[RankFailure, ...]:
+    failures = []
+    for name in sorted(os.listdir(log_dir)):
+        error = read_error(os.path.join(log_dir, name)) if name.endswith(".error.json") else None
+        if error is not None:
+            log_file = existing(os.path.join(log_dir, name.replace(".error.json", ".log")))
+            failures.append(
+                RankFailure(rank=int(error["rank"]), exit_code=int(error["exit_code"]), error=error, log_file=log_file)
+            )
+    return tuple(failures)

@@ -1,0 +1,38 @@
+"""``driver=local``: the app runs in this process, at world size 1."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+from everyrank.drivers.config import LocalConfig
+from everyrank.drivers.driver import LaunchPlan, LaunchRequest
+from everyrank.drivers.environment import rank_variables
+from everyrank.drivers.spec import Outcome, RankFailure
+
+
+class LocalDriver:
+    """One process, this one: the easiest to debug."""
+
+    config_type = LocalConfig
+
+    def __init__(self, config: LocalConfig) -> None:
+        self.config = config
+
+    def plan(self, request: LaunchRequest) -> LaunchPlan:
+        """Plan a run in this process (or of the app's outside program)."""
+        return LaunchPlan(
+            driver="local",
+            command=request.command or (sys.executable, *request.worker),
+            nproc_per_node=1,
+            summary=("processes: 1 (this one)",),
+            env=rank_variables(request, self.config.threads_per_rank),
+            files={request.config_file: request.config_text},
+        )
+
+    def run(self, plan: LaunchPlan, request: LaunchRequest) -> Outcome:
+        """Run an outside program to its end; an app in Python is run by the caller, in this process."""
+        process = subprocess.run(plan.command, env={**os.environ, **plan.env}, cwd=request.cwd, check=False)
+        failures = (RankFailure(rank=0, exit_code=process.returncode),) if process.returncode else ()
+        return Outcome(failures=failures, world_size=1)

@@ -1,0 +1,146 @@
+"""``driver=spawn``: ``torch.multiprocessing``, for local development."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from typing import Any
+
+from everyrank.drivers.config import SpawnConfig
+from everyrank.drivers.driver import LaunchPlan, LaunchRequest
+from everyrank.drivers.environment import SUPERVISED, rank_variables
+from everyrank.drivers.guarded import guarded
+from everyrank.drivers.machine import resolve_nproc
+from everyrank.drivers.ports import check_port_is_free
+from everyrank.drivers.rank_files import clear_errors, error_file, existing, log_file, read_error
+from everyrank.drivers.signals import forwarded
+from everyrank.drivers.spec import Outcome, RankFailure
+from everyrank.errors import EXIT_OK, EXIT_PREEMPTED
+from everyrank.lifetime import die_with_parent
+
+_GRACE_S = 1.0
+_SHUTDOWN_S = 30.0
+
+
+class SpawnDriver:
+    """Fresh interpreters started by ``torch.multiprocessing``, as in PyTorch's tutorials."""
+
+    config_type = SpawnConfig
+
+    def __init__(self, config: SpawnConfig) -> None:
+        self.config = config
+
+    def plan(self, request: LaunchRequest) -> LaunchPlan:
+        """Plan the processes and their variables."""
+        nproc = resolve_nproc(self.config.nproc_per_node, "driver.nproc_per_node", request.device)
+        port = self.config.master_port
+        return LaunchPlan(
+            driver="spawn",
+            command=request.command or ("python", *request.worker),
+            nproc_per_node=nproc,
+            summary=(
+                f"processes: {nproc}, each a fresh interpreter (torch.multiprocessing)",
+                f"master: 127.0.0.1:{port}" if port else "master: 127.0.0.1, any free port",
+            ),
+            env=rank_variables(request, self.config.threads_per_rank),
+            files={request.config_file: request.config_text},
+        )
+
+    def run(self, plan: LaunchPlan, request: LaunchRequest) -> Outcome:
+        """Start the processes and wait for them."""
+        if self.config.master_port:
+            check_port_is_free(self.config.master_port)
+        import torch.multiprocessing as mp
+
+        from everyrank.drivers.rendezvous import LoopbackRendezvous
+
+        meeting = LoopbackRendezvous("spawn", self.config.master_port or 0)
+        store = meeting.next_rendezvous().bootstrap_store_info
+        shared = {
+            **plan.env,
+            "WORLD_SIZE": str(plan.nproc_per_node),
+            "LOCAL_WORLD_SIZE": str(plan.nproc_per_node),
+            "MASTER_ADDR": store.master_addr,
+            "MASTER_PORT": str(store.master_port),
+            # This process holds the store; the ranks connect to it and listen on nothing.
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+            SUPERVISED: "1",
+        }
+        clear_errors(request.log_dir)
+        context = mp.start_processes(
+            _spawned_rank,
+            args=(request.config_file, request.command, request.log_dir, shared, os.getpid()),
+            nprocs=plan.nproc_per_node,
+            join=False,
+            start_method="spawn",
+        )
+        processes = context.processes
+
+        def send(signum: int) -> None:
+            for process in processes:
+                if process.is_alive():
+                    os.kill(process.pid, signum)
+
+        try:
+            with forwarded(send, lambda: send(signal.SIGKILL)) as told:
+                ended_by_us = _wait(processes, told)
+        finally:
+            meeting.shutdown()
+        failures = tuple(
+            RankFailure(
+                rank=rank,
+                exit_code=process.exitcode,
+                error=read_error(error_file(request.log_dir, rank)),
+                log_file=existing(log_file(request.log_dir, rank)),
+                ended_by_us=rank in ended_by_us,
+            )
+            for rank, process in enumerate(processes)
+            if process.exitcode
+        )
+        return Outcome(failures=failures, signum=told.signum, world_size=plan.nproc_per_node)
+
+
+def _wait(processes: list[Any], told: Any) -> set[int]:
+    """Wait for all processes; after a failure, or a signal, give the others a grace and end them."""
+    from multiprocessing.connection import wait
+
+    ended_by_us: set[int] = set()
+    deadline = float("inf")
+    while alive := [p for p in processes if p.exitcode is None]:
+        wait([p.sentinel for p in alive], timeout=0.1)
+        codes = [p.exitcode for p in processes]
+        now_s = time.monotonic()
+        if told.signum is not None:
+            deadline = min(deadline, now_s + _SHUTDOWN_S)
+        elif any(code not in (None, EXIT_OK, EXIT_PREEMPTED) for code in codes):
+            deadline = min(deadline, now_s + _GRACE_S)
+        if now_s >= deadline:
+            for rank, process in enumerate(processes):
+                if process.exitcode is None:
+                    ended_by_us.add(rank)
+                    process.kill() if told.signum is not None else process.terminate()
+                    process.join(_GRACE_S)
+                    process.kill()
+                    process.join()
+    return ended_by_us
+
+
+def _spawned_rank(
+    rank: int,
+    config_file: str,
+    command: tuple[str, ...] | None,
+    log_dir: str,
+    shared: dict[str, str],
+    parent_pid: int,
+) -> None:
+    die_with_parent(parent_pid)
+    os.setpgid(0, 0)  # Ctrl-C in the terminal goes to the launching process, which passes it on once
+    os.environ.update(shared)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), TORCHELASTIC_ERROR_FILE=error_file(log_dir, rank))
+    if command is not None:
+        program = guarded(command)
+        os.execvp(program[0], program)
+    from everyrank.worker import run_rank
+
+    run_rank(config_file)

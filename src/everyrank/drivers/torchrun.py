@@ -1,0 +1,190 @@
+"""``driver=torchrun``: torch's elastic engine, on one machine or many."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from everyrank.drivers import engine_pool
+from everyrank.drivers.config import TorchrunConfig
+from everyrank.drivers.driver import LaunchPlan, LaunchRequest
+from everyrank.drivers.environment import SUPERVISED, rank_variables
+from everyrank.drivers.machine import resolve_nproc
+from everyrank.drivers.ports import check_port_is_free
+from everyrank.drivers.spec import EngineRun, Outcome, RankCommand, RankFunction, Rendezvous
+from everyrank.errors import DriverError, did_you_mean
+
+_BACKENDS = ("static", "c10d", "etcd", "etcd-v2")
+
+
+class TorchrunDriver:
+    """What ``torchrun`` does, by the same engine, with the ranks forked from one import of torch."""
+
+    config_type = TorchrunConfig
+
+    def __init__(self, config: TorchrunConfig) -> None:
+        self.config = config
+
+    def plan(self, request: LaunchRequest) -> LaunchPlan:
+        """Check the settings against each other and work the launch out.
+
+        Raises:
+            DriverError: They contradict each other.
+        """
+        c = self.config
+        nproc = resolve_nproc(c.nproc_per_node, "driver.nproc_per_node", request.device)
+        min_nodes, max_nodes = self._nodes()
+        rendezvous, notices = self._rendezvous(min_nodes, max_nodes)
+        env = rank_variables(request, c.threads_per_rank)
+        if sys.platform == "win32":
+            env["USE_LIBUV"] = "0"  # torch's Windows builds have no libuv
+        if rendezvous.backend != "loopback":
+            # Cures two faults of torch 2.13: a late joiner that hangs, and restarts that reconnect to dead addresses.
+            env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+        command = self._command(request, nproc, min_nodes, max_nodes, rendezvous)
+        start_method = c.effective_start_method
+        work = (
+            RankFunction(entry="everyrank.worker:run_rank", args=(request.config_file,))
+            if request.command is None
+            else RankCommand(argv=_program(request.command, c.no_python))
+        )
+        nodes = str(max_nodes) if min_nodes == max_nodes else f"{min_nodes} to {max_nodes}"
+        master = rendezvous.endpoint or (f"127.0.0.1:{c.master_port}" if c.master_port else "127.0.0.1, any free port")
+        engine = EngineRun(
+            work=work,
+            nproc_per_node=nproc,
+            min_nodes=min_nodes,
+            max_nodes=max_nodes,
+            rendezvous=rendezvous,
+            master_port=c.master_port or 0,
+            max_restarts=c.max_restarts,
+            monitor_interval_s=c.monitor_interval,
+            start_method=start_method,
+            log_dir=request.log_dir,
+            cwd=request.cwd,
+            sys_path=tuple(os.path.abspath(p) if p == "" else p for p in sys.path),
+            env={**env, SUPERVISED: "1"},
+            shutdown_timeout_s=c.shutdown_timeout_s,
+            failure_grace_s=c.failure_grace_s,
+            preload=request.preload,
+        )
+        return LaunchPlan(
+            driver="torchrun",
+            command=command,
+            nproc_per_node=nproc,
+            summary=(
+                f"processes per node: {nproc} (start method {start_method})",
+                f"nodes: {nodes}" + (f" (this is node {c.node_rank})" if rendezvous.backend == "static" else ""),
+                f"master: {master} (rendezvous {rendezvous.backend})",
+            ),
+            env=env,
+            files={request.config_file: request.config_text},
+            notices=notices,
+            engine=engine,
+        )
+
+    def run(self, plan: LaunchPlan, request: LaunchRequest) -> Outcome:
+        """Carry the plan out on this node."""
+        assert plan.engine is not None
+        if plan.engine.master_port and plan.engine.rendezvous.backend == "loopback":
+            check_port_is_free(plan.engine.master_port)
+        return engine_pool.run(plan.engine)
+
+    def _nodes(self) -> tuple[int, int]:
+        c = self.config
+        min_nodes = c.min_nodes if c.min_nodes is not None else (c.nnodes if c.max_nodes is None else 1)
+        max_nodes = c.max_nodes if c.max_nodes is not None else max(c.nnodes, min_nodes)
+        if c.nnodes < 1:
+            raise DriverError(f"driver.nnodes={c.nnodes} was set, but a run has at least one node. Set 1 or more.")
+        if min_nodes < 1:
+            raise DriverError(f"driver.min_nodes={min_nodes} was set, but a run has at least one node.")
+        if min_nodes > max_nodes:
+            raise DriverError(
+                f"driver.min_nodes={min_nodes} is larger than driver.max_nodes={max_nodes}. "
+                f"Set driver.max_nodes={min_nodes} or more, or driver.min_nodes={max_nodes} or fewer."
+            )
+        if not 0 <= c.node_rank < max_nodes:
+            raise DriverError(
+                f"driver.node_rank={c.node_rank} was set with driver.nnodes={max_nodes}: "
+                f"node ranks run from 0 to {max_nodes - 1}."
+            )
+        if c.max_restarts < 0:
+            raise DriverError(f"driver.max_restarts={c.max_restarts} was set; it is 0 or more.")
+        if c.master_port is not None and not 0 < c.master_port < 65536:
+            raise DriverError(
+                f"driver.master_port={c.master_port} was set; a port lies between 1 and 65535. "
+                "Leave it out on one machine: a free port is then chosen."
+            )
+        return min_nodes, max_nodes
+
+    def _rendezvous(self, min_nodes: int, max_nodes: int) -> tuple[Rendezvous, tuple[str, ...]]:
+        c = self.config
+        if c.rdzv_backend is not None and c.rdzv_backend not in _BACKENDS:
+            raise DriverError(
+                f"driver.rdzv_backend={c.rdzv_backend} was set; it is one of {', '.join(_BACKENDS)}."
+                f"{did_you_mean(c.rdzv_backend, _BACKENDS)}"
+            )
+        run_id = c.rdzv_id or "everyrank"
+        if max_nodes == 1 and not c.rdzv_endpoint and c.rdzv_backend is None and c.standalone:
+            return Rendezvous(run_id=run_id), ()
+        notices: tuple[str, ...] = ()
+        if c.standalone:
+            reason = "driver.rdzv_endpoint is set" if c.rdzv_endpoint else f"there are up to {max_nodes} nodes"
+            if max_nodes == 1 and not c.rdzv_endpoint:
+                reason = f"driver.rdzv_backend={c.rdzv_backend} is set"
+            notices = (f"driver.standalone yields because {reason}",)
+        backend = c.rdzv_backend or ("c10d" if c.rdzv_endpoint or min_nodes != max_nodes else "static")
+        if backend == "static":
+            if max_nodes > 1 and not (c.master_addr and c.master_port):
+                raise DriverError(
+                    f"driver.nnodes={max_nodes} was set, but driver.master_addr={c.master_addr} and "
+                    f"driver.master_port={c.master_port}. Every node must name node 0: "
+                    "driver.master_addr=HOST driver.master_port=29500."
+                )
+            endpoint = f"{c.master_addr or '127.0.0.1'}:{c.master_port or 29500}"
+            config = {"timeout": int(c.rdzv_timeout_s)}
+            return Rendezvous(
+                backend="static", endpoint=endpoint, run_id=run_id, node_rank=c.node_rank, config=config
+            ), notices
+        endpoint = c.rdzv_endpoint or (f"{c.master_addr}:{c.master_port or 29500}" if c.master_addr else "")
+        if not endpoint:
+            raise DriverError(
+                "an elastic run needs a place to meet, but driver.rdzv_endpoint is not set. "
+                "Set driver.rdzv_endpoint=HOST:29500, the same on every node."
+            )
+        # torch's defaults wait 30 s for late nodes and notice a dead one after 15 s or more. Two missed keep-alives
+        # were seen to split a job in two; four of one second were not.
+        config = {
+            "join_timeout": int(c.rdzv_timeout_s),
+            "last_call_timeout": 1,
+            "keep_alive_interval": 1,
+            "keep_alive_max_attempt": 4,
+        }
+        return Rendezvous(backend=backend, endpoint=endpoint, run_id=run_id, config=config), notices
+
+    def _command(
+        self, request: LaunchRequest, nproc: int, min_nodes: int, max_nodes: int, rendezvous: Rendezvous
+    ) -> tuple[str, ...]:
+        c = self.config
+        nodes = str(max_nodes) if min_nodes == max_nodes else f"{min_nodes}:{max_nodes}"
+        flags = [f"--nnodes={nodes}", f"--nproc-per-node={nproc}", f"--max-restarts={c.max_restarts}"]
+        if rendezvous.backend == "loopback" and not c.master_port:
+            flags.insert(0, "--standalone")
+        elif rendezvous.backend in ("loopback", "static"):
+            host, _, port = (rendezvous.endpoint or f"127.0.0.1:{c.master_port}").rpartition(":")
+            flags += [f"--node-rank={c.node_rank}", f"--master-addr={host}", f"--master-port={port}"]
+        else:
+            flags += [f"--rdzv-backend={rendezvous.backend}", f"--rdzv-endpoint={rendezvous.endpoint}"]
+            flags += [f"--rdzv-id={rendezvous.run_id}"]
+        if request.command is None:
+            return ("torchrun", *flags, *request.worker)
+        if request.command[0].endswith(".py") and not c.no_python:
+            return ("torchrun", *flags, *request.command)
+        return ("torchrun", *flags, "--no-python", *request.command)
+
+
+def _program(command: tuple[str, ...], no_python: bool) -> tuple[str, ...]:
+    """A script is run by this Python, as torchrun does, unless ``no_python`` says that it is a program."""
+    if command[0].endswith(".py") and not no_python:
+        return (sys.executable, "-u", *command)
+    return command

@@ -1,0 +1,149 @@
+"""The one entry that a started process runs: read one resolved config, call the app, say how it ended.
+
+``python -m everyrank.worker --config RUN/config.yaml``, on every rank, by whatever launcher.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import json
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from everyrank.drivers.environment import SUPERVISED
+from everyrank.drivers.failures import record_error, render
+from everyrank.drivers.rank_files import error_file, log_file
+from everyrank.errors import (
+    EXIT_BAD_INPUT,
+    EXIT_FAILURE,
+    EXIT_OK,
+    EXIT_PREEMPTED,
+    ConfigError,
+    Preempted,
+    UserError,
+    did_you_mean,
+)
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry of ``python -m everyrank.worker``."""
+    parser = argparse.ArgumentParser(prog="python -m everyrank.worker", description=__doc__.split("\n")[0])
+    parser.add_argument("--config", required=True, help="the resolved config file of the run")
+    # torch.distributed.launch without --use-env appends one of these; runtime.environment reads it.
+    parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+    return _run_file(arguments.config)
+
+
+def run_rank(config_file: str) -> None:
+    """Run the app of a config file in this process and exit with its code; what our own engine calls."""
+    code = _run_file(config_file)
+    if code:
+        raise SystemExit(code)
+
+
+def _run_file(config_file: str) -> int:
+    from omegaconf import OmegaConf
+
+    if not os.path.isfile(config_file):
+        print(f"error: the config file {config_file} does not exist", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    cfg = OmegaConf.load(config_file)
+    return run_app(cfg)[0]  # type: ignore[arg-type]
+
+
+def run_app(cfg: DictConfig) -> tuple[int, Any]:
+    """Run the app on this rank.
+
+    Args:
+        cfg: The resolved config of the run.
+
+    Returns:
+        The exit code, and what the app returned.
+    """
+    from everyrank.runtime.environment import detect
+    from everyrank.runtime.output import tee_output
+
+    log_dir = os.path.join(cfg.run.dir, "logs")
+    rank = 0
+    try:
+        environment = detect()
+        rank = environment.rank
+        with tee_output(log_file(log_dir, rank)):
+            return _guarded_run(cfg, rank, log_dir)
+    except UserError as error:
+        return _report(error, rank, log_dir, EXIT_BAD_INPUT), None
+
+
+def _guarded_run(cfg: DictConfig, rank: int, log_dir: str) -> tuple[int, Any]:
+    from everyrank.runtime.logs import setup_logging
+
+    setup_logging(rank, cfg.run.get("log_level"))
+    try:
+        result = load_app(cfg.app._target_).run(cfg)
+    except Preempted as preempted:
+        if rank == 0:
+            print(f"{preempted}", file=sys.stderr)
+        return EXIT_PREEMPTED, None
+    except UserError as error:
+        return _report(error, rank, log_dir, EXIT_BAD_INPUT), None
+    except Exception as error:
+        return _report(error, rank, log_dir, EXIT_FAILURE), None
+    if rank == 0:
+        _write_result(cfg.run.dir, result)
+    return EXIT_OK, result
+
+
+def load_app(target: str) -> Any:
+    """Import and make the app ``package.module.Class``.
+
+    Raises:
+        ConfigError: It cannot be imported; the message holds the reason.
+    """
+    module_name, _, class_name = target.rpartition(".")
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        cause = traceback.extract_tb(error.__traceback__)[-1]
+        raise ConfigError(
+            f"app._target_={target} was set, but importing {module_name} failed: "
+            f"{type(error).__name__}: {error} (at {cause.filename}:{cause.lineno}). "
+            "Install or mend what it imports."
+        ) from error
+    if not hasattr(module, class_name):
+        raise ConfigError(
+            f"app._target_={target} was set, but {module_name} has no {class_name!r}."
+            f"{did_you_mean(class_name, dir(module))}"
+        )
+    return getattr(module, class_name)()
+
+
+def _report(error: BaseException, rank: int, log_dir: str, exit_code: int) -> int:
+    os.makedirs(log_dir, exist_ok=True)
+    paths = (error_file(log_dir, rank), os.environ.get("TORCHELASTIC_ERROR_FILE"))
+    text = render(record_error(error, rank, exit_code, *paths))
+    with open(log_file(log_dir, rank), "a", encoding="utf-8") as log:
+        log.write(text + "\n")
+    # Under one of our launchers the launching process says it, once for all ranks and after everything else.
+    if os.environ.get(SUPERVISED) != "1":
+        print(text, file=sys.__stderr__, flush=True)
+    return exit_code
+
+
+def _write_result(run_dir: str, result: Any) -> None:
+    if result is None:
+        return
+    with contextlib.suppress(TypeError), open(os.path.join(run_dir, "result.json"), "w", encoding="utf-8") as file:
+        json.dump(result, file, indent=2)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
