@@ -185,14 +185,14 @@ def _detect_torch_variables(environ: Mapping[str, str], argv: Sequence[str]) -> 
 
 
 def _name_torch_launcher(environ: Mapping[str, str], argument: int | None, elastic: bool) -> tuple[str, str]:
-    if environ.get("EVERYRANK_LAUNCHER"):  # everyrank's own drivers say it themselves
-        return environ["EVERYRANK_LAUNCHER"], "EVERYRANK_LAUNCHER"
     if argument is not None:
         return "launch", "--local-rank on the command line"
     if elastic:
         return "torchrun", "TORCHELASTIC_RUN_ID"
     if environ.get("RAY_JOB_ID") or environ.get("RAY_RAYLET_PID"):
         return "ray", "RAY_JOB_ID" if environ.get("RAY_JOB_ID") else "RAY_RAYLET_PID"
+    if environ.get("EVERYRANK_SUPERVISED"):  # everyrank's spawn driver hosts a store as torchrun does, but is not it
+        return "spawn", "EVERYRANK_SUPERVISED"
     return "environment", "RANK"
 
 

@@ -108,8 +108,8 @@ def _open_tcp(host: str, port: int, environment: ProcessEnvironment, timeout_s: 
         raise RendezvousError(
             f"rank {environment.rank} could not reach the master at {endpoint} within {timeout_s:g} s "
             f"({environment.world_size} processes, launcher {environment.launcher}). To mend it: check that rank 0 "
-            f"runs, that MASTER_ADDR={environment.master_addr} and MASTER_PORT={environment.master_port} are right on every "
-            "node and that no firewall is between them, or raise timeout_s if rank 0 starts late."
+            f"runs, that MASTER_ADDR={environment.master_addr} and MASTER_PORT={environment.master_port} are right on "
+            "every node and that no firewall is between them, or raise timeout_s if rank 0 starts late."
         ) from error
     return Meeting(store=store, hosted_here=False, endpoint=endpoint)
 

@@ -73,8 +73,8 @@ def call_the_roll(
     except (dist.DistError, RuntimeError) as error:
         raise RendezvousError(
             f"rank {rank} of {environment.world_size} waited {timeout_s:g} s at {endpoint}, and rank 0 did not call "
-            "the roll. To mend it: look at rank 0's log; check that all processes use the same master address and port, or "
-            "raise timeout_s."
+            "the roll. To mend it: look at rank 0's log; check that all processes use the same master address and "
+            "port, or raise timeout_s."
         ) from error
     if verdict["problem"]:
         raise RendezvousError(verdict["problem"])
@@ -119,9 +119,9 @@ def _gather_hellos(
     if waiting:
         names = ("ranks " if len(waiting) > 1 else "rank ") + ", ".join(map(str, sorted(waiting)))
         problem = (
-            f"{names} of {world_size} did not come to {endpoint} within {timeout_s:g} s. To mend it: look at the logs of "
-            f"{names}; check that {world_size} processes were started and that all use the same master address and port, "
-            "or raise timeout_s."
+            f"{names} of {world_size} did not come to {endpoint} within {timeout_s:g} s. To mend it: look at the logs "
+            f"of {names}; check that {world_size} processes were started and that all use the same master address and "
+            "port, or raise timeout_s."
         )
         return {"problem": problem, "places": []}
     ordered = [hellos[rank] for rank in range(world_size)]
