@@ -1,0 +1,302 @@
+"""Saving, finding and loading checkpoints of a training run, on all ranks together."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+import torch
+
+from everyrank.checkpoint.encoding import decode_json, encode_json
+from everyrank.checkpoint.folder import CheckpointInfo, checkpoint_paths, describe, list_checkpoints, remove_leftovers
+from everyrank.checkpoint.manifest import read_manifest
+from everyrank.checkpoint.retention import Retention
+from everyrank.checkpoint.snapshot import Snapshot, whole_tensors
+from everyrank.checkpoint.tensor_file import SUFFIX, read_tensors
+from everyrank.checkpoint.writer import STATE, BackgroundTask, Job, write_checkpoint
+from everyrank.errors import CheckpointError
+from everyrank.runtime.collectives import broadcast_decision, gather_objects
+from everyrank.runtime.world import World
+
+logger = logging.getLogger(__name__)
+
+_GROUP_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedCheckpoint:
+    """A checkpoint in memory.
+
+    Attributes:
+        step: Optimizer step at which it was taken.
+        tensors: The tensors, on the CPU, by group and name.
+        state: The state that is common to all ranks.
+        rank_states: Each rank's own state, by the rank it had then.
+        world_size: Number of ranks that took it.
+        metric: Value it is ranked by, or None.
+        path: Its folder.
+    """
+
+    step: int
+    tensors: dict[str, dict[str, torch.Tensor]]
+    state: dict[str, Any]
+    rank_states: list[dict[str, Any]]
+    world_size: int
+    metric: float | None
+    path: Path
+
+
+class Checkpointer:
+    """Writes a run's checkpoints, finds the newest whole one, and loads it.
+
+    Every rank constructs one, and every rank calls ``save``, ``latest``, ``best`` and ``load``; rank 0 writes.
+
+    ``save`` returns as soon as the tensors are copied; a thread writes them to disk. An error of that thread (a full
+    disk, say) is raised once: by the next ``save`` on all ranks, or before that by ``check``, ``wait`` or ``close`` on
+    rank 0. The checkpoints written before are whole in any case.
+
+    Args:
+        folder: Where the checkpoints live, for example ``<run>/checkpoints``. Made if missing.
+        world: The joined world.
+        keep_last: Keep this many of the newest; None keeps all.
+        keep_best: Keep this many with the best metric.
+        keep_every: Keep those whose step is a multiple of this; 0 for none.
+        metric_mode: ``"min"`` or ``"max"``: which metric is better.
+        background: Write in a thread. If false, ``save`` returns when the checkpoint is on disk, or raises on all
+            ranks.
+
+    Example:
+        >>> with Checkpointer(run / "checkpoints", world=world) as checkpointer:
+        ...     checkpointer.save(step, tensors={"model": model.state_dict()}, state={"sampler": sampler.state_dict()},
+        ...                       rank_state={"rng": capture_rng()})
+    """
+
+    def __init__(
+        self,
+        folder: Path | str,
+        *,
+        world: World,
+        keep_last: int | None = 3,
+        keep_best: int = 1,
+        keep_every: int = 0,
+        metric_mode: Literal["min", "max"] = "min",
+        background: bool = True,
+    ) -> None:
+        self.folder = Path(folder)
+        self.world = world
+        self.background = background
+        self.retention = Retention(
+            keep_last=keep_last, keep_best=keep_best, keep_every=keep_every, metric_mode=metric_mode
+        )
+        self._snapshot = Snapshot()
+        self._task = BackgroundTask()
+        if world.is_main:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                remove_leftovers(self.folder)
+            except OSError as error:
+                raise CheckpointError(
+                    f"The folder for checkpoints, {self.folder}, cannot be used: {error}. "
+                    "Name a folder that can be written to."
+                ) from error
+
+    def __enter__(self) -> Checkpointer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._task.wait()
+        if kind is None:  # an error that is on its way already must not be hidden by the writer's, which is logged
+            self.check()
+
+    def save(
+        self,
+        step: int,
+        *,
+        tensors: Mapping[str, Mapping[str, torch.Tensor]],
+        state: Mapping[str, Any],
+        rank_state: Mapping[str, Any],
+        metric: float | None = None,
+    ) -> None:
+        """Save a checkpoint. All ranks call it at the same step.
+
+        If a checkpoint of this step exists already, the new one takes its place.
+
+        Args:
+            step: Number of optimizer steps done.
+            tensors: Groups of tensors by name, each group written to a file of its own. Those of rank 0 are saved;
+                distributed tensors (FSDP2) are gathered whole.
+            state: What else is common to all ranks; rank 0's is saved. Plain values, see ``encode_json``.
+            rank_state: This rank's own state, such as its random generators. Plain values.
+            metric: Value that ``keep_best`` ranks by.
+
+        Raises:
+            CheckpointError: On all ranks, if the last checkpoint could not be written or this one cannot be taken.
+        """
+        self._task.wait()
+        problem, groups, encoded = self._failure(), {}, None
+        try:
+            groups = {name: whole_tensors(group) for name, group in tensors.items()}
+            self._check_names(groups)
+            encoded = encode_json(dict(rank_state))
+        except CheckpointError as error:
+            problem = problem or str(error)
+        reports = gather_objects((problem, encoded))
+        self._raise_first([report[0] for report in reports])
+        problem = None
+        if self.world.is_main:
+            try:
+                self._write(step, groups, dict(state), [report[1] for report in reports], metric)
+            except CheckpointError as error:
+                problem = str(error)
+        if not self.background:
+            self._task.wait()
+            problem = problem or self._failure()
+        self._raise_first([broadcast_decision(problem)])
+
+    def _write(
+        self,
+        step: int,
+        groups: Mapping[str, Mapping[str, torch.Tensor]],
+        state: dict[str, Any],
+        rank_states: list[Any],
+        metric: float | None,
+    ) -> None:
+        text = json.dumps({"state": encode_json(state), "rank_states": rank_states}, allow_nan=False)
+        job = Job(
+            step=step,
+            groups=self._snapshot.take(groups),
+            state=text,
+            metric=None if metric is None else float(metric),
+            world_size=self.world.size,
+        )
+
+        def task() -> None:
+            self._snapshot.synchronize()
+            write_checkpoint(self.folder, job)
+            self.retention.apply(self.folder)
+
+        self._task.start(task, name=f"writing checkpoint {step}")
+
+    def check(self) -> None:
+        """Raise the writer's error, if it has had one. Not collective and without waiting: cheap enough for every step.
+
+        Raises:
+            CheckpointError: On rank 0, if the last checkpoint could not be written.
+        """
+        self._raise_first([self._failure()])
+
+    def wait(self) -> None:
+        """Wait until the last checkpoint is on disk. Not collective; other ranks than 0 have nothing to wait for.
+
+        Raises:
+            CheckpointError: On rank 0, if it could not be written.
+        """
+        self._task.wait()
+        self.check()
+
+    def close(self) -> None:
+        """Wait as ``wait`` does. Nothing is lost without it, but an error would only be logged."""
+        self.wait()
+
+    def latest(self) -> CheckpointInfo | None:
+        """Return the newest checkpoint that is whole, or None; damaged ones are named in the log and skipped.
+
+        Rank 0 compares all checksums and decides; all ranks get its answer.
+        """
+        self._task.wait()
+        return broadcast_decision(self._newest_whole() if self.world.is_main else None)
+
+    def best(self) -> CheckpointInfo | None:
+        """Return the whole checkpoint with the best metric, or None. Rank 0 decides; all ranks get its answer."""
+        self._task.wait()
+        found = None
+        if self.world.is_main:
+            ranked = self.retention.best(list_checkpoints(self.folder, verify=False))
+            found = next((info for info in map(_verified, ranked) if info.verified), None)
+        return broadcast_decision(found)
+
+    def load(self, checkpoint: CheckpointInfo | Path | str) -> LoadedCheckpoint:
+        """Load a checkpoint on all ranks, at any world size. Nothing in it is executed.
+
+        Args:
+            checkpoint: What ``latest`` or ``best`` returned, or the path of a checkpoint's folder, which is verified.
+
+        Raises:
+            CheckpointError: On all ranks, if it is damaged.
+        """
+        info = checkpoint if isinstance(checkpoint, CheckpointInfo) else None
+        path = Path(checkpoint) if info is None else info.path  # type: ignore[arg-type]
+        problem = None
+        if self.world.is_main and not (info and info.verified):
+            found = describe(path, verify=True)
+            if not found.verified:
+                problem = f"The checkpoint {path} cannot be loaded: {found.reason}. Use an earlier one."
+        self._raise_first([broadcast_decision(problem)])
+        if all(gather_objects(path.is_dir())):
+            return read_checkpoint(path)
+        # Nodes without the folder: no file system is shared, so the ranks get it from rank 0.
+        return broadcast_decision(read_checkpoint(path) if self.world.is_main else None)  # type: ignore[return-value]
+
+    def _newest_whole(self) -> CheckpointInfo | None:
+        for path in reversed(checkpoint_paths(self.folder)):
+            info = describe(path, verify=True)
+            if info.verified:
+                return info
+            logger.warning("skipping the damaged checkpoint %s: %s", path.name, info.reason)
+        return None
+
+    def _failure(self) -> str | None:
+        error = self._task.take_error()
+        if error is None:
+            return None
+        return (
+            f"The last checkpoint could not be written to {self.folder}: {error}. Earlier checkpoints are whole. "
+            "Make room or mend the folder, then run the same command again to resume."
+        )
+
+    def _check_names(self, groups: Mapping[str, object]) -> None:
+        for name in groups:
+            if not _GROUP_NAME.fullmatch(name):
+                raise CheckpointError(
+                    f"The group of tensors {name!r} cannot be a file's name. Use letters, digits, '_', '-' and '.'."
+                )
+
+    def _raise_first(self, problems: list[str | None]) -> None:
+        for problem in problems:
+            if problem is not None:
+                raise CheckpointError(problem)
+
+
+def read_checkpoint(path: Path) -> LoadedCheckpoint:
+    """Read a checkpoint in this process alone, without comparing checksums.
+
+    Raises:
+        CheckpointError: If a file is missing or unreadable.
+    """
+    try:
+        manifest = read_manifest(path)
+        content = json.loads((path / STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, CheckpointError) as error:
+        raise CheckpointError(f"The checkpoint {path} cannot be read: {error}") from error
+    groups = [name.removesuffix(SUFFIX) for name in manifest.files if name.endswith(SUFFIX)]
+    return LoadedCheckpoint(
+        step=manifest.step,
+        tensors={group: read_tensors(path / (group + SUFFIX)) for group in groups},
+        state=decode_json(content["state"]),
+        rank_states=decode_json(content["rank_states"]),
+        world_size=manifest.world_size,
+        metric=manifest.metric,
+        path=path,
+    )
+
+
+def _verified(info: CheckpointInfo) -> CheckpointInfo:
+    return describe(info.path, verify=True)

@@ -1,0 +1,113 @@
+"""A copy of the training state in host memory: the only thing that training waits for when a checkpoint is saved."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from everyrank.checkpoint.tensor_file import Layout, lay_out
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """The bytes of one file of tensors.
+
+    Attributes:
+        header: The file's header.
+        data: What follows it, as a one-dimensional uint8 tensor in host memory.
+    """
+
+    header: bytes
+    data: torch.Tensor
+
+
+class _Buffer:
+    """Host memory for one group of tensors, made once and filled at every checkpoint."""
+
+    def __init__(self, tensors: Tensors) -> None:
+        self.signature = _signature(tensors)
+        self.layout: Layout = lay_out(tensors)
+        pinned = any(tensor.is_cuda for tensor in tensors.values())
+        self.data = _host_memory(self.layout.num_bytes, pinned=pinned)
+        self.views = {name: self._view(name, tensor) for name, tensor in tensors.items()}
+
+    def _view(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        begin = self.layout.offsets[name]
+        data = self.data[begin : begin + tensor.numel() * tensor.element_size()]
+        return data.view(tensor.dtype).view(tensor.shape)
+
+    def fill(self, tensors: Tensors) -> None:
+        for name, tensor in tensors.items():
+            self.views[name].copy_(tensor, non_blocking=tensor.is_cuda)
+
+
+class Snapshot:
+    """Copies groups of tensors into host memory that is kept from one checkpoint to the next.
+
+    Fresh memory costs several times the copy itself, because the system hands it out page by page at the first touch.
+    The memory belongs to one checkpoint at a time: ``take`` must not be called before the last one is written.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, _Buffer] = {}
+        self._copied: torch.cuda.Event | None = None
+
+    def prepare(self, groups: Mapping[str, Tensors]) -> None:
+        """Set memory aside for these groups, so that the first ``take`` is as fast as the later ones."""
+        for group, tensors in groups.items():
+            if group not in self._buffers or self._buffers[group].signature != _signature(tensors):
+                self._buffers.pop(group, None)  # give the old memory back before asking for new
+                self._buffers[group] = _Buffer(tensors)
+
+    def take(self, groups: Mapping[str, Tensors]) -> dict[str, Group]:
+        """Copy the tensors. Copies from a GPU are only started; ``synchronize`` waits for them.
+
+        Work that the caller queues on the current stream afterwards, such as the next optimizer step, comes after the
+        copies. Shared, strided and empty tensors are each stored as what they look like.
+
+        Raises:
+            CheckpointError: If a tensor cannot be stored.
+        """
+        self.prepare(groups)
+        with torch.no_grad():
+            for group, tensors in groups.items():
+                self._buffers[group].fill(tensors)
+        self._copied = None
+        if any(tensor.is_cuda for tensors in groups.values() for tensor in tensors.values()):
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+        return {
+            group: Group(header=self._buffers[group].layout.header, data=self._buffers[group].data) for group in groups
+        }
+
+    def synchronize(self) -> None:
+        """Wait until the copies of the last ``take`` are in host memory. May be called from another thread."""
+        if self._copied is not None:
+            self._copied.synchronize()
+
+
+def whole_tensors(tensors: Tensors) -> dict[str, torch.Tensor]:
+    """Return the tensors with every distributed one (FSDP2) gathered whole; collective if there is any."""
+    # A DTensor is known by its method: importing its class costs more than half a second of a start.
+    return {
+        name: tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor.detach()
+        for name, tensor in tensors.items()
+    }
+
+
+def _signature(tensors: Tensors) -> list[tuple[str, torch.dtype, torch.Size, bool]]:
+    return [(name, tensor.dtype, tensor.shape, tensor.is_cuda) for name, tensor in tensors.items()]
+
+
+def _host_memory(num_bytes: int, *, pinned: bool) -> torch.Tensor:
+    if pinned:
+        return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+    # numpy asks the system for huge pages, which torch does not: a fourth of the time at the first touch.
+    memory = np.empty(num_bytes, dtype=np.uint8)
+    memory[::4096] = 0
+    return torch.from_numpy(memory)
