@@ -49,7 +49,7 @@ def tee_output(log_file: str | Path) -> Iterator[None]:
         for fd in outer:
             os.dup2(log_fd, fd)
         sys.stdout, sys.stderr = tees[_STDOUT], tees[_STDERR]
-        sys.__stdout__, sys.__stderr__ = tees[_STDOUT].console, tees[_STDERR].console  # type: ignore[misc]
+        sys.__stdout__, sys.__stderr__ = tees[_STDOUT].console, tees[_STDERR].console  # type: ignore[misc, assignment]
         yield
     finally:
         sys.__stdout__, sys.__stderr__ = original  # type: ignore[misc]
@@ -117,7 +117,7 @@ class _Tee(io.TextIOBase):
             with suppress(OSError):  # a console that went away (a closed ssh session) must not end the training
                 self.console.write(text)
             lines, newline, rest = (self._pending + text).rpartition("\n")
-            # Only a line that redraws itself waits for its end: of all else nothing may be lost if the process is killed
+            # Only a line that redraws itself waits for its end: nothing else may be lost if the process is killed
             self._pending = rest if "\r" in rest else ""
             self._to_log(lines + newline + ("" if self._pending else rest))
         return len(text)
