@@ -17,7 +17,7 @@ class Membership:
         world: The process's world.
         store: Key-value store of this group alone: its prefix is new for each attempt to join.
         base_store: The store under the prefix; keeps the server alive on the rank that hosts it.
-        hosts_store: Whether the store's server lives in this process.
+        host: Address of the store's server if rank 0 runs it, else None.
         endpoint: Where the processes met, for messages.
         timeout_s: Timeout of the group.
         roster: For each rank, where it runs: ``"pid 7 on node1"``.
@@ -28,7 +28,7 @@ class Membership:
     world: World
     store: Store
     base_store: Store
-    hosts_store: bool
+    host: tuple[str, int] | None
     endpoint: str
     timeout_s: float
     roster: list[str]

@@ -137,7 +137,7 @@ class PreemptionWatch:
         self._read_end = self._write_end = self._listener = None
 
     def _take_note(self, signum: int, frame: FrameType | None) -> None:
-        """Take note at once. It must not count signals: after a long stay in C code it runs late; the listener counts."""
+        """Take note at once. Counting is the listener's: after a long stay in C code this runs late."""
         self._noticed = self._noticed or signum
 
     def _listen(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import sys
 import threading
 from collections.abc import Iterator
@@ -27,7 +28,8 @@ from everyrank.runtime.world import World
 
 _log = logging.getLogger("everyrank.runtime")
 _FAREWELL_S = 30.0  # how long the rank that hosts the store waits for the others to leave
-_DESTROY_S = 5.0  # how long a rank that leaves on an exception waits for the group's threads
+_PROBE_S = 1.0
+_DESTROY_S = 2.0  # how long a rank that leaves on an exception waits for the group's threads
 
 
 @contextmanager
@@ -183,7 +185,7 @@ def _enter(
             world=world,
             store=store,
             base_store=meeting.store,
-            hosts_store=meeting.hosted_here,
+            host=meeting.host,
             endpoint=meeting.endpoint,
             timeout_s=timeout_s,
             roster=roster,
@@ -288,15 +290,17 @@ def _abort_and_destroy() -> None:
 
 def _say_goodbye(membership: Membership, *, wait: bool) -> None:
     """Count this rank out; the rank that hosts the store stays until all are out, for they may still read it."""
-    size = membership.world.size
+    host, is_host = membership.host, membership.world.rank == 0
+    if host is None or (is_host and not wait):
+        return
     try:
-        left = membership.store.add("left", 1)
-        if left == size:
+        if not is_host:
+            # A host that is gone needs no goodbye, and asking first spares the reader torch's stack trace about it.
+            socket.create_connection(host, timeout=_PROBE_S).close()
+        if membership.store.add("left", 1) == membership.world.size:
             membership.store.set("all_left", "1")
-        elif membership.hosts_store and wait:
-            seconds = min(membership.timeout_s, _FAREWELL_S)
-            membership.store.wait(["all_left"], timedelta(seconds=seconds))
-    except (dist.DistError, RuntimeError) as error:
-        # A store that is gone means that its host left or died: nothing is lost by not saying goodbye to it.
-        level = logging.WARNING if membership.hosts_store and wait else logging.DEBUG
+        elif is_host:
+            membership.store.wait(["all_left"], timedelta(seconds=min(membership.timeout_s, _FAREWELL_S)))
+    except (dist.DistError, OSError, RuntimeError) as error:
+        level = logging.WARNING if is_host else logging.DEBUG
         _log.log(level, "some ranks did not say goodbye: %s", str(error).splitlines()[0])

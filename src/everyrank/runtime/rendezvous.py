@@ -27,12 +27,12 @@ class Meeting:
 
     Attributes:
         store: The store; its keys may be older than this run.
-        hosted_here: Whether this process runs the store's server, so that it must leave last.
+        host: Address of the server if rank 0 runs it, so that rank 0 must leave last; None if something else does.
         endpoint: Address and port, or file, for messages.
     """
 
     store: dist.Store
-    hosted_here: bool
+    host: tuple[str, int] | None
     endpoint: str
 
 
@@ -53,7 +53,7 @@ def open_meeting(
         RendezvousError: The master cannot be reached in time, or its port is taken.
     """
     if environment.world_size == 1:
-        return Meeting(store=dist.HashStore(), hosted_here=False, endpoint="this process")
+        return Meeting(store=dist.HashStore(), host=None, endpoint="this process")
     url = urlsplit(init_method)
     if url.scheme == "file":
         return _open_file(url.netloc + url.path, environment, timeout_s)
@@ -101,7 +101,7 @@ def _open_tcp(host: str, port: int, environment: ProcessEnvironment, timeout_s: 
         listener = _listen(port, loopback=local)
         # The store owns the descriptor from here on and closes it with the server.
         store = dist.TCPStore("127.0.0.1", port, is_master=True, master_listen_fd=listener.detach(), **options)
-        return Meeting(store=store, hosted_here=True, endpoint=endpoint)
+        return Meeting(store=store, host=(host, port), endpoint=endpoint)
     try:
         store = dist.TCPStore(host, port, is_master=False, **options)
     except (dist.DistError, RuntimeError, ValueError) as error:
@@ -111,7 +111,7 @@ def _open_tcp(host: str, port: int, environment: ProcessEnvironment, timeout_s: 
             f"runs, that MASTER_ADDR={environment.master_addr} and MASTER_PORT={environment.master_port} are right on "
             "every node and that no firewall is between them, or raise timeout_s if rank 0 starts late."
         ) from error
-    return Meeting(store=store, hosted_here=False, endpoint=endpoint)
+    return Meeting(store=store, host=None if agent_hosts else (host, port), endpoint=endpoint)
 
 
 def _listen(port: int, *, loopback: bool) -> socket.socket:
@@ -156,4 +156,4 @@ def _open_file(path: str, environment: ProcessEnvironment, timeout_s: float) -> 
         )
     store = dist.FileStore(str(file), environment.world_size)
     store.set_timeout(timedelta(seconds=timeout_s))
-    return Meeting(store=store, hosted_here=False, endpoint=f"file {path}")
+    return Meeting(store=store, host=None, endpoint=f"file {path}")
