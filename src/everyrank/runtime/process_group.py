@@ -27,7 +27,7 @@ from everyrank.runtime.roll_call import call_the_roll
 from everyrank.runtime.world import World
 
 _log = logging.getLogger("everyrank.runtime")
-_FAREWELL_S = 30.0  # how long the rank that hosts the store waits for the others to leave
+_FAREWELL_S = 5.0  # how long the rank that hosts the store waits for the others to leave
 _PROBE_S = 1.0
 _DESTROY_S = 2.0  # how long a rank that leaves on an exception waits for the group's threads
 
@@ -261,9 +261,10 @@ def _leave(*, failed: bool) -> None:
     try:
         if failed:
             _destroy_without_waiting()
-        elif dist.is_initialized():
-            dist.destroy_process_group()
-        _say_goodbye(membership, wait=not failed)
+        else:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+            _say_goodbye(membership)
     finally:
         _restore(membership.saved_variables)
 
@@ -288,10 +289,13 @@ def _abort_and_destroy() -> None:
         dist.destroy_process_group()
 
 
-def _say_goodbye(membership: Membership, *, wait: bool) -> None:
-    """Count this rank out; the rank that hosts the store stays until all are out, for they may still read it."""
+def _say_goodbye(membership: Membership) -> None:
+    """Count this rank out; the rank that hosts the store stays until all are out, for they may still read it.
+
+    Not for long: a rank that fails, or that goes on alone for a while, does not need the store any more.
+    """
     host, is_host = membership.host, membership.world.rank == 0
-    if host is None or (is_host and not wait):
+    if host is None:
         return
     try:
         if not is_host:
@@ -302,5 +306,4 @@ def _say_goodbye(membership: Membership, *, wait: bool) -> None:
         elif is_host:
             membership.store.wait(["all_left"], timedelta(seconds=min(membership.timeout_s, _FAREWELL_S)))
     except (dist.DistError, OSError, RuntimeError) as error:
-        level = logging.WARNING if is_host else logging.DEBUG
-        _log.log(level, "some ranks did not say goodbye: %s", str(error).splitlines()[0])
+        _log.debug("some ranks did not say goodbye: %s", str(error).splitlines()[0])
