@@ -21,8 +21,8 @@ def export(path: Path | str, out: Path | str, *, group: str = "model") -> Path:
 
     Args:
         path: A checkpoint's folder, or a folder of checkpoints, of which the newest whole one is taken.
-        out: Where to write. ``.safetensors``, or ``.pth`` / ``.pt`` for a plain dict of tensors as ``torch.save`` writes
-            it (``torch.load(out, weights_only=True)`` reads it). An existing file is replaced in one step.
+        out: Where to write. ``.safetensors``, or ``.pth`` / ``.pt`` for a plain dict of tensors as ``torch.save``
+            writes it (``torch.load(out, weights_only=True)`` reads it). An existing file is replaced in one step.
         group: Which tensors: ``"model"``, or another name that was given to ``Checkpointer.save``.
 
     Returns:

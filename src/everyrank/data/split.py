@@ -1,0 +1,141 @@
+"""Splits of a dataset, and the shares of an evaluation. Both are pure functions: all ranks get the same answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Dataset, Sampler
+
+from everyrank.data.order import GlobalOrder, Indices
+from everyrank.data.sampler import check_rank, split_evenly
+from everyrank.errors import DataError
+
+# Training epochs count from 0, so no epoch's order ever coincides with the one that splits.
+_SPLIT_EPOCH = -1
+
+
+def split_sizes(num_samples: int, fractions: Sequence[float]) -> list[int]:
+    """Return how many samples each part gets: its share rounded down, the rest to the largest remainders.
+
+    Equal remainders go to the earlier part. For 103 samples and 0.8, 0.1, 0.1 the shares are 82.4, 10.3 and 10.3, which
+    makes 83, 10 and 10.
+
+    Args:
+        num_samples: Number of samples.
+        fractions: Each 0 or more, together 1.
+
+    Raises:
+        DataError: If the fractions do not make 1.
+    """
+    if not fractions or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
+        raise DataError(
+            f"The fractions {list(fractions)} were given for a split; each must be at least 0 and together they must "
+            f"make 1, but they make {sum(fractions):g}. For example [0.8, 0.1, 0.1]."
+        )
+    exact = [Fraction(str(fraction)) for fraction in fractions]  # 0.1 means a tenth, not its nearest double
+    shares = [num_samples * fraction / sum(exact) for fraction in exact]
+    sizes = [int(share) for share in shares]
+    by_remainder = sorted(range(len(sizes)), key=lambda part: sizes[part] - shares[part])
+    for part in by_remainder[: num_samples - sum(sizes)]:
+        sizes[part] += 1
+    return sizes
+
+
+def split_indices(num_samples: int, fractions: Sequence[float], seed: int = 0) -> list[Indices]:
+    """Split ``0 .. num_samples - 1`` at random into disjoint parts that together hold every sample.
+
+    The result depends on the arguments alone, not on the rank, the world size or the platform.
+
+    Args:
+        num_samples: Number of samples.
+        fractions: Share of each part; see ``split_sizes`` for the exact sizes.
+        seed: Seed of the split.
+
+    Returns:
+        One int64 array a part, ascending. A part may be empty.
+
+    Raises:
+        DataError: If the fractions do not make 1, or there are no samples.
+    """
+    sizes = split_sizes(num_samples, fractions)
+    order = GlobalOrder(num_samples, seed=seed).indices(_SPLIT_EPOCH, 0, num_samples)
+    ends = np.cumsum(sizes)
+    return [np.sort(order[end - size : end]) for size, end in zip(sizes, ends, strict=True)]
+
+
+class View(Dataset):
+    """Some samples of a dataset, in a given order, fetched in whole batches where the dataset can.
+
+    Args:
+        dataset: The dataset.
+        indices: Which of its samples, shape ``(num_samples,)``.
+    """
+
+    def __init__(self, dataset: Any, indices: Sequence[int] | Indices) -> None:
+        self.dataset = dataset
+        self.indices = np.asarray(indices, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.dataset[int(self.indices[index])]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Any]:
+        """Return the samples at ``indices`` as a list."""
+        inner = self.indices[indices].tolist()
+        if callable(getattr(self.dataset, "__getitems__", None)):
+            return self.dataset.__getitems__(inner)
+        return [self.dataset[index] for index in inner]
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tell the dataset the epoch, if it wants to know."""
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(epoch)
+
+
+def split_dataset(dataset: Any, fractions: Sequence[float], seed: int = 0) -> list[View]:
+    """Split a dataset at random into views of disjoint samples; see ``split_indices``."""
+    return [View(dataset, indices) for indices in split_indices(len(dataset), fractions, seed)]
+
+
+def evaluation_shares(num_samples: int, rank: int, world_size: int) -> range:
+    """Return the samples that this rank evaluates: each sample is some rank's, exactly once, without padding.
+
+    Shares are contiguous and their sizes differ by at most one; with fewer samples than ranks, some are empty. Reduce
+    sums and counts over ranks, never means.
+
+    Raises:
+        DataError: If the rank is not within the world.
+    """
+    check_rank(rank, world_size)
+    return range(*split_evenly(0, num_samples, rank, world_size))
+
+
+class EvaluationBatchSampler(Sampler[list[int]]):
+    """Yields this rank's share of an evaluation in batches, in the dataset's order. Ranks may have unequal numbers.
+
+    Args:
+        num_samples: Number of samples of the dataset.
+        batch_size: Largest number of samples in a batch of this rank.
+        rank: This process's rank.
+        world_size: Number of processes.
+    """
+
+    def __init__(self, num_samples: int, *, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
+        if batch_size < 1:
+            raise DataError(f"batch_size={batch_size} was given for an evaluation; it must be at least 1.")
+        self.samples = evaluation_shares(num_samples, rank, world_size)
+        self.batch_size = batch_size
+
+    def __len__(self) -> int:
+        """Return this rank's number of batches, 0 if it has no sample."""
+        return -(-len(self.samples) // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Yield the batches."""
+        for begin in range(0, len(self.samples), self.batch_size):
+            yield list(self.samples[begin : begin + self.batch_size])
