@@ -39,7 +39,7 @@ class BlockConfig:
     )
     layer: Name = Field(
         default="sage",
-        description="Layer: sage, gcn, gat, gatv2, gin, gine, graph, transformer, tag, cheb, arma, resgated, or the "
+        description="Layer: sage, gcn, gat, gatv2, gin, gine, graph, transformer, tag, cheb, resgated, or the "
         "full path of any PyG layer.",
     )
     layer_kwargs: dict[str, Any] = Field(default_factory=dict, description="Further arguments of the layer.")

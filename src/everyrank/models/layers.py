@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+import linecache
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -22,10 +27,9 @@ LAYERS = {
     "transformer": "TransformerConv",
     "tag": "TAGConv",
     "cheb": "ChebConv",
-    "arma": "ARMAConv",
     "resgated": "ResGatedGraphConv",
 }
-"""Short names of layers and the PyG classes they stand for."""
+"""Short names of layers and the PyG classes they stand for. Every parameter of theirs gets a gradient, as DDP needs."""
 
 NORMS = {
     "none": None,
@@ -52,6 +56,7 @@ ACTIVATIONS = {
 _WITH_INNER_MLP = ("GINConv", "GINEConv")
 _WITH_CONCATENATED_HEADS = ("GATConv", "GATv2Conv", "TransformerConv")
 _OWN_ARGUMENTS: Mapping[str, Mapping[str, Any]] = {"ChebConv": {"K": 2}}
+_GENERATED = ("_propagate", "_edge_updater")
 _IGNORES_WIDTH = ("PairNorm",)
 
 
@@ -141,10 +146,31 @@ def make_activation(activation: str, key: str) -> nn.Module:
     return construct(found or import_path(activation, key=key, names=ACTIVATIONS, kind="activation"), key=key)
 
 
+@contextmanager
+def _no_files_left() -> Iterator[None]:
+    """Remove the Python files that PyG's layers write to the temporary folder when a class is first used, and leave.
+
+    They are loaded by then; their source stays in ``linecache`` for tracebacks and compilers.
+    """
+    before, wrote_bytecode = set(sys.modules), sys.dont_write_bytecode
+    sys.dont_write_bytecode = True
+    try:
+        yield
+    finally:
+        sys.dont_write_bytecode = wrote_bytecode
+        for name in set(sys.modules) - before:
+            file = Path(getattr(sys.modules[name], "__file__", None) or "")
+            if name.endswith(_GENERATED) and file.parent == Path(tempfile.gettempdir()) and file.exists():
+                source = file.read_text(encoding="utf-8")
+                linecache.cache[str(file)] = (len(source), None, source.splitlines(keepends=True), str(file))
+                file.unlink()
+
+
 def construct(cls: Callable[..., nn.Module], *args: Any, key: str, **kwargs: Any) -> nn.Module:
     """Construct a module; arguments that it does not take are the user's mistake."""
     try:
-        return cls(*args, **kwargs)
+        with _no_files_left():
+            return cls(*args, **kwargs)
     except (TypeError, ValueError) as error:
         name = getattr(cls, "__name__", str(cls))
         raise ConfigError(f"{key}: {name} cannot be made with {kwargs or 'these arguments'}: {error}") from error
