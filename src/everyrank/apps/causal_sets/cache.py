@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import socket
 import zlib
@@ -88,7 +89,7 @@ def make_shard(recipe: Recipe, shard: int) -> Arrays:
 
 def _try_to_make(home: Path, recipe: Recipe, paths: Sequence[Path], mine: Sequence[int]) -> str | None:
     """Make this rank's missing shards; return what went wrong, so that no rank waits for one that failed."""
-    missing = [shard for shard in mine if not paths[shard].exists() or _read(paths[shard]) is None]
+    missing = [shard for shard in mine if _read(paths[shard], level=logging.WARNING) is None]
     if not missing:
         return None
     try:
@@ -108,14 +109,14 @@ def _make_one(recipe: Recipe, path: Path, shard: int, locks: _ShardLocks, wait: 
     with locks.hold(shard, wait=wait) as held:
         if not held:
             return False
-        if not path.exists() or _read(path) is None:
+        if _read(path) is None:
             arrays = make_shard(recipe, shard)
             _replace(path, save(arrays, metadata={"crc32": str(_checksum(arrays))}))
         return True
 
 
-def _read(path: Path) -> Arrays | None:
-    """Return a shard that is whole, or None for one that is missing or (said aloud) damaged."""
+def _read(path: Path, level: int = logging.DEBUG) -> Arrays | None:
+    """Return a shard that is whole, or None for one that is missing or (said at ``level``) damaged."""
     try:
         with safe_open(path, framework="numpy") as file:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
@@ -123,10 +124,10 @@ def _read(path: Path) -> Arrays | None:
     except FileNotFoundError:
         return None
     except (SafetensorError, OSError) as error:
-        _log.warning("Cache file %s is damaged (%s); making it again.", path, error)
+        _log.log(level, "Cache file %s is damaged (%s); making it again.", path, error)
         return None
     if expected != str(_checksum(arrays)):
-        _log.warning("Cache file %s is damaged (its checksum differs); making it again.", path)
+        _log.log(level, "Cache file %s is damaged (its checksum differs); making it again.", path)
         return None
     return arrays
 

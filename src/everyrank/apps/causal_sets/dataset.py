@@ -1,4 +1,4 @@
-"""The causal sets as a map-style data set of PyG graphs, in memory, whose batches are cut out whole."""
+"""The causal sets as a map-style data set of PyG graphs, in memory, whose batches can be cut out whole."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class CausalSetDataset(Dataset):
 
     def __init__(self, folder: str | Path, *, world: World | None = None, **settings: Any) -> None:
         self.settings: DataSettings = read_settings(settings)
-        self.dimensions = self.settings.dimensions
+        self.dimensions = tuple(self.settings.dimensions)
         shards = load_or_make(Path(folder), self.settings.recipe(), self.settings.num_samples, world or current_world())
         self._store(_join(shards, self.settings.num_samples))
 
@@ -90,12 +90,12 @@ class CausalSetDataset(Dataset):
             **{name: values[index : index + 1].clone() for name, values in self._per_graph.items()},
         )
 
-    def __getitems__(self, indices: Sequence[int]) -> Batch:
-        """Return a whole batch at once; the data loader's batch-wise fetch calls this."""
-        return self.batch(indices)
+    def __getitems__(self, indices: Sequence[int]) -> list[Data]:
+        """Return several samples."""
+        return [self[index] for index in indices]
 
-    def batch(self, indices: Sequence[int]) -> Batch:
-        """Cut a PyG batch out of the flat arrays.
+    def get_batch(self, indices: Sequence[int]) -> Batch:
+        """Cut a PyG batch out of the flat arrays; loaders that fetch batches whole call this.
 
         Equal to ``Batch.from_data_list([self[i] for i in indices])``, without making the samples one by one.
 
@@ -118,11 +118,6 @@ class CausalSetDataset(Dataset):
             **{name: values[chosen] for name, values in self._per_graph.items()},
         }
         return _as_batch(tensors, torch.from_numpy(ptr), torch.from_numpy(edge_ptr))
-
-    @staticmethod
-    def collate(batch: Batch) -> Batch:
-        """Return what ``__getitems__`` made: it is a batch already."""
-        return batch
 
 
 def _as_batch(tensors: dict[str, torch.Tensor], ptr: torch.Tensor, edge_ptr: torch.Tensor) -> Batch:

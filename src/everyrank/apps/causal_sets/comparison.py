@@ -1,0 +1,154 @@
+"""The network beside the Myrheim-Meyer estimator, on the same test set."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from everyrank.apps.causal_sets.dataset import CausalSetDataset
+from everyrank.apps.causal_sets.myrheim_meyer import nearest_dimension
+from everyrank.apps.causal_sets.task import predict
+from everyrank.runtime.collectives import gather_objects
+from everyrank.runtime.world import World
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+NO_DIMENSION = 0
+"""Truth or answer for an order that is no sprinkling."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Truth and answers for each test sample, ``NO_DIMENSION`` standing for an order that is no sprinkling.
+
+    Attributes:
+        dimensions: The dimensions to choose from.
+        truth: True dimension [num_samples].
+        network: The network's dimension [num_samples], whether or not it takes the order for a sprinkling.
+        network_manifold: Whether the network takes it for one [num_samples].
+        estimator: The Myrheim-Meyer estimator's nearest dimension [num_samples]; it takes every order for one.
+    """
+
+    dimensions: tuple[int, ...]
+    truth: NDArray[np.int64]
+    network: NDArray[np.int64]
+    network_manifold: NDArray[np.bool_]
+    estimator: NDArray[np.int64]
+
+    @property
+    def sprinkled(self) -> NDArray[np.bool_]:
+        """Which samples are sprinklings [num_samples]."""
+        return self.truth != NO_DIMENSION
+
+    def summary(self) -> dict[str, Any]:
+        """Return the accuracies as plain numbers."""
+        sprinkled = self.sprinkled
+        return {
+            "num_test_samples": len(self.truth),
+            "num_sprinklings": int(sprinkled.sum()),
+            "dimension_accuracy": _mean(self.network[sprinkled] == self.truth[sprinkled]),
+            "dimension_accuracy_myrheim_meyer": _mean(self.estimator[sprinkled] == self.truth[sprinkled]),
+            "manifold_accuracy": _mean(self.network_manifold == sprinkled),
+            "layered_orders_found_out": _mean(~self.network_manifold[~sprinkled]),
+        }
+
+    def confusion(self, answers: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Count answers [num_kinds, num_kinds] by true kind (rows) and answer (columns): the dimensions, then none."""
+        kinds = [*self.dimensions, NO_DIMENSION]
+        return np.array([[int(((self.truth == t) & (answers == a)).sum()) for a in kinds] for t in kinds])
+
+    @property
+    def network_answers(self) -> NDArray[np.int64]:
+        """The network's whole answer [num_samples]: a dimension, or none."""
+        return np.where(self.network_manifold, self.network, NO_DIMENSION)
+
+
+def compare(
+    model: nn.Module, dataset: CausalSetDataset, indices: Sequence[int], world: World, batch_size: int = 256
+) -> Comparison:
+    """Ask network and estimator about the samples ``indices``. Collective; every rank gets the whole comparison.
+
+    Each rank asks about every size-th sample, so each sample is asked about once.
+
+    Args:
+        model: The trained network, not wrapped; on any device.
+        dataset: Where the samples are.
+        indices: The test samples.
+        world: The ranks that call this together.
+        batch_size: Samples per rank and batch.
+    """
+    mine = list(indices)[world.rank :: world.size]
+    parts = gather_objects(_answers(model, dataset, mine, batch_size))
+    answers = np.concatenate(parts, axis=1)
+    order = np.argsort(np.concatenate([np.arange(rank, len(indices), world.size) for rank in range(world.size)]))
+    truth, network, manifold, estimator = answers[:, order]
+    return Comparison(dataset.dimensions, truth, network, manifold.astype(bool), estimator)
+
+
+def _answers(model: nn.Module, dataset: CausalSetDataset, indices: list[int], batch_size: int) -> NDArray[np.int64]:
+    """Return truth, the network's two answers and the estimator's, [4, num_samples]."""
+    parameter = next(model.parameters())
+    names = np.array([*dataset.dimensions, NO_DIMENSION])  # the class -1 finds the last
+    parts = [np.empty((4, 0), dtype=np.int64)]
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        for start in range(0, len(indices), batch_size):
+            data = dataset.get_batch(indices[start : start + batch_size])
+            estimator = nearest_dimension(data.ordering_fraction.numpy(), dataset.dimensions)
+            truth = names[data.dimension.numpy()]
+            data = data.to(parameter.device).apply(lambda t: t.to(parameter.dtype) if t.is_floating_point() else t)
+            dimension, manifold = (answer.cpu().numpy() for answer in predict(model(data)))
+            parts.append(np.stack([truth, names[dimension], manifold, estimator]))
+    model.train(was_training)
+    return np.concatenate(parts, axis=1)
+
+
+def make_table(comparison: Comparison) -> Table:
+    """Lay out the accuracies, with their standard errors, for the terminal."""
+    from rich.table import Table
+
+    table = Table(title=f"Test accuracy on {len(comparison.truth):,} causal sets", title_justify="left")
+    for title, justify in (("", "left"), ("samples", "right"), ("network", "right"), ("Myrheim-Meyer", "right")):
+        table.add_column(title, justify=justify)  # type: ignore[arg-type]
+    for row in _rows(comparison):
+        table.add_row(*row)
+    return table
+
+
+def _rows(comparison: Comparison) -> Iterator[tuple[str, str, str, str]]:
+    truth, sprinkled = comparison.truth, comparison.sprinkled
+    names = ", ".join(map(str, comparison.dimensions))
+    right, estimated = comparison.network == truth, comparison.estimator == truth
+    questions = [(f"dimension ({names})", sprinkled)]
+    questions += [(f"  of dimension {dimension}", truth == dimension) for dimension in comparison.dimensions]
+    for question, asked in questions:
+        yield question, f"{asked.sum():,}", _percent(right[asked]), _percent(estimated[asked])
+    found = comparison.network_manifold == sprinkled
+    for question, asked in (
+        ("manifold-like or not", np.ones_like(sprinkled)),
+        ("  sprinklings", sprinkled),
+        ("  Kleitman-Rothschild", ~sprinkled),
+    ):
+        # The estimator gives every order a dimension: it cannot say that an order has none.
+        yield question, f"{asked.sum():,}", _percent(found[asked]), _percent(sprinkled[asked])
+
+
+def _percent(right: NDArray[np.bool_]) -> str:
+    """Write a share with its binomial standard error."""
+    if len(right) == 0:
+        return "-"
+    share = _mean(right)
+    return f"{100 * share:.2f} ± {100 * math.sqrt(share * (1 - share) / len(right)):.2f} %"
+
+
+def _mean(right: NDArray[np.bool_]) -> float:
+    return float(right.mean()) if len(right) else math.nan
