@@ -104,6 +104,8 @@ def read_manifest(checkpoint: Path) -> Manifest:
             f"{MANIFEST} has format {body['format']}, but this version of everyrank reads format {FORMAT}"
         )
     files = {name: FileRecord(**record) for name, record in body["files"].items()}
+    if any(name != Path(name).name for name in files):
+        raise CheckpointError(f"{MANIFEST} names files outside its folder")
     return Manifest(
         step=body["step"],
         metric=decode_json(body["metric"]),

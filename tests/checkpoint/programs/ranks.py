@@ -1,0 +1,93 @@
+"""One rank of a world that saves, fails and loads together.
+
+    python ranks.py RANK WORLD_SIZE MEETING_FILE FOLDER save|load
+
+Prints one line of JSON; every rank must print the same, but for its rank.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from everyrank import Checkpointer, CheckpointError, World, gather_objects, join
+
+
+def save_all(world: World, checkpointer: Checkpointer, step: int, **rank_state: Any) -> None:
+    # each rank holds something else: rank 0's is saved
+    tensors = {"model": {"w": torch.full((50_000,), float(world.rank + 10 * step))}}
+    checkpointer.save(step, tensors=tensors, state={"rank": world.rank}, rank_state={"rank": world.rank, **rank_state})
+
+
+def error_of(call: Callable[[], object]) -> str:
+    try:
+        call()
+    except CheckpointError as error:
+        return str(error)
+    return ""
+
+
+def saving(world: World, folder: Path) -> dict[str, Any]:
+    checkpointer = Checkpointer(folder, world=world)
+    save_all(world, checkpointer, 1)
+    save_all(world, checkpointer, 2)
+    latest = checkpointer.latest()
+    assert latest is not None
+    # a rank's state that cannot be written is an error on all of them
+    bad = {"odd": object()} if world.rank == world.size - 1 else {}
+    refused = error_of(lambda: save_all(world, checkpointer, 3, **bad))
+    # the writer's error reaches all of them at the next save; or at once, in the foreground
+    hidden = folder.with_name("hidden")
+    gather_objects(None)
+    if world.is_main:
+        shutil.move(folder, hidden)
+    save_all(world, checkpointer, 4)
+    background = error_of(lambda: save_all(world, checkpointer, 5))
+    blocking = Checkpointer(folder.with_name("gone"), world=world, background=False)
+    gather_objects(None)
+    if world.is_main:
+        shutil.rmtree(folder.with_name("gone"))
+    gather_objects(None)
+    foreground = error_of(lambda: save_all(world, blocking, 7))
+    if world.is_main:
+        shutil.move(hidden, folder)
+    gather_objects(None)
+    checkpointer.close()
+    return {"latest": latest.step, "refused": refused, "background": background, "foreground": foreground}
+
+
+def loading(world: World, folder: Path) -> dict[str, Any]:
+    checkpointer = Checkpointer(folder, world=world)
+    latest = checkpointer.latest()
+    assert latest is not None
+    loaded = checkpointer.load(latest)
+    if world.rank == 1:  # a node that does not share the file system
+        Path.is_dir = lambda self: False  # type: ignore[method-assign, assignment]
+    again = checkpointer.load(latest)
+    assert torch.equal(again.tensors["model"]["w"], loaded.tensors["model"]["w"])
+    damaged = folder / "step-00000001"
+    if world.is_main:
+        (damaged / "model.safetensors").write_bytes(b"")
+    refused = error_of(lambda: checkpointer.load(damaged))
+    return {
+        "step": loaded.step,
+        "weight": float(loaded.tensors["model"]["w"][0]),
+        "state": loaded.state,
+        "rank_states": loaded.rank_states,
+        "world_size": loaded.world_size,
+        "refused": refused,
+    }
+
+
+if __name__ == "__main__":
+    rank, world_size, meeting, folder, what = sys.argv[1:]
+    with join(
+        rank=int(rank), world_size=int(world_size), init_method=f"file://{meeting}", backend="gloo", timeout_s=60
+    ) as world:
+        print(json.dumps((saving if what == "save" else loading)(world, Path(folder))))
