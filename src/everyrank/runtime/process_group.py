@@ -22,8 +22,8 @@ from everyrank.runtime.environment import DEFAULT_MASTER_ADDR, DEFAULT_MASTER_PO
 from everyrank.runtime.membership import Membership, get_membership, set_membership
 from everyrank.runtime.network import interface_towards, loopback_interface
 from everyrank.runtime.process_environment import ProcessEnvironment
-from everyrank.runtime.rendezvous import open_meeting, stays_on_this_machine
-from everyrank.runtime.roll_call import call_the_roll
+from everyrank.runtime.rendezvous import stays_on_this_machine
+from everyrank.runtime.roll_call import meet
 from everyrank.runtime.world import World
 
 _log = logging.getLogger("everyrank.runtime")
@@ -172,9 +172,8 @@ def _enter(
     chosen = choose_backend(backend, bound)
     saved = _choose_interface(environment, init_method, chosen)
     try:
-        meeting = open_meeting(environment, init_method, timeout_s, os.environ)
         gpu = device_identity(bound) if chosen == "nccl" else ""
-        store, roster = call_the_roll(meeting.store, environment, timeout_s, meeting.endpoint, gpu)
+        meeting, store, roster = meet(environment, init_method, timeout_s, os.environ, gpu)
         _make_group(environment, chosen, bound, store, timeout_s)
     except BaseException:
         _restore(saved)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import socket
+import threading
 from collections.abc import Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -19,6 +21,7 @@ from everyrank.runtime.network import is_this_host
 from everyrank.runtime.process_environment import ProcessEnvironment, environment_error
 
 _LISTEN_BACKLOG = 4096
+_GRACE_S = 2.0  # torch keeps its own timeout where it can; ours is for where it cannot
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,15 +106,29 @@ def _open_tcp(host: str, port: int, environment: ProcessEnvironment, timeout_s: 
         store = dist.TCPStore("127.0.0.1", port, is_master=True, master_listen_fd=listener.detach(), **options)
         return Meeting(store=store, host=(host, port), endpoint=endpoint)
     try:
-        store = dist.TCPStore(host, port, is_master=False, **options)
-    except (dist.DistError, RuntimeError, ValueError) as error:
+        client = _connect(host, port, timeout_s, options)
+    except (dist.DistError, RuntimeError, TimeoutError, ValueError) as error:
         raise RendezvousError(
-            f"rank {environment.rank} could not reach the master at {endpoint} within {timeout_s:g} s "
+            f"rank {environment.rank} could not reach the master at {endpoint} within {round(timeout_s, 1):g} s "
             f"({environment.world_size} processes, launcher {environment.launcher}). To mend it: check that rank 0 "
             f"runs, that MASTER_ADDR={environment.master_addr} and MASTER_PORT={environment.master_port} are right on "
             "every node and that no firewall is between them, or raise timeout_s if rank 0 starts late."
         ) from error
-    return Meeting(store=store, host=None if agent_hosts else (host, port), endpoint=endpoint)
+    return Meeting(store=client, host=None if agent_hosts else (host, port), endpoint=endpoint)
+
+
+def _connect(host: str, port: int, timeout_s: float, options: dict[str, Any]) -> dist.Store:
+    """Connect to the master's store; torch waits for ever for a server that accepts and then says nothing."""
+    done: Future[dist.Store] = Future()
+
+    def connect() -> None:
+        try:
+            done.set_result(dist.TCPStore(host, port, is_master=False, **options))
+        except Exception as error:
+            done.set_exception(error)
+
+    threading.Thread(target=connect, name="everyrank-connect", daemon=True).start()
+    return done.result(timeout_s + _GRACE_S)
 
 
 def _listen(port: int, *, loopback: bool) -> socket.socket:

@@ -16,6 +16,7 @@ import platform
 import secrets
 import socket
 import time
+from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -25,30 +26,49 @@ import torch.distributed as dist
 from everyrank import __version__
 from everyrank.errors import RendezvousError
 from everyrank.runtime.process_environment import ProcessEnvironment
+from everyrank.runtime.rendezvous import Meeting, open_meeting
 
 _SHORTEST_POLL_S, _LONGEST_POLL_S = 0.001, 0.05
 _GRACE_S = 5.0  # others wait so much longer than rank 0, whose verdict names who is missing
 
 
-def call_the_roll(
-    store: dist.Store, environment: ProcessEnvironment, timeout_s: float, endpoint: str, gpu: str = ""
-) -> tuple[dist.Store, list[str]]:
-    """Wait until every rank is here and agree on a fresh part of the store.
+def meet(
+    environment: ProcessEnvironment, init_method: str, timeout_s: float, environ: Mapping[str, str], gpu: str = ""
+) -> tuple[Meeting, dist.Store, list[str]]:
+    """Open the store, wait until every rank is here, and agree on a fresh part of the store.
 
     Args:
-        store: Where the processes meet; may hold keys of earlier attempts.
         environment: This process's place in the run.
-        timeout_s: How long to wait for the others.
-        endpoint: Where the store is, for messages.
+        init_method: ``env://``, ``tcp://HOST:PORT`` or ``file:///PATH``.
+        timeout_s: How long to wait for the store and for the others.
+        environ: Environment variables.
         gpu: Identity of this rank's GPU where no two ranks may share one, else empty.
 
     Returns:
-        A store whose keys belong to this attempt alone, and for each rank where it runs.
+        The meeting, a store whose keys belong to this attempt alone, and for each rank where it runs.
 
     Raises:
+        UserError: As :func:`everyrank.runtime.rendezvous.open_meeting`.
         RendezvousError: Ranks are missing or do not fit together. All ranks that came raise it and name them.
     """
-    rank, deadline = environment.rank, time.monotonic() + timeout_s
+    deadline = time.monotonic() + timeout_s
+    while True:
+        meeting = open_meeting(environment, init_method, max(deadline - time.monotonic(), 0.1), environ)
+        try:
+            store, places = _call_the_roll(meeting.store, environment, deadline, timeout_s, meeting.endpoint, gpu)
+            return meeting, store, places
+        except dist.DistNetworkError as error:
+            # The server went away while it was talked to. Perhaps it was that of the group this program has just left,
+            # and the new one on the same port is about to come.
+            if environment.rank == 0 or time.monotonic() > deadline:
+                raise _no_roll_call(environment, timeout_s, meeting.endpoint) from error
+
+
+def _call_the_roll(
+    store: dist.Store, environment: ProcessEnvironment, deadline: float, timeout_s: float, endpoint: str, gpu: str
+) -> tuple[dist.Store, list[str]]:
+    """Return the fresh part of the store, and for each rank where it runs."""
+    rank = environment.rank
     token = secrets.token_hex(8)
     hello = {
         "token": token,
@@ -65,22 +85,32 @@ def call_the_roll(
             generation = str(base.add("generation", 1))
             verdict = _gather_hellos(base, generation, hello, environment.world_size, deadline, timeout_s, endpoint)
             base.set(f"verdict/{generation}", json.dumps(verdict))
+            if verdict["problem"]:
+                _wait_for_readers(base, generation, verdict["num_here"] - 1)
         else:
             base.set(f"hello/{rank}", json.dumps(hello))
             generation = _read(base, f"answer/{token}", deadline + _GRACE_S)
             base.add(f"here/{generation}/{rank}", 1)
             verdict = json.loads(_read(base, f"verdict/{generation}", deadline + 2 * _GRACE_S))
+            if verdict["problem"]:
+                base.add(f"read/{generation}", 1)
+    except dist.DistNetworkError:
+        raise
     except (dist.DistError, RuntimeError) as error:
-        raise RendezvousError(
-            f"rank {rank} of {environment.world_size} waited {timeout_s:g} s at {endpoint}, and rank 0 did not call "
-            "the roll. To mend it: look at rank 0's log; check that all processes use the same master address and "
-            "port, or raise timeout_s."
-        ) from error
+        raise _no_roll_call(environment, timeout_s, endpoint) from error
     if verdict["problem"]:
         raise RendezvousError(verdict["problem"])
     fresh = dist.PrefixStore(f"everyrank/group/{generation}", store)
     fresh.set_timeout(timedelta(seconds=timeout_s))
     return fresh, verdict["places"]
+
+
+def _no_roll_call(environment: ProcessEnvironment, timeout_s: float, endpoint: str) -> RendezvousError:
+    return RendezvousError(
+        f"rank {environment.rank} of {environment.world_size} came to {endpoint}, but rank 0 did not call the roll "
+        f"within {timeout_s:g} s. To mend it: look at rank 0's log; check that all processes use the same master address "
+        "and port, or raise timeout_s."
+    )
 
 
 def _read(store: dist.Store, key: str, deadline: float) -> str:
@@ -123,9 +153,16 @@ def _gather_hellos(
             f"of {names}; check that {world_size} processes were started and that all use the same master address and "
             "port, or raise timeout_s."
         )
-        return {"problem": problem, "places": []}
+        return {"problem": problem, "places": [], "num_here": len(hellos)}
     ordered = [hellos[rank] for rank in range(world_size)]
-    return {"problem": _misfit(ordered), "places": [hello["place"] for hello in ordered]}
+    return {"problem": _misfit(ordered), "places": [hello["place"] for hello in ordered], "num_here": world_size}
+
+
+def _wait_for_readers(store: dist.Store, generation: str, num_readers: int) -> None:
+    """On rank 0, before it fails and takes the store with it: let the others read why."""
+    deadline = time.monotonic() + _GRACE_S
+    while store.add(f"read/{generation}", 0) < num_readers and time.monotonic() < deadline:
+        time.sleep(_SHORTEST_POLL_S)
 
 
 def _misfit(hellos: list[dict[str, Any]]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 
 from everyrank.runtime.hostlist import expand_hostlist, first_host
@@ -9,9 +10,7 @@ from everyrank.runtime.process_environment import ProcessEnvironment, environmen
 from everyrank.runtime.rendezvous_port import derive_port
 
 _SPECIAL_STEPS = 0xFFFFFFF0  # slurm.h: the batch script, the interactive and external steps number down from 2**32 - 2
-_INTERACTIVE_NAMES = frozenset(
-    {"bash", "sh", "zsh", "fish", "tcsh", "csh", "interactive", "sys/dashboard/sys/bc_desktop"}
-)
+_SHELLS = frozenset({"bash", "sh", "zsh", "fish", "tcsh", "csh", "ksh", "dash"})
 
 
 def detect_slurm(environ: Mapping[str, str]) -> ProcessEnvironment | None:
@@ -20,7 +19,7 @@ def detect_slurm(environ: Mapping[str, str]) -> ProcessEnvironment | None:
     The batch script, an interactive shell inside an allocation (``salloc``, ``srun --pty bash``) and what is typed
     there have Slurm's variables too, but they are one process and not a distributed run.
     """
-    if "SLURM_PROCID" not in environ or not _is_parallel_step(environ):
+    if "SLURM_PROCID" not in environ or not _is_parallel_step(environ) or _is_other_mpi(environ):
         return None
     rank = require_int(environ, "SLURM_PROCID", "SLURM_STEP_ID")
     world_size = _world_size(environ)
@@ -55,9 +54,18 @@ def _is_parallel_step(environ: Mapping[str, str]) -> bool:
     step = environ.get("SLURM_STEP_ID") or environ.get("SLURM_STEPID", "")
     if not step.isdigit() or int(step) >= _SPECIAL_STEPS:
         return False
-    if "SLURM_PTY_PORT" in environ or "SLURM_PTY_WIN_ROW" in environ:
-        return False  # srun --pty: a person sits at task 0, whatever SLURM_NTASKS says
-    return environ.get("SLURM_JOB_NAME") not in _INTERACTIVE_NAMES
+    if environ.get("SLURM_TASK_PID") == str(os.getpid()) or environ["SLURM_PROCID"] != "0" or step != "0":
+        return True
+    # What is typed in the shell of `srun -n4 --pty bash` has the variables of task 0 of step 0. A step started from
+    # such a shell inherits the name and the terminal's variables, but has a later number; one started from the shell of
+    # salloc may be step 0 too, and is told by the name salloc gives.
+    name = environ.get("SLURM_JOB_NAME", "")
+    return not (name in _SHELLS or ("SLURM_PTY_PORT" in environ and name != "interactive"))
+
+
+def _is_other_mpi(environ: Mapping[str, str]) -> bool:
+    """Tell whether PMI's variables are those of an ``mpiexec`` that only used Slurm to reach its nodes."""
+    return "PMI_RANK" in environ and environ["PMI_RANK"] != environ["SLURM_PROCID"]
 
 
 def _world_size(environ: Mapping[str, str]) -> int:
