@@ -1,0 +1,111 @@
+"""The app: make the data, train, and compare with the Myrheim-Meyer estimator."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import OmegaConf
+from torch import nn
+
+from everyrank.apps.causal_sets import figure
+from everyrank.apps.causal_sets.comparison import Comparison, compare, make_table
+from everyrank.apps.causal_sets.dataset import NUM_GRAPH_FEATURES, NUM_NODE_FEATURES
+from everyrank.apps.causal_sets.settings import read_settings
+from everyrank.errors import ConfigError
+from everyrank.runtime.process_group import join
+from everyrank.training.trainer import TrainerDDP
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+_NOT_THE_TRAINERS = ("_target_", "name", "preload")
+
+
+class CausalSetsApp:
+    """Trains a graph network to tell the dimension of a causal set, and a spacetime from an order that is none.
+
+    ``cfg.app`` holds the sections of :class:`everyrank.TrainerDDP`; see ``conf/app/causal_sets.yaml``.
+    """
+
+    def run(self, cfg: DictConfig) -> dict[str, Any]:
+        """Run on this rank.
+
+        Args:
+            cfg: The resolved configuration of the run.
+
+        Returns:
+            The accuracies on the test set, the network's beside the estimator's, and a hash of the weights.
+        """
+        config = trainer_config(cfg)
+        with join(**cfg.distributed) as world:
+            trainer = TrainerDDP(config=config, world=world)
+            dataset = trainer.config.data.type(**trainer.config.data.kwargs)
+            loaders = trainer.prepare_dataloaders(dataset, split=trainer.config.data.split)
+            trainer.run_training(*loaders[:2])
+            trainer.run_test(loaders[2])
+            comparison = compare(trainer.module, dataset, loaders[2].dataset.indices, world)
+            if world.is_main:
+                _write(trainer, comparison)
+            return {**comparison.summary(), "weights": hash_of(trainer.module)}
+
+
+def trainer_config(cfg: DictConfig) -> dict[str, Any]:
+    """Return ``cfg.app`` as the trainer's configuration, with what follows from the run and the data filled in.
+
+    Raises:
+        ConfigError: The data are configured wrongly, or the model does not fit them.
+    """
+    app = OmegaConf.to_container(cfg.app, resolve=True)
+    assert isinstance(app, dict)
+    config: dict[str, Any] = {key: value for key, value in app.items() if key not in _NOT_THE_TRAINERS}
+    config["training"] = {"path": cfg.run.dir, "resume": cfg.get("resume", "auto"), **config["training"]}
+    settings = read_settings({key: value for key, value in config["data"]["kwargs"].items() if key != "folder"})
+    complete_model(config["model"], num_dimensions=len(settings.dimensions))
+    return config
+
+
+def complete_model(model: dict[str, Any], num_dimensions: int) -> None:
+    """Fill in the widths that follow from the data.
+
+    Raises:
+        ConfigError: A width was set to something else, or a head is missing.
+    """
+    heads = model.setdefault("heads", {})
+    problems = [
+        f"model.heads.{name}: missing; the loss needs it." for name in ("dimension", "manifold") if name not in heads
+    ]
+    if problems:
+        raise ConfigError("The model does not fit the causal sets.", problems)
+    follows: list[tuple[dict[str, Any], str, str, int]] = [
+        (model, "model", "in_dim", NUM_NODE_FEATURES),
+        (model, "model", "graph_dim", NUM_GRAPH_FEATURES),
+        (heads["dimension"], "model.heads.dimension", "out_dim", num_dimensions),
+        (heads["manifold"], "model.heads.manifold", "out_dim", 1),
+    ]
+    for section, path, key, value in follows:
+        found = section.setdefault(key, value)
+        if found != value:
+            problems.append(f"{path}.{key}: found {found}, but the data ask for {value}. Leave it out.")
+    if problems:
+        raise ConfigError("The model does not fit the causal sets.", problems)
+
+
+def hash_of(module: nn.Module) -> str:
+    """Return a hash of all weights, equal if and only if they are, bit by bit."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _write(trainer: TrainerDDP, comparison: Comparison) -> None:
+    """Save the model and the figure and print the table, on rank 0."""
+    from rich.console import Console
+
+    trainer.module.save(trainer.run / "model.safetensors")
+    figure.draw(trainer.run / "causal_sets.png", comparison, trainer.history.epochs)
+    console = Console()
+    console.print(make_table(comparison))
+    console.print(f"Figure: {trainer.run / 'causal_sets.png'}", soft_wrap=True, highlight=False)
