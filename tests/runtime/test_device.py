@@ -12,7 +12,7 @@ from everyrank.runtime.process_environment import ProcessEnvironment
 
 @pytest.fixture
 def gpus(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """A machine that shows this process some GPUs; the list holds their number, then the ones that were made current."""
+    """A machine that shows this process some GPUs; the list holds their number, then those made current."""
     seen = [2]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: seen[0] > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: seen[0])

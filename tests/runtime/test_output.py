@@ -69,9 +69,14 @@ def test_an_exception_passes_and_the_streams_come_back(tmp_path: Path, capsys: p
     from everyrank.runtime.output import tee_output
 
     before = sys.stdout, sys.stderr, sys.__stdout__
-    with pytest.raises(KeyError), tee_output(tmp_path / "log"):
-        print("seen twice")
-        raise KeyError
+
+    def fail() -> None:
+        with tee_output(tmp_path / "log"):
+            print("seen twice")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
     assert (sys.stdout, sys.stderr, sys.__stdout__) == before
     assert capsys.readouterr().out == "seen twice\n"
     assert (tmp_path / "log").read_text() == "seen twice\n"

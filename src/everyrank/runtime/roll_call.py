@@ -108,8 +108,8 @@ def _call_the_roll(
 def _no_roll_call(environment: ProcessEnvironment, timeout_s: float, endpoint: str) -> RendezvousError:
     return RendezvousError(
         f"rank {environment.rank} of {environment.world_size} came to {endpoint}, but rank 0 did not call the roll "
-        f"within {timeout_s:g} s. To mend it: look at rank 0's log; check that all processes use the same master address "
-        "and port, or raise timeout_s."
+        f"within {timeout_s:g} s. To mend it: look at rank 0's log; check that all processes use the same master "
+        "address and port, or raise timeout_s."
     )
 
 
