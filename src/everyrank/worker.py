@@ -28,6 +28,7 @@ from everyrank.errors import (
     UserError,
     did_you_mean,
 )
+from everyrank.lifetime import die_with_parent
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -40,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # torch.distributed.launch without --use-env appends one of these; runtime.environment reads it.
     parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
+    die_with_parent()  # an agent that is killed must not leave its ranks training on
     return _run_file(arguments.config)
 
 

@@ -17,9 +17,11 @@ from torch.distributed.elastic.multiprocessing.api import LogsDest, LogsSpecs, P
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from everyrank.drivers.forkserver import Forkserver, RankProcess
-from everyrank.drivers.rank_files import error_file, log_file
+from everyrank.drivers.rank_files import error_file, log_file, read_error
 from everyrank.drivers.spec import EngineRun, RankFunction
-from everyrank.errors import EXIT_BAD_INPUT, EXIT_OK, EXIT_PREEMPTED
+from everyrank.errors import EXIT_BAD_INPUT, EXIT_FAILURE, EXIT_OK, EXIT_PREEMPTED, ProcessGroupError
+
+SETTLE_S = 7.0  # a node that went away has been noticed by then (see elastic_rendezvous)
 
 
 class RunLogs(LogsSpecs):
@@ -70,7 +72,7 @@ class ForkedRanks(PContext):
             process = RankProcess(
                 entry=self._run.work.entry,  # type: ignore[union-attr]
                 args=self.args[local_rank],
-                env={**self._run.base_env, **self.envs[local_rank]},
+                env={**self._run.base_env, **self._run.env, **self.envs[local_rank]},
                 cwd=self._run.cwd,
                 sys_path=list(self._run.sys_path),
             )
@@ -183,22 +185,60 @@ class RankAgent(LocalElasticAgent):
             "ROLE_WORLD_SIZE": str(worker.role_world_size),
             "MASTER_ADDR": str(group.master_addr),
             "MASTER_PORT": str(group.master_port),
-            "TORCHELASTIC_RESTART_COUNT": str(spec.max_restarts - self._remaining_restarts),
+            "TORCHELASTIC_RESTART_COUNT": str(self._attempt()),
             "TORCHELASTIC_MAX_RESTARTS": str(spec.max_restarts),
             "TORCHELASTIC_RUN_ID": spec.rdzv_handler.get_run_id(),
             "TORCHELASTIC_USE_AGENT_STORE": str(spec.rdzv_handler.use_agent_store),
             "TORCH_NCCL_ASYNC_ERROR_HANDLING": os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1"),
         }
 
+    def _attempt(self) -> int:
+        """How many attempts were made before: agreed by all nodes, where there are several."""
+        spec = self._worker_group.spec
+        return getattr(spec.rdzv_handler, "attempt", spec.max_restarts - self._remaining_restarts)
+
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        meeting = worker_group.spec.rdzv_handler
+        if hasattr(meeting, "check_contact"):
+            try:
+                meeting.check_contact()
+            except ProcessGroupError:
+                self._shutdown_timeout = self._short_patience_s  # the other nodes may go on without this one already
+                raise
         result = super()._monitor_workers(worker_group)
         if result.state == WorkerState.FAILED:
             codes = {failure.exitcode for failure in result.failures.values()}
+            if EXIT_BAD_INPUT not in codes and self._others_came_or_went(codes):
+                return RunResult(state=WorkerState.HEALTHY)  # the agent then starts the ranks anew, uncounted
             # Starting again mends neither a preemption (the machine is going) nor a mistake in the configuration.
             if codes & {EXIT_PREEMPTED, EXIT_BAD_INPUT}:
                 self._remaining_restarts = 0
         return result
 
+    def _others_came_or_went(self, codes: set[int]) -> bool:
+        """Whether the ranks of this node ended because the set of nodes is changing, not on their own account.
+
+        Then they lost a peer, were aborted by NCCL's watchdog, or left with a checkpoint because a rank elsewhere was
+        told to.
+        """
+        meeting = self._worker_group.spec.rdzv_handler
+        if not hasattr(meeting, "changed") or self._worker_group.group_world_size == 1:
+            return False
+        elastic = self._run.min_nodes != self._run.max_nodes
+        if not elastic and not self._run.max_restarts:
+            return False
+        errors = [read_error(error_file(self._run.log_dir, w.global_rank)) for w in self._worker_group.workers]
+        own = [error for error in errors if error and not error.get("peer_trouble")]
+        if own or not codes <= {EXIT_PREEMPTED, EXIT_FAILURE, -signal.SIGABRT, -signal.SIGTERM}:
+            return False
+        return meeting.changed(SETTLE_S)
+
+    @property
+    def _short_patience_s(self) -> int:
+        return int(self._run.failure_grace_s) + 1
+
     def _stop_workers(self, worker_group: WorkerGroup) -> None:
         # Ranks that wait for a dead peer have nothing to save: the checkpoint on disk is what a restart goes on from.
-        self._shutdown(timeout=int(self._run.failure_grace_s) + 1)
+        # If nodes only come in, all ranks are well and can save first.
+        well = worker_group.state == WorkerState.HEALTHY and not getattr(worker_group.spec.rdzv_handler, "num_gone", 0)
+        self._shutdown(timeout=int(self._run.shutdown_timeout_s) if well else self._short_patience_s)

@@ -15,10 +15,15 @@ from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 from everyrank.drivers.agent import ForkedRanks, RankAgent
 from everyrank.drivers.forkserver import Forkserver
+from everyrank.drivers.elastic_rendezvous import ElasticRendezvous
 from everyrank.drivers.guarded import guarded
+from everyrank.drivers.network import address_towards, interface_of, split_endpoint
 from everyrank.drivers.rank_files import error_file, existing, log_file, read_error
 from everyrank.drivers.rendezvous import LoopbackRendezvous
 from everyrank.drivers.spec import EngineRun, Outcome, RankFailure, RankFunction
+from everyrank.drivers.static_rendezvous import StaticRendezvous
+from everyrank.errors import ProcessGroupError, UserError
+from everyrank.lifetime import die_with_parent
 
 _HANDLED = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
 
@@ -54,6 +59,7 @@ def execute(run: EngineRun, forkserver: Forkserver, stdio: tuple[int, int]) -> O
     )
     agent = RankAgent(run, spec, make_ranks)
     signum: int | None = None
+    message = ""
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = _HANDLED  # torch handles them once ranks run; we, until then
     try:
         for name in _HANDLED.split(","):
@@ -61,11 +67,17 @@ def execute(run: EngineRun, forkserver: Forkserver, stdio: tuple[int, int]) -> O
         agent.run()
     except SignalException as error:
         signum = int(error.sigval)
+        getattr(handler, "leave", handler.shutdown)()  # the other nodes may go on
+    except ProcessGroupError as error:
+        if isinstance(error, UserError):
+            raise
+        message = str(error)
     finally:
-        handler.shutdown()
+        if signum is None:
+            handler.shutdown()
         for name in _HANDLED.split(","):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
-    return _outcome(run, agent, signum)
+    return _outcome(run, agent, signum, message)
 
 
 def _raise_signal(signum: int, _frame: Any) -> None:
@@ -90,8 +102,14 @@ def _rendezvous(run: EngineRun) -> RendezvousHandler:
     if meeting.backend == "loopback":
         return LoopbackRendezvous(meeting.run_id, run.master_port)
     config = dict(meeting.config)
-    if meeting.backend == "static":
-        config["rank"] = meeting.node_rank
+    if meeting.backend in ("static", "c10d"):
+        host, port = split_endpoint(meeting.endpoint, "driver.rdzv_endpoint")
+        if not isinstance(run.work, RankFunction):
+            _name_interface(host)
+        timeout_s = float(config["timeout_s"])
+        if meeting.backend == "static":
+            return StaticRendezvous(host, port, meeting.node_rank, run.max_nodes, meeting.run_id, timeout_s)
+        return ElasticRendezvous(host, port, meeting.run_id, run.min_nodes, run.max_nodes, timeout_s)
     return get_rendezvous_handler(
         RendezvousParameters(
             backend=meeting.backend,
@@ -104,15 +122,25 @@ def _rendezvous(run: EngineRun) -> RendezvousHandler:
     )
 
 
+def _name_interface(host: str) -> None:
+    """Tell gloo and NCCL, in outside programs, which interface leads to the other nodes (ours find it in join)."""
+    interface = interface_of(address_towards(host))
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        if interface not in (None, "lo") and not os.environ.get(name):
+            os.environ[name] = str(interface)
+            print(f"notice: {name}={interface}, by the route to {host}", file=sys.stderr, flush=True)
+
+
 def _call(entry: str, args: tuple[Any, ...]) -> None:
     """Entry of a rank that torch starts by spawn or fork."""
     import importlib
 
+    die_with_parent()
     module, _, function = entry.partition(":")
     getattr(importlib.import_module(module), function)(*args)
 
 
-def _outcome(run: EngineRun, agent: RankAgent, signum: int | None) -> Outcome:
+def _outcome(run: EngineRun, agent: RankAgent, signum: int | None, message: str) -> Outcome:
     group = agent.get_worker_group()
     ranks = agent.ranks
     failures = []
@@ -133,6 +161,7 @@ def _outcome(run: EngineRun, agent: RankAgent, signum: int | None) -> Outcome:
     return Outcome(
         failures=tuple(failures),
         signum=signum,
+        message=message,
         num_restarts=run.max_restarts - agent._remaining_restarts,
         world_size=group.workers[0].world_size if group.workers else 0,
     )

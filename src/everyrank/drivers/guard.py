@@ -1,4 +1,4 @@
-"""``python -I -S guard.py PARENT_PID PROGRAM [ARG ...]``: become PROGRAM, and end when the parent ends.
+"""``python -I -S guard.py PARENT_PID PROGRAM [ARG ...]``: become PROGRAM, and end when the parent ends (0: whoever it is).
 
 Run as a plain file, so that a rank of an outside program costs one bare interpreter start and no import of everyrank.
 """
@@ -12,7 +12,7 @@ if __name__ == "__main__":
     parent_pid, program = int(sys.argv[1]), sys.argv[2:]
     if sys.platform.startswith("linux"):
         ctypes.CDLL(None).prctl(1, int(signal.SIGKILL), 0, 0, 0)  # PR_SET_PDEATHSIG
-        if os.getppid() != parent_pid:
+        if parent_pid and os.getppid() != parent_pid:
             sys.exit(1)
     try:
         os.execvp(program[0], program)

@@ -37,6 +37,9 @@ class LegacyLaunchDriver:
                 f"node ranks run from 0 to {c.nnodes - 1}."
             )
         flags = [f"--nproc-per-node={nproc}", f"--max-restarts={c.max_restarts}"]
+        flags.append(
+            f"--log-dir={request.log_dir}/launcher"
+        )  # else each launch leaves a folder in the temporary folder
         if c.nnodes > 1:
             if not (c.master_addr and c.master_port):
                 raise DriverError(
@@ -52,7 +55,9 @@ class LegacyLaunchDriver:
             flags.insert(0, "--standalone")  # torch's own default is port 29500, for every launch on the machine
         if c.use_env:
             flags.append("--use-env")
-        program = request.worker if request.command is None else ("--no-python", *request.command)
+        program = (
+            request.worker if request.command is None else ("--no-python", *guarded(request.command, parent_pid=0))
+        )
         return LaunchPlan(
             driver="launch",
             command=(sys.executable, "-m", "torch.distributed.launch", *flags, *program),

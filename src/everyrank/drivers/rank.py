@@ -29,5 +29,6 @@ def call(folder: str) -> None:
 
 
 def _write(path: str, value: object) -> None:
+    data = cloudpickle.dumps(value)  # before the file is made: a value that cannot be pickled leaves no file
     with open(path, "wb") as file:
-        cloudpickle.dump(value, file)
+        file.write(data)

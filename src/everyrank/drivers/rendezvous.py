@@ -85,6 +85,10 @@ class LoopbackRendezvous(RendezvousHandler):
         """The run's id."""
         return self._run_id
 
+    def leave(self) -> None:
+        """Leave because this node was told to: there is no other node to tell."""
+        self.shutdown()
+
     def shutdown(self) -> bool:
         """Close the store."""
         self._store = None

@@ -10,6 +10,7 @@ from everyrank.drivers.config import TorchrunConfig
 from everyrank.drivers.driver import LaunchPlan, LaunchRequest
 from everyrank.drivers.environment import SUPERVISED, rank_variables
 from everyrank.drivers.machine import resolve_nproc
+from everyrank.drivers.network import split_endpoint
 from everyrank.drivers.ports import check_port_is_free
 from everyrank.drivers.spec import EngineRun, Outcome, RankCommand, RankFunction, Rendezvous
 from everyrank.errors import DriverError, did_you_mean
@@ -38,7 +39,7 @@ class TorchrunDriver:
         env = rank_variables(request, c.threads_per_rank)
         if sys.platform == "win32":
             env["USE_LIBUV"] = "0"  # torch's Windows builds have no libuv
-        if rendezvous.backend != "loopback":
+        if rendezvous.backend.startswith("etcd"):
             # Cures two faults of torch 2.13: a late joiner that hangs, and restarts that reconnect to dead addresses.
             env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
         command = self._command(request, nproc, min_nodes, max_nodes, rendezvous)
@@ -142,7 +143,8 @@ class TorchrunDriver:
                     "driver.master_addr=HOST driver.master_port=29500."
                 )
             endpoint = f"{c.master_addr or '127.0.0.1'}:{c.master_port or 29500}"
-            config = {"timeout": int(c.rdzv_timeout_s)}
+            split_endpoint(endpoint, "driver.master_addr:driver.master_port")
+            config = {"timeout_s": c.rdzv_timeout_s}
             return Rendezvous(
                 backend="static", endpoint=endpoint, run_id=run_id, node_rank=c.node_rank, config=config
             ), notices
@@ -152,14 +154,9 @@ class TorchrunDriver:
                 "an elastic run needs a place to meet, but driver.rdzv_endpoint is not set. "
                 "Set driver.rdzv_endpoint=HOST:29500, the same on every node."
             )
-        # torch's defaults wait 30 s for late nodes and notice a dead one after 15 s or more. Two missed keep-alives
-        # were seen to split a job in two; four of one second were not.
-        config = {
-            "join_timeout": int(c.rdzv_timeout_s),
-            "last_call_timeout": 1,
-            "keep_alive_interval": 1,
-            "keep_alive_max_attempt": 4,
-        }
+        host, port = split_endpoint(endpoint, "driver.rdzv_endpoint")
+        endpoint = f"{host}:{port}"
+        config = {"timeout_s": c.rdzv_timeout_s} if backend == "c10d" else {"join_timeout": int(c.rdzv_timeout_s)}
         return Rendezvous(backend=backend, endpoint=endpoint, run_id=run_id, config=config), notices
 
     def _command(

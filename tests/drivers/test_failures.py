@@ -1,0 +1,139 @@
+"""A failing rank is named, and nothing survives it: real exceptions, real kills."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import RunCli
+
+WAITS = ("app=custom", "app._target_=probe_apps.Waits", "+app.folder=told")
+
+
+def wait_for(path: Path, timeout_s: float = 90) -> Path:
+    deadline = time.monotonic() + timeout_s
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path} did not come"
+        time.sleep(0.02)
+    return path
+
+
+def rank_pids(folder: Path, world_size: int = 2) -> list[int]:
+    wait_for(folder / "joined")
+    return [int((folder / f"pid-{rank}").read_text()) for rank in range(world_size)]
+
+
+def wait_gone(pids: list[int], timeout_s: float = 20) -> list[int]:
+    """Pids that are still alive after the timeout (zombies do not count)."""
+    deadline = time.monotonic() + timeout_s
+    while alive := [pid for pid in pids if _alive(pid)]:
+        if time.monotonic() > deadline:
+            return alive
+        time.sleep(0.02)
+    return []
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+@pytest.mark.parametrize("driver", ["torchrun", "spawn", "launch"])
+def test_an_exception_is_blamed_on_the_rank_that_raised_it(run_cli: RunCli, tmp_path: Path, driver: str) -> None:
+    done = run_cli(f"driver={driver}", "app=custom", "app._target_=probe_apps.RaisesOnRank", "+app.guilty=1")
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-6:]
+    told = "\n".join(last)
+    assert "rank 1 of 2 failed: LookupError: the sample 1 is missing" in told, done.stderr
+    assert "logs/rank-1.log" in told
+    assert "probe_apps.py" in done.stderr, "the original traceback is shown"
+    log = next(tmp_path.glob("outputs/*/logs/rank-1.log")).read_text()
+    assert "LookupError: the sample 1 is missing" in log
+
+
+def test_a_killed_rank_is_named_and_the_other_is_ended(run_cli: RunCli) -> None:
+    done = run_cli("driver=torchrun", "app=custom", "app._target_=probe_apps.KilledOnRank", "+app.guilty=1")
+    assert done.returncode == 1
+    assert "rank 1 of 2 failed: killed by SIGKILL" in done.stderr
+
+
+@pytest.mark.parametrize("start_method", ["forkserver", "spawn"])
+def test_max_restarts_starts_the_group_again(run_cli: RunCli, start_method: str) -> None:
+    done = run_cli(
+        "driver=torchrun",
+        "driver.max_restarts=2",
+        f"driver.start_method={start_method}",
+        "app=custom",
+        "app._target_=probe_apps.KilledOnRank",
+        "+app.guilty=0",
+        "+app.attempts=1",
+    )
+    assert done.returncode == 0, done.stderr
+    for rank in (0, 1):
+        assert f"rank {rank} went on in attempt 1" in done.stdout
+
+
+def test_a_mistake_of_the_user_is_one_message_and_is_not_retried(run_cli: RunCli) -> None:
+    done = run_cli("driver=torchrun", "driver.max_restarts=3", "app=custom", "app._target_=probe_apps.UserMistake")
+    assert done.returncode == 2
+    assert done.stderr.count("app.width=-1 was set") == 1
+    assert "Traceback" not in done.stderr + done.stdout
+
+
+@pytest.mark.parametrize(
+    ("driver", "signum", "code"),
+    [
+        ("torchrun", signal.SIGTERM, 128 + signal.SIGTERM),
+        ("torchrun", signal.SIGINT, 130),
+        ("spawn", signal.SIGTERM, 128 + signal.SIGTERM),
+        ("launch", signal.SIGINT, 130),
+    ],
+)
+def test_a_signal_to_the_launcher_ends_every_rank(
+    start_cli: Callable[..., subprocess.Popen[str]], tmp_path: Path, driver: str, signum: int, code: int
+) -> None:
+    process = start_cli(f"driver={driver}", *WAITS)
+    pids = rank_pids(tmp_path / "told")
+    process.send_signal(signum)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == code, output
+    assert wait_gone(pids) == []
+
+
+@pytest.mark.parametrize("driver", ["torchrun", "spawn", "launch", "torchrun-command"])
+def test_no_rank_outlives_a_launcher_killed_with_sigkill(
+    start_cli: Callable[..., subprocess.Popen[str]], tmp_path: Path, driver: str
+) -> None:
+    app: tuple[str, ...] = WAITS
+    if driver == "torchrun-command":
+        code = (
+            "import os,time,pathlib; p=pathlib.Path('told'); p.mkdir(exist_ok=True);"
+            "(p/('pid-'+os.environ['RANK'])).write_text(str(os.getpid()));"
+            "time.sleep(0.5); (p/'joined').touch(); time.sleep(600)"
+        )
+        app = ("app=custom", "app._target_=probe_apps.OutsideProgram", f'+app.code="{code}"')
+    process = start_cli(f"driver={driver.split('-')[0]}", *app)
+    pids = rank_pids(tmp_path / "told")
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait(timeout=10)
+    assert wait_gone(pids) == []
+
+
+def test_outside_program_runs_on_each_rank_and_its_failure_is_told(run_cli: RunCli, tmp_path: Path) -> None:
+    target = ("driver=torchrun", "app=custom", "app._target_=probe_apps.OutsideProgram")
+    done = run_cli(*target, "+app.code=\"import os; print('program', os.environ['RANK'], os.environ['WORLD_SIZE'])\"")
+    assert done.returncode == 0, done.stderr
+    assert "program 0 2" in done.stdout
+    assert "program 1 2" in done.stdout
+    assert "program 1 2" in next(tmp_path.glob("outputs/*/logs/rank-1.log")).read_text()
+    done = run_cli(*target, "+app.code=\"import os,sys; sys.exit(3 * int(os.environ['RANK']))\"")
+    assert done.returncode == 1
+    assert "rank 1 of 2 failed: exit code 3" in done.stderr

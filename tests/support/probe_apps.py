@@ -1,0 +1,118 @@
+"""Small apps that the tests launch: written outside the package, found by their ``_target_``."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig
+
+import everyrank
+
+
+class Waits:
+    """Joins, tells its pid in a file, and waits in a collective that never comes until it is ended."""
+
+    def run(self, cfg: DictConfig) -> None:
+        with everyrank.join(**cfg.distributed) as world:
+            _announce(cfg, world.rank)
+            everyrank.barrier()
+            if world.is_main:
+                Path(cfg.app.folder, "joined").touch()
+            while True:
+                time.sleep(0.05)
+
+
+class RaisesOnRank:
+    """One rank raises; the others wait for it in a collective."""
+
+    def run(self, cfg: DictConfig) -> None:
+        with everyrank.join(**cfg.distributed) as world:
+            if world.rank == cfg.app.guilty:
+                raise LookupError(f"the sample {world.rank} is missing")
+            everyrank.barrier()
+
+
+class KilledOnRank:
+    """One rank is killed, as the kernel kills one that takes too much memory."""
+
+    def run(self, cfg: DictConfig) -> None:
+        with everyrank.join(**cfg.distributed) as world:
+            everyrank.barrier()
+            if world.rank == cfg.app.guilty and world.environment.restart_count < cfg.app.get("attempts", 100):
+                os.kill(os.getpid(), signal.SIGKILL)
+            everyrank.reduce_sum(torch.ones(1))
+            print(f"rank {world.rank} went on in attempt {world.environment.restart_count}", flush=True)
+
+
+class OutsideProgram:
+    """An app that is a program: each rank executes the command."""
+
+    def run(self, cfg: DictConfig) -> None:
+        raise AssertionError("an app with a command is not run in Python")
+
+    def build_command(self, cfg: DictConfig) -> list[str]:
+        return [sys.executable, "-c", cfg.app.code]
+
+
+class UserMistake:
+    """Every rank finds the same mistake in its settings."""
+
+    def run(self, cfg: DictConfig) -> None:
+        raise everyrank.ConfigError("app.width=-1 was set, but a width is positive. Set app.width=1 or more.")
+
+
+class Trains:
+    """Ten steps of DDP on a small network, with a fixed global batch; writes the hash and the weights."""
+
+    def run(self, cfg: DictConfig) -> dict[str, str]:
+        import hashlib
+
+        with everyrank.join(**cfg.distributed) as world:
+            torch.manual_seed(0)
+            model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1)).double()
+            wrapped = torch.nn.parallel.DistributedDataParallel(model) if world.is_distributed else model
+            optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1)
+            data = torch.randn(120, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+            for batch in data.split(12):
+                share = batch.tensor_split(world.size)[world.rank]
+                optimizer.zero_grad()
+                loss = (wrapped(share) - share.sum(1, keepdim=True)).square().mean()
+                (loss * len(share) * world.size / len(batch)).backward()
+                optimizer.step()
+            flat = torch.cat([p.detach().flatten() for p in model.parameters()])
+            digest = hashlib.sha256(flat.numpy().tobytes()).hexdigest()
+            if not all(other == digest for other in everyrank.gather_objects(digest)):
+                raise RuntimeError("the ranks ended with different weights")
+            return {"hash": digest, "weights": flat.tolist()}
+
+
+class ScriptTrains:
+    """``Trains`` as a plain script for a bare launcher: ``torchrun probe_apps.py RESULT``."""
+
+    @staticmethod
+    def main(result_file: str) -> None:
+        import json
+
+        from omegaconf import OmegaConf
+
+        cfg = OmegaConf.create({"distributed": {}, "app": {}})
+        result = Trains().run(cfg)
+        if os.environ.get("RANK", "0") == "0":
+            Path(result_file).write_text(json.dumps(result))
+
+
+def _announce(cfg: DictConfig, rank: int) -> None:
+    folder = Path(cfg.app.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f".pid-{rank}"
+    partial.write_text(str(os.getpid()))
+    partial.rename(folder / f"pid-{rank}")
+
+
+if __name__ == "__main__":
+    ScriptTrains.main(sys.argv[1])
