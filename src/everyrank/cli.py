@@ -107,7 +107,8 @@ def _compose_and_launch(argv: list[str], codes: list[int]) -> None:
         return result
 
     previous = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
-    sys.argv = ["everyrank run", *argv]
+    # The variables of an environment have names of the user's own, which Hydra's struct mode would refuse.
+    sys.argv = ["everyrank run", *(f"++{arg}" if arg.startswith("env.variables.") else arg for arg in argv)]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors instead of printing them with exit code 1
     conf = os.path.join(os.path.dirname(os.path.abspath(__file__)), "conf")
     try:

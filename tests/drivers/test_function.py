@@ -10,9 +10,9 @@ import sys
 import textwrap
 
 import pytest
-from conftest import cli_environment
 
 import everyrank
+from conftest import cli_environment
 from everyrank.drivers import engine_pool
 
 
@@ -72,8 +72,9 @@ def test_a_killed_rank_and_a_killed_engine_are_told_and_the_next_call_works() ->
     assert caught.value.exit_code == -signal.SIGKILL
 
     def kills_engine() -> None:
-        status = open(f"/proc/{os.getppid()}/status").read()
-        engine = int(next(line for line in status.splitlines() if line.startswith("PPid")).split()[1])
+        import psutil
+
+        engine = psutil.Process(os.getppid()).ppid()
         os.kill(engine, signal.SIGKILL)
         signal.pause()
 

@@ -52,7 +52,7 @@ class RunLogs(LogsSpecs):
             stdouts[local_rank] = path
             stderrs[local_rank] = path.replace(".log", ".err.log")
         tees = [{k: v for k, v in streams.items() if v} for streams in (stdouts, stderrs)]
-        return LogsDest(stdouts, stderrs, *tees, errors)
+        return LogsDest(stdouts=stdouts, stderrs=stderrs, tee_stdouts=tees[0], tee_stderrs=tees[1], error_files=errors)
 
 
 class ForkedRanks(PContext):

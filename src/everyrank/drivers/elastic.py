@@ -14,8 +14,9 @@ from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousPa
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 from everyrank.drivers.agent import ForkedRanks, RankAgent
-from everyrank.drivers.forkserver import Forkserver
 from everyrank.drivers.elastic_rendezvous import ElasticRendezvous
+from everyrank.drivers.entry import call_entry
+from everyrank.drivers.forkserver import Forkserver
 from everyrank.drivers.guarded import guarded
 from everyrank.drivers.network import address_towards, interface_of, split_endpoint
 from everyrank.drivers.rank_files import error_file, existing, log_file, read_error
@@ -40,7 +41,7 @@ def execute(run: EngineRun, forkserver: Forkserver, stdio: tuple[int, int]) -> O
     handler = _rendezvous(run)
     make_ranks = None
     if isinstance(run.work, RankFunction):
-        entrypoint: Any = _call
+        entrypoint: Any = _start
         args: tuple[Any, ...] = (run.work.entry, run.work.args)
         if run.start_method == "forkserver":
             args = run.work.args
@@ -131,13 +132,10 @@ def _name_interface(host: str) -> None:
             print(f"notice: {name}={interface}, by the route to {host}", file=sys.stderr, flush=True)
 
 
-def _call(entry: str, args: tuple[Any, ...]) -> None:
+def _start(entry: str, args: tuple[Any, ...]) -> None:
     """Entry of a rank that torch starts by spawn or fork."""
-    import importlib
-
     die_with_parent()
-    module, _, function = entry.partition(":")
-    getattr(importlib.import_module(module), function)(*args)
+    call_entry(entry, args)
 
 
 def _outcome(run: EngineRun, agent: RankAgent, signum: int | None, message: str) -> Outcome:
@@ -145,7 +143,7 @@ def _outcome(run: EngineRun, agent: RankAgent, signum: int | None, message: str)
     ranks = agent.ranks
     failures = []
     codes = _exit_codes(ranks) if ranks else {}
-    ended_by_us = getattr(ranks, "ended_by_us", set())
+    ended_by_us: set[int] = getattr(ranks, "ended_by_us", set())
     for worker in group.workers:
         code = codes.get(worker.local_rank, 0)
         if code != 0:

@@ -9,7 +9,6 @@ Not safe when a preloaded module starts threads or initialises CUDA while it is 
 
 from __future__ import annotations
 
-import importlib
 import os
 import random
 import selectors
@@ -22,6 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from everyrank.drivers import wire
+from everyrank.drivers.entry import call_entry
 from everyrank.lifetime import die_with_parent
 
 
@@ -165,8 +165,7 @@ def _become_rank(process: RankProcess, fds: Sequence[int], server_pid: int) -> N
         sys.path[:] = process.sys_path or sys.path
         _fresh_randomness()
         _set_num_threads()
-        module, _, function = process.entry.partition(":")
-        getattr(importlib.import_module(module), function)(*process.args)
+        call_entry(process.entry, process.args)
         code = 0
     except SystemExit as exit_:
         code = exit_.code if isinstance(exit_.code, int) else int(exit_.code is not None)

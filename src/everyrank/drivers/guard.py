@@ -1,4 +1,4 @@
-"""``python -I -S guard.py PARENT_PID PROGRAM [ARG ...]``: become PROGRAM, and end when the parent ends (0: whoever it is).
+"""``python -I -S guard.py PARENT_PID PROGRAM [ARG ...]``: become PROGRAM, and end when the parent (0: any) ends.
 
 Run as a plain file, so that a rank of an outside program costs one bare interpreter start and no import of everyrank.
 """

@@ -9,6 +9,7 @@ from typing import Any
 
 from everyrank.drivers.config import SpawnConfig
 from everyrank.drivers.driver import LaunchPlan, LaunchRequest
+from everyrank.drivers.entry import call_entry
 from everyrank.drivers.environment import SUPERVISED, rank_variables
 from everyrank.drivers.guarded import guarded
 from everyrank.drivers.machine import resolve_nproc
@@ -57,6 +58,7 @@ class SpawnDriver:
 
         meeting = LoopbackRendezvous("spawn", self.config.master_port or 0)
         store = meeting.next_rendezvous().bootstrap_store_info
+        assert store is not None
         shared = {
             **plan.env,
             "WORLD_SIZE": str(plan.nproc_per_node),
@@ -141,6 +143,4 @@ def _spawned_rank(
     if command is not None:
         program = guarded(command)
         os.execvp(program[0], program)
-    from everyrank.worker import run_rank
-
-    run_rank(config_file)
+    call_entry("everyrank.worker:run_rank", (config_file,))

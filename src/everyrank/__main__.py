@@ -1,0 +1,8 @@
+"""``python -m everyrank`` is the ``everyrank`` command."""
+
+import sys
+
+from everyrank.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

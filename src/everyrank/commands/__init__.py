@@ -1,0 +1,1 @@
+"""The commands beside ``run``: each module's first docstring line is its help, ``main(argv)`` its entry."""
