@@ -12,6 +12,7 @@
     │   ├── BarrierTimeoutError         names the ranks that did not come
     │   └── RendezvousError             also a UserError: the processes of a run cannot meet
     ├── CheckpointError (RuntimeError)  a checkpoint that cannot be written or read
+    ├── NonFiniteLossError (RuntimeError)  a loss is NaN or infinite: its rank, epoch, step and samples
     ├── RankFailedError (RuntimeError)  a rank raised or died: its rank, traceback and log file
     └── Preempted                       a signal asked the run to stop and its checkpoint is safe; exit code 75
 """
@@ -79,6 +80,21 @@ class RendezvousError(ProcessGroupError, UserError):
 
 class CheckpointError(EveryrankError, RuntimeError):
     """A checkpoint cannot be written or read."""
+
+
+class NonFiniteLossError(EveryrankError, RuntimeError):
+    """A loss is not finite, and the run was told to stop then. All ranks raise it.
+
+    Attributes:
+        rank: The rank whose loss it is.
+        epoch: Epoch, from 0.
+        step: Optimizer step, from 1.
+        samples: Ids of that rank's samples in the step.
+    """
+
+    def __init__(self, message: str, *, rank: int, epoch: int, step: int, samples: Sequence[int]) -> None:
+        super().__init__(message)
+        self.rank, self.epoch, self.step, self.samples = rank, epoch, step, tuple(samples)
 
 
 class RankFailedError(EveryrankError, RuntimeError):

@@ -1,0 +1,222 @@
+"""Turning a mapping into a frozen dataclass: every mistake at once, each with its path and the nearest valid name.
+
+A schema is a pydantic dataclass made by ``section``; it sits beside what it configures. Fields carry their
+documentation (``field(..., doc="...")``), from which the reference page is generated.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, TypeVar, dataclass_transform
+
+import pydantic
+from pydantic.dataclasses import dataclass as pydantic_dataclass
+
+from everyrank.config.resolve import import_object
+from everyrank.errors import ConfigError, did_you_mean
+
+T = TypeVar("T")
+
+_FORBID = pydantic.ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+
+# Strict: `true` is no number, and "4" is text.
+Int = Annotated[int, pydantic.Strict()]
+Float = Annotated[float, pydantic.Strict()]
+Bool = Annotated[bool, pydantic.Strict()]
+_MISSING = dataclasses.MISSING
+
+
+def field(*, doc: str, default: Any = _MISSING, factory: Any = _MISSING, **constraints: Any) -> Any:
+    """Declare a documented field of a section.
+
+    Args:
+        doc: What the key does, one or two sentences, for the reference page.
+        default: Its default; without one (and without ``factory``) the key is required.
+        factory: Makes the default, for mutable values and nested sections.
+        constraints: Passed to ``pydantic.Field``: ``ge``, ``gt``, ``le``, ...
+    """
+    if factory is not _MISSING:
+        return pydantic.Field(default_factory=factory, description=doc, **constraints)
+    if default is not _MISSING:
+        return pydantic.Field(default=default, description=doc, **constraints)
+    return pydantic.Field(description=doc, **constraints)
+
+
+@dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(field,))
+def section(cls: type[T]) -> type[T]:
+    """Make a frozen, keyword-only section of a configuration; keys it does not have are mistakes."""
+    return pydantic_dataclass(frozen=True, kw_only=True, config=_FORBID)(cls)  # type: ignore[return-value]
+
+
+def _resolve(value: Any) -> Any:
+    if isinstance(value, str):
+        try:
+            # A bare name is one of everyrank's own: GNNModel, DefaultEarlyStopping.
+            return import_object(value if "." in value else f"everyrank.{value}")
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
+    if not callable(value):
+        raise ValueError(
+            f"found {_shown(value)}, but it must be a class or function: !pyobject package.module.name, or that name as "
+            "text."
+        )
+    return value
+
+
+# A class or function, given as the object itself (from `!pyobject`) or as its full dotted name.
+ObjectRef = Annotated[Any, pydantic.BeforeValidator(_resolve), "class or function"]
+
+
+@section
+class Component:
+    """An object to build: ``type(*args, **kwargs)``."""
+
+    type: ObjectRef = field(doc="The class (or a function that returns the object).")
+    args: list[Any] = field(factory=list, doc="Positional arguments.")
+    kwargs: dict[str, Any] = field(factory=dict, doc="Keyword arguments.")
+
+    def build(self, *leading: Any) -> Any:
+        """Return ``type(*leading, *args, **kwargs)``."""
+        return self.type(*leading, *self.args, **self.kwargs)
+
+
+def build(
+    schema: type[T], values: Any, *, what: str = "configuration", checks: Callable[[T], list[str]] | None = None
+) -> T:
+    """Return ``values`` as a ``schema``, or raise one ConfigError that lists every mistake.
+
+    Args:
+        schema: A class made by ``section``.
+        values: A mapping of plain values, lists, mappings and objects.
+        what: What the message calls it.
+        checks: Called with the result; returns further problems, those between several keys.
+
+    Raises:
+        ConfigError: Its ``problems`` say for each mistake the path, what was found and what is allowed.
+    """
+    if isinstance(values, schema):
+        return values
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"The {what} must be a mapping of keys to values, but {_shown(values)} was found.")
+    try:
+        result = pydantic.TypeAdapter(schema).validate_python(_plain(values))
+    except pydantic.ValidationError as error:
+        raise _config_error(_problems(schema, error.errors()), what) from None
+    problems = checks(result) if checks is not None else []
+    if problems:
+        raise _config_error(problems, what)
+    return result
+
+
+def as_mapping(config: Any) -> dict[str, Any]:
+    """Return a section as nested plain dictionaries, objects left as they are."""
+    return {f.name: _as_plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+
+
+def _as_plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and hasattr(value, "__pydantic_fields__"):
+        return as_mapping(value)
+    if isinstance(value, dict):
+        return {key: _as_plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_plain(item) for item in value]
+    return value
+
+
+def _plain(value: Any) -> Any:
+    """Return mappings and sequences of any kind (OmegaConf's too) as dictionaries and lists."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _config_error(problems: list[str], what: str) -> ConfigError:
+    count = "1 mistake" if len(problems) == 1 else f"{len(problems)} mistakes"
+    return ConfigError(f"The {what} has {count}:", problems)
+
+
+def _problems(schema: Any, items: list[Any]) -> list[str]:
+    """Return one line per key: what a union's branches each ask for is joined by "or"."""
+    lines: dict[str, str] = {}
+    for item in items:
+        if item["type"] == "bool_type" and isinstance(item["input"], dict):
+            continue  # a section that may also be true or false: what is wrong lies in the section
+        location = [str(part) for part in item["loc"] if not _is_union_branch(part)]
+        path = ".".join(location) or "(top level)"
+        line = _problem(schema, path, location, item)
+        earlier, mark, wish = lines.get(path, ""), ", but it must be ", line.partition(", but it must be ")[2]
+        if mark in earlier and wish:
+            lines[path] = f"{earlier} or {wish}" if wish not in earlier else earlier
+        else:
+            lines.setdefault(path, line)
+    return list(lines.values())
+
+
+def _problem(schema: Any, path: str, location: list[str], item: Any) -> str:
+    kind, found = item["type"], item.get("input")
+    if kind in ("unexpected_keyword_argument", "extra_forbidden"):
+        allowed = sorted(fields_at(schema, location[:-1]))
+        hint = did_you_mean(location[-1], allowed)
+        return f"{path}: unknown key.{hint} Allowed here: {', '.join(allowed)}."
+    if kind in ("missing", "missing_argument", "missing_keyword_only_argument"):
+        return f"{path}: missing; this key is required."
+    if kind == "value_error":
+        return f"{path}: {item['ctx']['error']}"
+    allowed_text = _allowed(item)
+    hint = (
+        did_you_mean(found, item["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", "))
+        if (kind == "literal_error" and isinstance(found, str))
+        else ""
+    )
+    return f"{path}: found {_shown(found)}, but {allowed_text}{'' if hint else '.'}{hint and '.' + hint}"
+
+
+def _allowed(item: Any) -> str:
+    context = item.get("ctx", {})
+    if item["type"] == "literal_error":
+        return f"it must be one of {context['expected']}"
+    if item["type"].endswith("_type") or item["type"].startswith("dataclass"):
+        name = item["type"].replace("_type", "").replace("dataclass", "mapping of keys").replace("dict", "mapping")
+        words = {"int": "a whole number", "float": "a number", "bool": "true or false", "string": "text"}
+        return f"it must be {words.get(name, 'a ' + name.replace('_', ' '))}"
+    return item["msg"].replace("Input should", "it must")
+
+
+def _is_union_branch(part: Any) -> bool:
+    # pydantic puts the tried branch of a union into the path; its names contain characters no key has.
+    return isinstance(part, str) and (
+        any(mark in part for mark in "[](),'-") or part in _BRANCHES or part.endswith("Config")
+    )
+
+
+_BRANCHES = frozenset({"str", "int", "float", "bool", "none", "dict", "list"})
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    text = text if len(text) <= 60 else text[:57] + "..."
+    return f"{text} ({type(value).__name__})"
+
+
+def fields_at(schema: Any, path: list[str]) -> list[str]:
+    """Return the names of the keys a schema has under ``path``."""
+    for part in path:
+        nested = section_of(typing.get_type_hints(schema).get(part))
+        if nested is None:
+            return []
+        schema = nested
+    return [f.name for f in dataclasses.fields(schema)]
+
+
+def section_of(annotation: Any) -> Any:
+    """Return the section class within an annotation such as ``Section | None``, or None."""
+    if dataclasses.is_dataclass(annotation):
+        return annotation
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return next((found for arg in typing.get_args(annotation) if (found := section_of(arg)) is not None), None)
+    return None

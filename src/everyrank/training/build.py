@@ -1,0 +1,164 @@
+"""Making the parts of a training run from its configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from everyrank.errors import ConfigError
+from everyrank.runtime.world import World
+from everyrank.training.config import CompileConfig, SchedulerConfig, TrainerConfig, TrainingConfig
+from everyrank.training.config_data import EvaluatorConfig
+from everyrank.training.early_stopping import DefaultEarlyStopping
+from everyrank.training.evaluation import DefaultTester, DefaultValidator
+from everyrank.training.parallel import prepare_module
+from everyrank.training.placement import resolve_device
+from everyrank.training.seeding import seed_everywhere
+from everyrank.training.step import AUTOCAST, DTYPES
+
+E = TypeVar("E", bound=DefaultValidator)
+
+
+def build_model(config: TrainerConfig, world: World, device: torch.device) -> nn.Module:
+    """Return the bare model on its device, with the same initial weights on every rank.
+
+    Raises:
+        ConfigError: If the class refuses its arguments.
+    """
+    seed_everywhere(config.training.seed)
+    try:
+        module = config.model.build()
+    except TypeError as error:
+        raise ConfigError(
+            f"model: {getattr(config.model.type, '__name__', config.model.type)} refused: {error}."
+        ) from error
+    if not isinstance(module, nn.Module):
+        raise ConfigError(f"model.type gave a {type(module).__name__}; it must give a torch.nn.Module.")
+    module = module.to(device=device, dtype=DTYPES[config.training.dtype] if config.training.dtype else None)
+    module = prepare_module(module, config.parallel, world, device)
+    if config.training.compile:
+        options = config.training.compile
+        given = options if isinstance(options, CompileConfig) else CompileConfig()
+        # In place, so that names in the state stay those of the bare model.
+        module.compile(mode=given.mode, dynamic=given.dynamic, fullgraph=given.fullgraph, backend=given.backend)
+    return module
+
+
+def build_optimizer(module: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
+    """Return the optimizer of the model's trainable parameters.
+
+    Raises:
+        ConfigError: If there are none, or the class refuses its arguments.
+    """
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    if not parameters:
+        raise ConfigError(
+            f"The model ({type(module).__name__}) has no trainable parameters, so there is nothing to train."
+        )
+    try:
+        return config.optimizer_type(parameters, *config.optimizer_args, **config.optimizer_kwargs)
+    except (TypeError, ValueError) as error:
+        name = getattr(config.optimizer_type, "__name__", config.optimizer_type)
+        raise ConfigError(f"training.optimizer_type {name} refused its arguments: {error}.") from error
+
+
+def build_scheduler(optimizer: torch.optim.Optimizer, config: SchedulerConfig | None) -> Any:
+    """Return the learning-rate scheduler, or None.
+
+    Raises:
+        ConfigError: If the class refuses its arguments.
+    """
+    if config is None:
+        return None
+    try:
+        return config.type(optimizer, *config.args, **config.kwargs)
+    except (TypeError, ValueError) as error:
+        name = getattr(config.type, "__name__", config.type)
+        raise ConfigError(f"training.scheduler.type {name} refused its arguments: {error}.") from error
+
+
+def build_early_stopping(config: TrainerConfig) -> Any:
+    """Return the early stopping, or None.
+
+    Raises:
+        ConfigError: If the class refuses its arguments.
+    """
+    section = config.early_stopping
+    if section is None:
+        return None
+    try:
+        return section.type(*section.args, **section.kwargs)
+    except TypeError as error:
+        takes = "patience, delta, window, metric, mode, grace_period, combine"
+        hint = f" It takes: {takes}." if section.type is DefaultEarlyStopping else ""
+        raise ConfigError(f"early_stopping refused its arguments: {error}.{hint}") from error
+
+
+def build_validator(config: TrainerConfig, world: World, device: torch.device) -> DefaultValidator:
+    """Return the validator.
+
+    Raises:
+        ConfigError: If its class is no DefaultValidator, or its device does not exist.
+    """
+    section = config.validation
+    key = "validation.validator"
+    return _build_evaluator(DefaultValidator, section.validator, section.metrics, key, config, world, device)
+
+
+def build_tester(config: TrainerConfig, world: World, device: torch.device) -> DefaultTester:
+    """Return the tester.
+
+    Raises:
+        ConfigError: If its class is no DefaultTester, or its device does not exist.
+    """
+    metrics = config.testing.metrics or config.validation.metrics
+    section = config.testing.tester
+    return _build_evaluator(DefaultTester, section, metrics, "testing.tester", config, world, device)
+
+
+def _build_evaluator(
+    default: type[E],
+    given: EvaluatorConfig,
+    metrics: Mapping[str, Any],
+    key: str,
+    config: TrainerConfig,
+    world: World,
+    device: torch.device,
+) -> E:
+    kind = given.type if given.type is not None else default
+    if not (isinstance(kind, type) and issubclass(kind, default)):
+        raise ConfigError(f"{key}.type is {kind!r}; it must be a subclass of {default.__name__}.")
+    where = device if given.device is None else resolve_device(given.device, world, f"{key}.device")
+    precision = config.training.mixed_precision
+    return kind(
+        make_criterion(config),
+        where,
+        *given.args,
+        world=world,
+        apply_model=config.apply_model,
+        metrics=metrics,
+        on=config.validation.on,
+        dtype=DTYPES[config.training.dtype] if config.training.dtype else None,
+        autocast=AUTOCAST[precision] if precision else None,
+        **given.kwargs,
+    )
+
+
+def make_criterion(config: TrainerConfig) -> Any:
+    """Return the criterion; a class is made an object first.
+
+    Raises:
+        ConfigError: If the class needs arguments.
+    """
+    if not isinstance(config.criterion, type):
+        return config.criterion
+    try:
+        return config.criterion()
+    except TypeError as error:
+        raise ConfigError(
+            f"criterion is the class {config.criterion.__name__}, which cannot be made without arguments ({error}). "
+            "Give a function (output, data) that returns the mean loss."
+        ) from error

@@ -1,0 +1,170 @@
+"""The trainer's loaders: splits and global batches of the data room, with the sections of the configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+
+from everyrank.data.loader import make_loader
+from everyrank.data.sampler import GlobalBatchSampler
+from everyrank.errors import DataError
+from everyrank.runtime.logs import get_logger
+from everyrank.runtime.world import World
+from everyrank.training.config import TrainerConfig
+
+logger = get_logger("training")
+
+
+class LoaderOptions(Protocol):
+    """What the sections ``training``, ``validation`` and ``testing`` say of a loader."""
+
+    @property
+    def num_workers(self) -> int: ...
+
+    @property
+    def pin_memory(self) -> bool: ...
+
+    @property
+    def drop_last(self) -> bool: ...
+
+    @property
+    def prefetch_factor(self) -> int | None: ...
+
+
+def build_loader(
+    dataset: Any,
+    options: LoaderOptions,
+    *,
+    global_batch_size: int,
+    rank: int,
+    world_size: int,
+    seed: int,
+    shuffle: bool,
+    collate_fn: Callable[[list[Any]], Any] | None = None,
+) -> Any:
+    """Return a loader of this rank's shares of global batches.
+
+    Args:
+        dataset: A map-style dataset, not empty.
+        options: Workers, memory, and whether a short last batch is left out.
+        global_batch_size: Samples of a global batch over all ranks.
+        rank: This process's rank.
+        world_size: Number of processes that share the batches.
+        seed: Seed of the order.
+        shuffle: Whether each epoch has a new order.
+        collate_fn: Makes a batch of a list of samples.
+    """
+    sampler = GlobalBatchSampler(
+        num_samples(dataset),
+        global_batch_size=global_batch_size,
+        rank=rank,
+        world_size=world_size,
+        seed=seed,
+        shuffle=shuffle,
+        drop_last=options.drop_last,
+    )
+    loader = make_loader(
+        dataset,
+        sampler,
+        num_workers=options.num_workers,
+        pin_memory=options.pin_memory and torch.cuda.is_available(),
+        prefetch_factor=options.prefetch_factor,
+        collate_fn=collate_fn,
+    )
+    if hasattr(loader, "generator"):
+        # Starting loader processes draws a number. From the global generator it would shift the model's randomness, and
+        # a run resumed in the middle of an epoch would differ from the uninterrupted one.
+        loader.generator = torch.Generator().manual_seed(seed)
+    return loader
+
+
+def num_samples(dataset: Any) -> int:
+    """Return the length of a dataset.
+
+    Raises:
+        DataError: If it has none.
+    """
+    try:
+        return len(dataset)
+    except TypeError:
+        raise DataError(
+            f"The dataset is a {type(dataset).__name__} without a length. Give a map-style dataset (with __len__ and "
+            "__getitem__): splits and an exact resume need to know which samples there are."
+        ) from None
+
+
+def sampler_of(loader: Any, name: str) -> GlobalBatchSampler:
+    """Return the global batch sampler of a loader.
+
+    Raises:
+        DataError: If it has none: then nothing knows which samples this rank holds of a global batch.
+    """
+    sampler = getattr(loader, "batch_sampler", None)
+    if not isinstance(sampler, GlobalBatchSampler):
+        raise DataError(
+            f"{name} is a {type(loader).__name__} without a GlobalBatchSampler, so its share of each global batch is "
+            "unknown. Make the loaders with prepare_dataloaders(train_dataset=..., val_dataset=..., test_dataset=...), "
+            "or give the DataLoader batch_sampler=everyrank.GlobalBatchSampler(...)."
+        )
+    return sampler
+
+
+def prepare_loaders(
+    config: TrainerConfig,
+    world: World,
+    global_batch_size: int,
+    datasets: tuple[Any, Any, Any],
+    collate_fn: Callable[[list[Any]], Any] | None,
+) -> tuple[Any, Any, Any]:
+    """Return loaders of training, validation and test data; None for a part without data.
+
+    Args:
+        config: The whole configuration.
+        world: The joined world.
+        global_batch_size: Samples of a global training batch over all ranks.
+        datasets: The three datasets; the second and third may be None or empty.
+        collate_fn: Makes a batch of a list of samples; None for the usual one.
+
+    Raises:
+        DataError: If the training data are missing or empty.
+    """
+    if datasets[0] is None or num_samples(datasets[0]) == 0:
+        raise DataError(
+            "There is no training data. Either pass it, prepare_dataloaders(dataset=...) or "
+            "prepare_dataloaders(train_dataset=..., val_dataset=..., test_dataset=...), or configure it: "
+            "data: {type: !pyobject any.module.Dataset, args: [], kwargs: {}, split: [0.8, 0.1, 0.1]}."
+        )
+    training = config.training
+    # Where rank 0 evaluates alone, it takes whole global batches.
+    evaluators = 1 if config.validation.on == "rank0" else world.size
+
+    def evaluation_size(per_rank: int | None) -> int:
+        size = per_rank or training.batch_size
+        return size * evaluators if size is not None else global_batch_size
+
+    plans: tuple[tuple[str, LoaderOptions, int, int], ...] = (
+        ("Training", training, global_batch_size, world.size),
+        ("Validation", config.validation, evaluation_size(config.validation.batch_size), evaluators),
+        ("Test", config.testing, evaluation_size(config.testing.batch_size), evaluators),
+    )
+    loaders: list[Any] = []
+    for dataset, (name, options, size, ranks) in zip(datasets, plans, strict=True):
+        if dataset is None or num_samples(dataset) == 0:
+            loaders.append(None)
+            continue
+        if world.is_main:
+            logger.info("%s set size: %s", name, f"{num_samples(dataset):,}")
+        loader = build_loader(
+            dataset,
+            options,
+            global_batch_size=size,
+            rank=world.rank if ranks > 1 else 0,
+            world_size=ranks,
+            seed=training.seed,
+            shuffle=options is training and training.shuffle,
+            collate_fn=collate_fn,
+        )
+        loaders.append(loader)
+    return loaders[0], loaders[1], loaders[2]

@@ -1,0 +1,251 @@
+"""An epoch's optimizer steps, and the moments between them at which the ranks look up and compare notes.
+
+A step itself does nothing but train. What costs a collective, a wait for the device or a file (losses of all ranks,
+finiteness, history, progress, the cursor, signals) happens at *sync points*: every half second or so, and wherever a
+checkpoint is due. Rank 0 measures how long steps take; its measurement travels with the losses, so that all ranks place
+the next sync point at the same step.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from everyrank.data.sampler import GlobalBatchSampler
+from everyrank.errors import DataError, NonFiniteLossError
+from everyrank.runtime.collectives import gather_objects, reduce_sum
+from everyrank.runtime.logs import get_logger
+from everyrank.runtime.world import World
+from everyrank.training.config import TrainingConfig
+from everyrank.training.failures import describe_samples, explain
+from everyrank.training.history import History
+from everyrank.training.ledger import Ledger
+from everyrank.training.loaders import sampler_of
+from everyrank.training.step import TrainStep
+
+logger = get_logger("training")
+
+_SYNC_EVERY_S = 0.5
+_MAX_STEPS_BETWEEN_SYNCS = 1024
+
+
+@dataclass
+class Position:
+    """Where a run is.
+
+    Attributes:
+        epoch: The current epoch, from 0.
+        step: Optimizer steps done.
+        loss_sum: Sum over this epoch's samples so far of their loss.
+        num_samples: Number of those samples.
+        num_skipped: Steps of the run that left the weights as they were.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    loss_sum: float = 0.0
+    num_samples: int = 0
+    num_skipped: int = 0
+
+    @property
+    def mean_loss(self) -> float:
+        """Mean loss over this epoch's samples so far."""
+        return self.loss_sum / self.num_samples if self.num_samples else math.nan
+
+
+@dataclass
+class _Step:
+    """What is remembered of a step until the next sync point."""
+
+    number: int
+    batch: int
+    num_batches: int
+    num_samples: int
+    skipped: bool
+    lr: float | None
+
+
+class EpochLoop:
+    """Trains epoch by epoch.
+
+    Args:
+        step: Takes one optimizer step.
+        world: The joined world.
+        config: The ``training`` section.
+        position: Where the run is; kept up to date at sync points (``step`` always).
+        history: Where losses are recorded.
+        ledger: Where samples are recorded, or None.
+        at_sync: Called at each sync point, on all ranks, with the last loss.
+        save: Called where a checkpoint by steps is due, on all ranks.
+    """
+
+    def __init__(
+        self,
+        *,
+        step: TrainStep,
+        world: World,
+        config: TrainingConfig,
+        position: Position,
+        history: History,
+        ledger: Ledger | None,
+        at_sync: Callable[[list[tuple[int, float, float | None]]], None],
+        save: Callable[[], None],
+    ) -> None:
+        self.step, self.world, self.config = step, world, config
+        self.position, self.history, self.ledger = position, history, ledger
+        self._at_sync, self._save = at_sync, save
+        self.sync_every = 1
+        self._losses: list[torch.Tensor] = []
+        self._steps: list[_Step] = []
+        self._since_s = 0.0
+
+    def run(self, loader: Any) -> None:
+        """Train from the sampler's cursor to the end of its epoch."""
+        sampler = sampler_of(loader, "the training loader")
+        batch, num_batches = sampler.next_batch, len(sampler)
+        try:
+            self._run(loader, sampler, batch, num_batches)
+        except NonFiniteLossError:
+            raise
+        except Exception as error:
+            told = explain(error, self.world, self._where(sampler))
+            if told is error:
+                raise
+            raise told from error
+
+    def _run(self, loader: Any, sampler: GlobalBatchSampler, batch: int, num_batches: int) -> None:
+        step, position, steps, losses = self.step, self.position, self._steps, self._losses
+        every, log_every = self.config.accumulation_steps, self.config.log_every_steps
+        rates = step.optimizer.param_groups[0]
+        full_weights, full_count = self._weights(sampler, 0, every) if every < num_batches else ([], 0)
+        iterator = iter(loader)
+        self._since_s, next_sync = time.monotonic(), self._next_sync()
+        while batch < num_batches:
+            if batch + every < num_batches:
+                weights, count, taken = full_weights, full_count, every
+            else:
+                taken = min(every, num_batches - batch)
+                weights, count = self._weights(sampler, batch, taken)
+            loss = step(iterator, weights)
+            position.step = number = position.step + 1
+            lr = rates["lr"] if number % log_every == 0 else None
+            steps.append(_Step(number, batch, taken, count, step.skipped, lr))
+            losses.append(loss)
+            batch += taken
+            if number >= next_sync:
+                self.synchronize(sampler)
+                next_sync = self._next_sync()
+        self.synchronize(sampler)
+
+    def synchronize(self, sampler: GlobalBatchSampler) -> None:
+        """Bring everything up to date with the steps taken since the last time. Collective."""
+        if not self._losses:
+            return
+        steps, losses = list(self._steps), torch.stack(self._losses).double()
+        elapsed_s = time.monotonic() - self._since_s if self.world.is_main else 0.0
+        shared = reduce_sum(torch.cat([losses, losses.new_tensor([elapsed_s])])).tolist()
+        means = [total / self.world.size for total in shared[:-1]]
+        if not all(math.isfinite(mean) for mean in means):
+            self._not_finite(sampler, losses.tolist(), means)
+        rows = []
+        for step, mean in zip(steps, means, strict=True):
+            self._record(sampler, step, mean)
+            if step.lr is not None:
+                rows.append((step.number, mean, float(step.lr)))
+                self.history.add_step(
+                    {"step": step.number, "epoch": self.position.epoch, "loss": mean, "lr": float(step.lr)}
+                )
+        sampler.commit(sum(step.num_batches for step in steps))
+        self._losses.clear()
+        self._steps.clear()
+        self._place_next(shared[-1] / len(steps))
+        every = self.config.checkpoint_every_steps
+        if every is not None and self.position.step % every == 0:
+            self._save()
+        self._at_sync([*rows, (self.position.step, means[-1], None)])
+        self._since_s = time.monotonic()
+
+    def _record(self, sampler: GlobalBatchSampler, step: _Step, mean: float) -> None:
+        if step.skipped:
+            self.position.num_skipped += 1
+            if math.isfinite(mean):
+                logger.warning(
+                    "epoch %d, step %d: gradients not finite, step skipped", self.position.epoch, step.number
+                )
+        if math.isfinite(mean) or not step.skipped:
+            self.position.loss_sum += mean * step.num_samples
+            self.position.num_samples += step.num_samples
+        if self.ledger is not None:
+            self.ledger.add(step.number, self.position.epoch, self._samples(sampler, step))
+
+    def _weights(self, sampler: GlobalBatchSampler, batch: int, num_batches: int) -> tuple[list[float], int]:
+        """Return what each batch's loss is scaled by, and the number of samples of the step over all ranks."""
+        shares = [sampler.share(batch + number) for number in range(num_batches)]
+        count = sum(share.num_global for share in shares)
+        return [share.num_local * sampler.world_size / count for share in shares], count
+
+    def _samples(self, sampler: GlobalBatchSampler, step: _Step) -> list[int]:
+        """Return the samples that this rank used in a step."""
+        samples: list[int] = []
+        for number in range(step.batch, step.batch + step.num_batches):
+            share = sampler.share(number)
+            samples += sampler.order.indices(sampler.epoch, share.start, share.stop).tolist()
+        return samples
+
+    def _next_sync(self) -> int:
+        """Return the step of the next sync point, the same on all ranks."""
+        step, every = self.position.step, self.config.checkpoint_every_steps
+        wanted = step + self.sync_every
+        return wanted if every is None else min(wanted, step - step % every + every)
+
+    def _place_next(self, step_s: float) -> None:
+        wanted = int(_SYNC_EVERY_S / max(step_s, 1e-9))
+        self.sync_every = max(1, min(wanted, 2 * self.sync_every, _MAX_STEPS_BETWEEN_SYNCS))
+
+    def _not_finite(self, sampler: GlobalBatchSampler, local: list[float], means: list[float]) -> None:
+        """Stop, or say which rank, step and samples gave the losses that are not finite. Collective."""
+        policy = self.config.nan_policy
+        bad = [i for i, mean in enumerate(means) if not math.isfinite(mean)]
+        # Once weights are not finite, every later loss is not: only the first tells something.
+        for index in bad if policy == "skip" else bad[:1]:
+            step = self._steps[index]
+            mine = None if math.isfinite(local[index]) else (local[index], self._samples(sampler, step))
+            for rank, found in enumerate(gather_objects(mine)):
+                if found is None:
+                    continue
+                message = (
+                    f"loss is {found[0]} on rank {rank} at epoch {self.position.epoch}, step {step.number}, "
+                    f"samples {describe_samples(found[1])}"
+                )
+                if policy == "stop":
+                    raise NonFiniteLossError(
+                        f"{message}. Look at these samples and the learning rate; training.nan_policy: skip leaves "
+                        "such steps out.",
+                        rank=rank,
+                        epoch=self.position.epoch,
+                        step=step.number,
+                        samples=found[1],
+                    )
+                if self.world.is_main:
+                    logger.warning("%s: %s", message, "step skipped" if policy == "skip" else "going on")
+
+    def _where(self, sampler: GlobalBatchSampler) -> str:
+        """Return epoch, step and this rank's samples of the step that is under way."""
+        batch = self._steps[-1].batch + self._steps[-1].num_batches if self._steps else sampler.next_batch
+        taken = min(self.config.accumulation_steps, len(sampler) - batch)
+        where = f"epoch {self.position.epoch}, step {self.position.step + 1}"
+        if taken < 1:
+            return where
+        samples = self._samples(sampler, _Step(0, batch, taken, 0, False, None))
+        return f"{where}, samples {describe_samples(samples)}"
+
+
+def check_epoch_length(loader: Any, name: str) -> None:
+    """Raise DataError if a loader has nothing to give."""
+    if len(loader) == 0:
+        raise DataError(f"{name} is empty. Give it data, or leave it out.")

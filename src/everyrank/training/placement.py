@@ -1,0 +1,175 @@
+"""Where a trainer runs: its world, its device, and the run's folder and logs."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from everyrank.config.yaml_loader import to_yaml
+from everyrank.errors import ConfigError, LaunchEnvironmentError, RankFailedError
+from everyrank.runtime.collectives import broadcast_decision
+from everyrank.runtime.environment import detect
+from everyrank.runtime.logs import get_logger, setup_logging
+from everyrank.runtime.process_group import current_world
+from everyrank.runtime.world import World
+from everyrank.training.config import TrainerConfig, plain_config
+
+T = TypeVar("T")
+
+logger = get_logger("training")
+
+
+def resolve_world(rank: int | None, world: World | None, config: TrainerConfig) -> World:
+    """Return the world to train in: the given one, or the one this process has joined.
+
+    Raises:
+        LaunchEnvironmentError: A launcher started several processes, but this one has joined no group; or ``rank`` is
+            not this process's.
+        ConfigError: The run is distributed but has no ``parallel`` section.
+    """
+    joined = dist.is_available() and dist.is_initialized()
+    world = world if world is not None else current_world()
+    if not joined and (found := detect()).world_size > 1:
+        raise LaunchEnvironmentError(
+            f"A launcher ({found.launcher}, by {found.detected_by}) started {found.world_size} processes, but this one "
+            "has joined no process group: each would train alone. Put the trainer inside `with everyrank.join():`, or "
+            "call initialize_ddp(rank, world_size) before it."
+        )
+    if rank is not None and rank != world.rank:
+        mend = "Leave rank out, or pass world.rank." if joined else "Call initialize_ddp(rank, world_size) first."
+        raise LaunchEnvironmentError(
+            f"TrainerDDP was given rank={rank}, but this process is rank {world.rank} of {world.size}. {mend}"
+        )
+    if world.is_distributed and config.parallel is None:
+        raise ConfigError(
+            f"The run has {world.size} processes, but the configuration has no `parallel` section. Add one; "
+            "`parallel: {}` takes all defaults."
+        )
+    return world
+
+
+def notice_differences(config: TrainerConfig, world: World) -> None:
+    """Log where the launcher's world wins over the file's."""
+    if config.parallel is None:
+        return
+    for name, written, real in (
+        ("world_size", config.parallel.world_size, world.size),
+        ("rank", config.parallel.rank, world.rank),
+    ):
+        if written is not None and written != real and (name == "rank" or world.is_main):
+            logger.warning(
+                "parallel.%s is %s in the configuration, but this run's is %s, which wins", name, written, real
+            )
+
+
+def resolve_device(name: str, world: World, key: str = "training.device") -> torch.device:
+    """Return the device that ``name`` means on this rank.
+
+    Raises:
+        ConfigError: If there is no such device, or it does not go with the process group.
+    """
+    if name == "auto":
+        return world.device
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"{key} is {name!r}; it must be auto, cpu, cuda or cuda:N.") from None
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ConfigError(f"{key} is {name!r}, but this process sees no CUDA GPU. Set it to auto or cpu.")
+        if world.is_distributed and device.index not in (None, world.device.index):
+            raise ConfigError(
+                f"{key} is {name!r}, but each rank has its own GPU ({world.device} here). Set it to cuda."
+            )
+        device = world.device if device.index is None and world.device.type == "cuda" else device
+        return torch.device("cuda", device.index or 0)
+    if world.is_distributed and world.backend == "nccl" and dist.get_backend() == "nccl":
+        raise ConfigError(f"{key} is {name!r}, but the process group's backend is nccl. Join with backend='gloo'.")
+    return device
+
+
+def on_main(world: World, function: Callable[[], T]) -> T:
+    """Run ``function`` on rank 0 and return its result on every rank. Collective.
+
+    Raises:
+        Exception: What it raised, on rank 0.
+        RankFailedError: On the other ranks, if it raised on rank 0: none waits for nothing.
+    """
+    error: Exception | None = None
+    result: tuple[bool, object] = (False, None)
+    if world.is_main:
+        try:
+            result = (True, function())
+        except Exception as caught:
+            error, result = caught, (False, f"{type(caught).__name__}: {caught}")
+    done, value = broadcast_decision(result)
+    if error is not None:
+        raise error
+    if not done:
+        raise RankFailedError(f"rank 0 failed: {value}", rank=0)
+    return value  # type: ignore[return-value]
+
+
+def make_run_folder(config: TrainerConfig, world: World) -> Path:
+    """Make the run's folder with the resolved configuration, and send this rank's log there too. Collective."""
+    run = Path(os.path.expanduser(config.training.path))
+
+    def make() -> None:
+        try:
+            run.mkdir(parents=True, exist_ok=True)
+            (run / "config.yaml").write_text(to_yaml(plain_config(config)), encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(
+                f"training.path is {config.training.path!r}, but that folder cannot be written to: {error.strerror}. "
+                "Name another."
+            ) from error
+
+    on_main(world, make)
+    _log_to(run / "logs" / f"rank-{world.rank}.log", world.rank)
+    return run
+
+
+def set_aside(run: Path, names: tuple[str, ...]) -> Path | None:
+    """Move what an earlier run left under these names into ``<run>/previous-<n>``, and return that folder or None.
+
+    Rank 0 calls it.
+    """
+    found = [run / name for name in names if (run / name).exists()]
+    if not any(path.is_file() or any(path.iterdir()) for path in found):
+        return None
+    number = 1
+    while (run / f"previous-{number}").exists():
+        number += 1
+    target = run / f"previous-{number}"
+    target.mkdir()
+    for path in found:
+        os.replace(path, target / path.name)
+    return target
+
+
+def _log_to(path: Path, rank: int) -> None:
+    everyrank_logger = logging.getLogger("everyrank")
+    if not everyrank_logger.handlers:
+        setup_logging(rank, log_file=path)
+        return
+    files = [h for h in everyrank_logger.handlers if isinstance(h, logging.FileHandler)]
+    if any(Path(handler.baseFilename) == path.resolve() for handler in files):
+        return
+    # Logging was set up already, for the console or for a run before this one: only add this run's file.
+    for handler in files:
+        if Path(handler.baseFilename).parent.name == "logs" and getattr(handler, "of_trainer", False):
+            everyrank_logger.removeHandler(handler)
+            handler.close()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    added = logging.FileHandler(path, encoding="utf-8")
+    added.of_trainer = True  # type: ignore[attr-defined]
+    added.setLevel(logging.INFO)
+    added.setFormatter(everyrank_logger.handlers[0].formatter)
+    everyrank_logger.addHandler(added)
+    everyrank_logger.setLevel(min(everyrank_logger.level or logging.INFO, logging.INFO))

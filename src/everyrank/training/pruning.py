@@ -1,0 +1,52 @@
+"""Optuna trials in a distributed run: rank 0 reports, its decision is broadcast, and all ranks stop together.
+
+The usual arrangement for a study over several ranks is that rank 0 runs the study and passes its trial, while the other
+ranks call the same objective as often with ``trial=None``::
+
+    if world.is_main:
+        study.optimize(objective, n_trials=20)
+    else:
+        for _ in range(20):
+            with contextlib.suppress(optuna.TrialPruned):
+                objective(None)
+
+Suggestions must reach all ranks too, for example by
+``lr = everyrank.broadcast_decision(trial.suggest_float("lr", 1e-4, 1e-1, log=True) if trial else None)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from everyrank.runtime.world import World
+from everyrank.training.placement import on_main
+
+
+def has_trial(world: World, trial: Any) -> bool:
+    """Tell whether any rank was given a trial: rank 0's counts. Collective."""
+    return on_main(world, lambda: trial is not None)
+
+
+def report_and_prune(world: World, trial: Any, row: Mapping[str, Any]) -> None:
+    """Report an epoch's value to the trial and stop on all ranks if it is to be pruned. Collective.
+
+    Args:
+        world: The joined world.
+        trial: Rank 0's trial; what the other ranks pass is ignored.
+        row: The epoch's row of the history; its validation loss is reported (without validation, its training loss).
+
+    Raises:
+        optuna.TrialPruned: On every rank, in the same epoch.
+    """
+
+    value, epoch = float(row.get("val_loss", row["train_loss"])), int(row["epoch"])
+
+    def decide() -> bool:
+        trial.report(value, epoch)
+        return bool(trial.should_prune())
+
+    if on_main(world, decide):
+        import optuna
+
+        raise optuna.TrialPruned(f"pruned after epoch {epoch} at {value:.6g}")

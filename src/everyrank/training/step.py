@@ -1,0 +1,186 @@
+"""One optimizer step: forward, loss weighted by this rank's share, backward, update. Nothing here waits for the device.
+
+A rank's loss is scaled by ``num_local * world_size / num_global``. DDP averages gradients over the ranks, so the sum
+over ranks of ``(num_local / num_global) * (gradient of the rank's mean loss)`` remains: the gradient of the mean loss
+over the global batch, as one process would compute it. With accumulation, ``num_global`` counts the samples of all the
+global batches of the step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from everyrank.errors import ConfigError
+from everyrank.training.batch import make_apply, make_mover
+from everyrank.training.config import TrainingConfig
+from everyrank.training.ema import WeightAverage
+from everyrank.training.parallel import without_sync
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+
+
+class TrainStep:
+    """Takes optimizer steps.
+
+    Args:
+        model: The wrapped model.
+        module: The bare model within.
+        optimizer: The optimizer of the bare model's parameters.
+        criterion: ``(output, data)`` to the mean loss over the samples of the batch.
+        apply_model: ``(model, data)`` to the output, or None.
+        config: The ``training`` section.
+        device: Where the model is.
+        scheduler: A scheduler to step after each optimizer step, or None.
+        ema: A weight average to update after each optimizer step, or None.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        criterion: Callable[[Any, Any], Tensor],
+        apply_model: Callable[[nn.Module, Any], Any] | None,
+        config: TrainingConfig,
+        device: torch.device,
+        scheduler: Any = None,
+        ema: WeightAverage | None = None,
+    ) -> None:
+        self.model, self.module, self.optimizer = model, module, optimizer
+        self.criterion, self.apply_model = criterion, apply_model
+        self.config, self.device, self.scheduler, self.ema = config, device, scheduler, ema
+        self.scaler = torch.amp.GradScaler(device.type) if config.mixed_precision == "fp16" else None
+        self.skipped = False  # whether the last step left the weights as they were
+        self._parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self._move = make_mover(device, DTYPES[config.dtype] if config.dtype else None)
+        self._autocast = AUTOCAST[config.mixed_precision] if config.mixed_precision else None
+        self._is_plain = not any(
+            (config.mixed_precision, config.clip_grad_norm, config.clip_grad_value, scheduler, ema, self._move)
+        ) and (config.nan_policy != "skip")
+        self._checked = False
+
+    def __call__(self, batches: Iterator[Any], weights: Sequence[float]) -> Tensor:
+        """Take one optimizer step.
+
+        Args:
+            batches: Where the next batches come from; one is taken for each weight.
+            weights: For each batch ``num_local * world_size / num_global``.
+
+        Returns:
+            This rank's weighted loss, a scalar on the device: its mean over ranks is the loss of the step's samples.
+        """
+        if not self._checked:
+            return self._first(batches, weights)
+        if self._is_plain and len(weights) == 1:
+            data = next(batches)
+            loss = self.criterion(self.apply_model(self.model, data), data)  # type: ignore[misc]
+            if weights[0] != 1.0:
+                loss = loss * weights[0]
+            loss.backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            return loss.detach()
+        loss = self._accumulate(batches, weights)
+        self._update()
+        return loss
+
+    def _first(self, batches: Iterator[Any], weights: Sequence[float]) -> Tensor:
+        """Take the first step, in which mistakes of form show."""
+        data = next(batches)
+        moved = self._move(data) if self._move else data
+        guessed = self.apply_model is None
+        if guessed:
+            self.apply_model = make_apply(self.module, moved)
+        try:
+            loss = self._accumulate(_Chain(data, batches), weights)
+        except Exception as error:
+            if guessed:
+                error.add_note(
+                    f"No apply_model is configured: for batches of type {type(data).__name__} the model is called with "
+                    f"{'the first element' if isinstance(data, tuple | list) else 'the batch'}. If that is not what it "
+                    "takes, set apply_model to a function (model, data) that returns the output."
+                )
+            raise
+        self._checked = True
+        self._update()
+        return loss
+
+    def _accumulate(self, batches: Iterator[Any], weights: Sequence[float]) -> Tensor:
+        total: Tensor | None = None
+        for number, weight in enumerate(weights):
+            data = next(batches)
+            if self._move is not None:
+                data = self._move(data)
+            if number < len(weights) - 1:
+                with without_sync(self.model):
+                    loss = self._backward(data, weight)
+            else:
+                loss = self._backward(data, weight)
+            total = loss if total is None else total + loss
+        assert total is not None
+        return total
+
+    def _backward(self, data: Any, weight: float) -> Tensor:
+        assert self.apply_model is not None
+        with torch.autocast(self.device.type, dtype=self._autocast, enabled=self._autocast is not None):
+            output = self.apply_model(self.model, data)
+            loss = self.criterion(output, data)
+        if not isinstance(loss, Tensor) or loss.dim() != 0:
+            found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise ConfigError(
+                f"criterion returned {found}; it must return a scalar tensor, the mean loss over the samples of the "
+                "batch. End it with .mean()."
+            )
+        loss = loss * weight
+        (self.scaler.scale(loss) if self.scaler is not None else loss).backward()
+        return loss.detach()
+
+    def _update(self) -> None:
+        config = self.config
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
+        if config.clip_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self._parameters, config.clip_grad_norm)
+        if config.clip_grad_value is not None:
+            torch.nn.utils.clip_grad_value_(self._parameters, config.clip_grad_value)
+        if self._step_optimizer():
+            if self.scheduler is not None:
+                self.scheduler.step()
+            if self.ema is not None:
+                self.ema.update()
+        self.optimizer.zero_grad()
+
+    def _step_optimizer(self) -> bool:
+        """Step the optimizer unless the gradients forbid it; tell whether it was done."""
+        if self.scaler is not None:
+            before = self.scaler.get_scale()
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            self.skipped = self.scaler.get_scale() < before
+        else:
+            self.skipped = self.config.nan_policy == "skip" and not self._gradients_are_finite()
+            if not self.skipped:
+                self.optimizer.step()
+        return not self.skipped
+
+    def _gradients_are_finite(self) -> bool:
+        # Gradients are the same on every rank by now, so every rank comes to the same answer without asking.
+        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        return bool(torch.isfinite(norm))
+
+
+class _Chain(Iterator[Any]):
+    """An iterator with one item put back."""
+
+    def __init__(self, first: Any, rest: Iterator[Any]) -> None:
+        self._first, self._rest = [first], rest
+
+    def __next__(self) -> Any:
+        return self._first.pop() if self._first else next(self._rest)
