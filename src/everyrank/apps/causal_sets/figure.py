@@ -21,7 +21,7 @@ def draw(path: Path, comparison: Comparison, training: Sequence[Mapping[str, flo
     Args:
         path: Where to write it.
         comparison: The answers on the test set.
-        training: One mapping for each epoch with ``epoch``, ``train_loss``, and if measured ``val_loss`` and
+        training: One mapping for each epoch with ``epoch`` (from 0), ``train_loss``, and if measured ``val_loss`` and
             ``val_accuracy``.
     """
     # The object-oriented interface: pyplot would choose a backend for the whole process.
@@ -45,7 +45,7 @@ def draw(path: Path, comparison: Comparison, training: Sequence[Mapping[str, flo
 
 def _curves(axes: Axes, training: Sequence[Mapping[str, float]], names: Mapping[str, str], label: str) -> None:
     for name, title in names.items():
-        points = [(row["epoch"], row[name]) for row in training if name in row]
+        points = [(row["epoch"] + 1, row[name]) for row in training if name in row]
         if points:
             axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=title)
     axes.set(xlabel="epoch", ylabel=label)

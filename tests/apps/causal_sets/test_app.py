@@ -1,0 +1,125 @@
+"""The whole app: the same weights at every world size, what it leaves in the run's folder, and mistakes in its keys."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+from safetensors.torch import load_file
+
+import everyrank
+from conftest import RunCli
+from everyrank.apps.causal_sets.app import trainer_config
+from everyrank.errors import ConfigError
+from everyrank.training.config import read_config
+
+CONF = Path(everyrank.__file__).parent / "conf"
+# 85 training samples in global batches of 16: the last is short, and neither divides by 2 or 3.
+TINY = [
+    "app.data.kwargs.num_samples=121",
+    "app.data.kwargs.mean_size=16",
+    "app.training.global_batch_size=16",
+    "app.training.num_epochs=2",
+    "app.model.blocks=[{layer: sage, out_dim: 8}]",
+]
+
+
+def make_config(*overrides: str, app: str = "causal_sets") -> DictConfig:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("config", [f"app={app}", *overrides])
+
+
+def test_the_same_weights_at_every_world_size(tmp_path: Path) -> None:
+    """In float64 to 1e-10, uneven shares and a short last batch included; ranks of a run agree bit by bit."""
+
+    def on_rank(cfg: DictConfig) -> dict[str, object]:
+        import torch
+
+        from everyrank.apps.causal_sets.app import CausalSetsApp
+
+        torch.use_deterministic_algorithms(True)
+        return CausalSetsApp().run(cfg)
+
+    weights, numbers = [], []
+    for size in (1, 2, 3):
+        cfg = make_config(
+            *TINY, "app.training.dtype=float64", f"env.data_dir={tmp_path}", f"run.dir={tmp_path / str(size)}"
+        )
+        results = everyrank.launch(on_rank, cfg, nproc_per_node=size)
+        assert results == [results[0]] * size
+        weights.append(load_file(tmp_path / str(size) / "model.safetensors"))
+        numbers.append({name: value for name, value in results[0].items() if name != "weights"})
+    for other in weights[1:]:
+        assert other.keys() == weights[0].keys()
+        for name, tensor in weights[0].items():
+            assert tensor.dtype == torch.float64
+            torch.testing.assert_close(other[name], tensor, rtol=0, atol=1e-10)
+    assert numbers == [numbers[0]] * 3
+    assert numbers[0]["num_test_samples"] == 24
+
+
+def test_from_the_command_line(run_cli: RunCli, tmp_path: Path) -> None:
+    ended = run_cli("driver=torchrun", "app=causal_sets", *TINY)
+    assert ended.returncode == 0, ended.stderr
+    for words in ("Test accuracy on 24 causal sets", "Myrheim-Meyer", "Kleitman-Rothschild", "causal_sets.png"):
+        assert words in ended.stdout
+    (run,) = (tmp_path / "outputs").iterdir()
+    assert (run / "causal_sets.png").read_bytes().startswith(b"\x89PNG")
+    result = json.loads((run / "result.json").read_text())
+    assert result["num_test_samples"] == 24
+    model = everyrank.GNNModel.load(run / "model.safetensors")
+    assert model.config["heads"]["dimension"]["out_dim"] == 3
+    assert list((tmp_path / "data" / "causal_sets").iterdir()), "the cache is where env.data_dir says"
+
+
+def test_a_mistake_is_one_message(run_cli: RunCli, tmp_path: Path) -> None:
+    ended = run_cli("app=causal_sets", "+app.data.kwargs.num_sample=5", "app.data.kwargs.layered_fraction=2")
+    assert ended.returncode == 2
+    assert "num_sample: unknown key. Did you mean 'num_samples'?" in ended.stderr
+    assert "layered_fraction: found 2" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize("app", ["causal_sets", "causal_sets_full"])
+def test_shipped_configurations_are_whole(app: str) -> None:
+    config = read_config(trainer_config(make_config("run.dir=somewhere", app=app)))
+    assert config.training.path == "somewhere"
+    assert config.data is not None
+    assert config.data.kwargs["dtype"] == config.training.dtype
+    assert config.training.num_epochs == config.training.scheduler.kwargs["T_max"]
+    assert everyrank.GNNModel(config.model.settings).config["in_dim"] == 6
+    assert (config.data.kwargs["num_samples"] > 10_000) == (app == "causal_sets_full")
+
+
+def test_widths_follow_from_the_data() -> None:
+    cfg = make_config("run.dir=x", "app.data.kwargs.dimensions=[2,3,4,5]")
+    assert trainer_config(cfg)["model"]["heads"]["dimension"]["out_dim"] == 4
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("+app.model.in_dim=5", r"model\.in_dim: found 5, but the data ask for 6"),
+        ("+app.model.heads.dimension.out_dim=2", r"model\.heads\.dimension\.out_dim: found 2"),
+        ("~app.model.heads.manifold", r"model\.heads\.manifold: missing"),
+        ("app.data.kwargs.dimensions=[0]", "dimensions: found 0"),
+    ],
+)
+def test_what_does_not_fit_is_said(override: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        trainer_config(make_config("run.dir=x", override))
+
+
+@pytest.mark.nightly
+def test_full_settings_beat_the_estimator(tmp_path: Path, run_cli: RunCli) -> None:
+    ended = run_cli("driver=torchrun", "app=causal_sets_full", "driver.threads_per_rank=1", timeout_s=1500)
+    assert ended.returncode == 0, ended.stderr
+    (run,) = (tmp_path / "outputs").iterdir()
+    result = json.loads((run / "result.json").read_text())
+    assert result["dimension_accuracy"] > result["dimension_accuracy_myrheim_meyer"]
+    assert result["manifold_accuracy"] > 0.95
