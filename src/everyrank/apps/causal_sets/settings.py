@@ -13,17 +13,17 @@ from everyrank.config.schema import Bool, Float, Int, build, field, section
 class DataSettings:
     """What data to draw."""
 
-    num_samples: Int = field(4000, ge=1, doc="How many orders, over training, validation and test.")
-    mean_size: Float = field(100.0, ge=8, le=4000, doc="Mean number of elements n of an order (Poisson).")
-    fixed_size: Bool = field(False, doc="Give every order exactly `mean_size` elements instead.")
+    num_samples: Int = field(default=4000, ge=1, doc="How many orders, over training, validation and test.")
+    mean_size: Float = field(default=100.0, ge=8, le=4000, doc="Mean number of elements n of an order (Poisson).")
+    fixed_size: Bool = field(default=False, doc="Give every order exactly `mean_size` elements instead.")
     dimensions: list[Int] = field(
         factory=lambda: [2, 3, 4], min_length=1, doc="The spacetime dimensions to tell apart, each at least 2."
     )
     layered_fraction: Float = field(
         0.25, ge=0, le=1, doc="Share of Kleitman-Rothschild orders, which are like no spacetime, among the samples."
     )
-    seed: Int = field(0, ge=0, doc="Seed of the data; sample i depends on it and on i alone.")
-    dtype: Literal["float32", "float64"] = field("float32", doc="Floating-point type of the features.")
+    seed: Int = field(default=0, ge=0, doc="Seed of the data; sample i depends on it and on i alone.")
+    dtype: Literal["float32", "float64"] = field(default="float32", doc="Floating-point type of the features.")
 
     def recipe(self) -> Recipe:
         """Return what determines each sample: neither how many are used, nor in which precision."""
