@@ -21,9 +21,6 @@ TOP = {
     "n_channels": Key(3, "int", "Channels of a frame."),
     "merge_bn": Key(None, "any", IGNORED),
     "merge_bn_startpoint": Key(None, "any", IGNORED),
-    "device": Key("auto", "str", '"auto", "cpu" or "cuda".'),
-    "backend": Key("auto", "str", 'Backend of the process group: "auto", "gloo" or "nccl".'),
-    "timeout_s": Key(600.0, "float", "How long a rank waits for the others, in seconds."),
 }
 
 PATH = {
@@ -36,7 +33,9 @@ DATA = {
     "name": Key("dataset", "str", "A name for the log."),
     "dataset_type": Key(REQUIRED, "str", "How samples are made; see the table of dataset types."),
     "dataroot_gt": Key(
-        REQUIRED, "str", "Sharp frames: a folder of clips, an lmdb, video files, or `demo:NAME` for prepared demo data."
+        None,
+        "str|null",
+        "Sharp frames: a folder of clips, an lmdb, video files, or `demo:NAME` for prepared demo data.",
     ),
     "dataroot_lq": Key(None, "str|null", "Low-quality frames, in the same form; null makes them by `degradation`."),
     "meta_info_file": Key("", "str|null", "List of clips, one a line: name, number of frames, shape, first frame."),

@@ -9,6 +9,7 @@ from typing import Any
 
 from everyrank.apps.video_restoration.options.key import REQUIRED, Key
 from everyrank.apps.video_restoration.options.keys import (
+    DATA,
     DATA_SECTIONS,
     DATASET_TYPES,
     DATASETS,
@@ -117,6 +118,9 @@ def _contradictions(options: Mapping[str, Any]) -> list[str]:
                 f"datasets.{name}.dataset_type: found {kind!r}; give one of {list(DATASET_TYPES)}."
                 f"{did_you_mean(kind, DATASET_TYPES)}"
             )
+        root = "dataroot_lq" if kind == "SingleVideoRecurrentTestDataset" else "dataroot_gt"
+        if not data.get(root):
+            problems.append(f"datasets.{name}.{root} is missing: {DATA[root].meaning}")
         backend = data.get("io_backend")
         kind = backend.get("type") if isinstance(backend, dict) else backend
         if kind not in (None, "disk", "lmdb", "video"):

@@ -1,0 +1,59 @@
+"""The command line of ``main_train_vrt.py``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+
+from everyrank.apps.video_restoration.agreement import AgreedError
+from everyrank.apps.video_restoration.app import run_options
+from everyrank.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_OK, EveryrankError, Preempted, UserError
+from everyrank.runtime.legacy_arguments import strip_legacy_arguments
+from everyrank.runtime.logs import setup_logging
+from everyrank.runtime.process_group import join
+
+logger = logging.getLogger(__name__)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train or test as an option file says.
+
+    The group is joined before the option file is read: from then on the rank is known, and a mistake in the file is
+    said once.
+
+    Returns:
+        The exit code: 0, 1 for a failure, 2 for a mistake in options or data, 75 if preempted, 130 after Ctrl-C.
+    """
+    arguments, notices = strip_legacy_arguments(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(description="Train VRT from a JSON option file.")
+    parser.add_argument("--opt", required=True, help="the option file, such as options/vrt/demo_bigbuckbunny_x4.json")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--backend", default="auto", help="auto, gloo or nccl")
+    parser.add_argument("--timeout-s", type=float, default=600.0, help="how long a rank waits for the others")
+    given = parser.parse_args(arguments)
+    rank: int | None = None
+    try:
+        with join(device=given.device, backend=given.backend, timeout_s=given.timeout_s) as world:
+            rank = world.rank
+            setup_logging(rank)
+            for notice in notices if world.is_main else ():
+                logger.info(notice)
+            result = run_options(given.opt, world)
+            if world.is_main:
+                print(json.dumps(result), flush=True)
+    except AgreedError as error:
+        if rank == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    except (UserError, Preempted) as error:
+        print(f"{'error' if isinstance(error, UserError) else 'preempted'}: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    except EveryrankError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return EXIT_FAILURE
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    return EXIT_OK
