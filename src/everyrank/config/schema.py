@@ -60,8 +60,8 @@ def _resolve(value: Any) -> Any:
             raise ValueError(str(error)) from error
     if not callable(value):
         raise ValueError(
-            f"found {_shown(value)}, but it must be a class or function: !pyobject package.module.name, or that name as "
-            "text."
+            f"found {_shown(value)}, but it must be a class or function: !pyobject package.module.name, or that name as"
+            " text."
         )
     return value
 
