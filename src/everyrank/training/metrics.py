@@ -53,7 +53,9 @@ class MetricSet:
             config = given if isinstance(given, MetricConfig) else MetricConfig(type=given)
             metric = _make(name, config)
             if _is_torchmetric(metric):
-                self._stateful[name] = (metric.to(device), config.select or predictions_and_targets)
+                # Sums in float64: in float32 they would depend on how the samples are shared among ranks.
+                metric = metric.set_dtype(torch.float64).to(device)
+                self._stateful[name] = (metric, config.select or predictions_and_targets)
             else:
                 self._functions[name] = metric
         self.reset()

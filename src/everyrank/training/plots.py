@@ -34,7 +34,7 @@ def draw_curves(history: Path, figure: Path) -> bool:
     # The object interface: pyplot would choose a backend for the whole process.
     canvas = Figure(figsize=(7.0, 3.2 * (1 + len(metrics))), layout="constrained")
     FigureCanvasAgg(canvas)
-    axes = canvas.subplots(1 + len(metrics), 1, squeeze=False)[:, 0]
+    axes = canvas.subplots(1 + len(metrics), 1, squeeze=False, sharex=True)[:, 0]
     _draw_losses(axes[0], [row for row in rows if row["kind"] == "step"], epochs)
     for axis, name in zip(axes[1:], metrics, strict=True):
         axis.plot(*column(epochs, name), marker="o", markersize=3, color="tab:orange")
