@@ -16,7 +16,9 @@ import torch
 from everyrank.checkpoint.encoding import decode_json, encode_json
 from everyrank.checkpoint.folder import CheckpointInfo, checkpoint_paths, describe, list_checkpoints, remove_leftovers
 from everyrank.checkpoint.manifest import read_manifest
+from everyrank.checkpoint.objects import Stateful, put_states, take_states
 from everyrank.checkpoint.retention import Retention
+from everyrank.checkpoint.rng import capture_rng, restore_rng
 from everyrank.checkpoint.snapshot import Snapshot, whole_tensors
 from everyrank.checkpoint.tensor_file import SUFFIX, read_tensors
 from everyrank.checkpoint.writer import STATE, BackgroundTask, Job, write_checkpoint
@@ -244,6 +246,35 @@ class Checkpointer:
             return read_checkpoint(path)
         # Nodes without the folder: no file system is shared, so the ranks get it from rank 0.
         return broadcast_decision(read_checkpoint(path) if self.world.is_main else None)  # type: ignore[return-value]
+
+    def save_objects(self, step: int, *, metric: float | None = None, **objects: Stateful) -> None:
+        """Save objects that have a ``state_dict``, and each rank's random generators; otherwise as ``save``.
+
+        Args:
+            step: Number of optimizer steps done.
+            metric: Value that ``keep_best`` ranks by.
+            **objects: The objects by name, for example ``model=model, optimizer=optimizer, sampler=sampler``.
+        """
+        tensors, state = take_states(objects)
+        self.save(step, tensors=tensors, state=state, rank_state={"rng": capture_rng()}, metric=metric)
+
+    def resume(self, **objects: Stateful) -> int:
+        """Put the newest whole checkpoint's states back into these objects; the counterpart of ``save_objects``.
+
+        Random generators go on where they were if the world has the size it had; at another size they are left alone.
+
+        Returns:
+            The step to go on from; 0, and nothing is changed, if there is no checkpoint yet.
+        """
+        info = self.latest()
+        if info is None:
+            return 0
+        loaded = self.load(info)
+        put_states(objects, loaded.tensors, loaded.state)
+        if loaded.world_size == self.world.size:
+            restore_rng(loaded.rank_states[self.world.rank].get("rng", {}))
+        logger.info("resuming from %s", info.path)
+        return loaded.step
 
     def _newest_whole(self) -> CheckpointInfo | None:
         for path in reversed(checkpoint_paths(self.folder)):

@@ -71,7 +71,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
 
     A rank whose share is empty is given one placeholder, the first sample of the global batch, so that it still takes
     part in the step. Its weight is zero: DDP averages gradients over ranks, so scale a rank's mean loss by
-    ``share.num_local * world_size / share.num_global``.
+    ``loss_weight(batch)``, which is ``num_local * world_size / num_global`` of its share.
 
     Args:
         num_samples: Number of samples of the dataset.
@@ -173,6 +173,11 @@ class GlobalBatchSampler(Sampler[list[int]]):
         global_stop = min(global_start + self.global_batch_size, self.num_samples)
         start, stop = split_evenly(global_start, global_stop, self.rank, self.world_size)
         return Share(start, stop, global_start, global_stop)
+
+    def loss_weight(self, batch: int) -> float:
+        """Return what to scale this rank's mean loss of a global batch by, so that DDP's mean over ranks is exact."""
+        share = self.share(batch)
+        return share.num_local * self.world_size / share.num_global
 
     def __iter__(self) -> Iterator[list[int]]:
         """Yield this rank's samples of each global batch from the cursor to the end of the epoch.
