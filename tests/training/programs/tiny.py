@@ -13,7 +13,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 import everyrank
 from everyrank import TrainerDDP
-from everyrank.errors import Preempted
+from everyrank.errors import NonFiniteLossError, Preempted
 
 
 class TinyNet(nn.Sequential):
@@ -146,3 +146,26 @@ def train_with_harm(folder: Path, changes: dict[str, Any], rank: int, after: int
             return outcome(trainer, trainer.run_training(train_loader, val_loader))
         except Preempted as stopped:
             return {"preempted": str(stopped), "step": trainer.step, "epoch": trainer.epoch}
+
+
+def poisoned(num_bad: int = 1) -> TensorDataset:
+    """Data in which sample 17 (and maybe its neighbours) gives a loss that is NaN."""
+    x, y = make_data().tensors
+    y = y.clone()
+    y[17 : 17 + num_bad] = float("nan")
+    return TensorDataset(x, y)
+
+
+def train_poisoned(folder: Path, policies: list[str]) -> dict[str, Any]:
+    """Train with each policy and return what came of each."""
+    found: dict[str, Any] = {}
+    with everyrank.join(device="cpu") as world:
+        for policy in policies:
+            trainer = TrainerDDP(config=make_config(folder / policy, num_epochs=1, nan_policy=policy), world=world)
+            trainer.prepare_dataloaders(train_dataset=poisoned())
+            try:
+                result = outcome(trainer, trainer.run_training())
+            except NonFiniteLossError as error:
+                result = {"error": str(error), "rank": error.rank, "step": error.step, "samples": error.samples}
+            found[policy] = {**result, "num_skipped": trainer._position.num_skipped}
+    return found
