@@ -156,6 +156,8 @@ def _outcome(run: EngineRun, agent: RankAgent, signum: int | None, message: str)
                     ended_by_us=worker.local_rank in ended_by_us and code < 0,
                 )
             )
+    if message:  # the ranks ended because of it
+        failures = [failure for failure in failures if not failure.ended_by_us]
     return Outcome(
         failures=tuple(failures),
         signum=signum,

@@ -101,8 +101,8 @@ class ElasticRendezvous(RendezvousHandler):
                 place = self._place_of_ranks(info)
             except RendezvousClosedError as error:
                 raise RendezvousError(
-                    f"the run {self._run_id!r} at {self._endpoint} has ended. To mend it: start a new one, with another "
-                    "driver.rdzv_id or another port, on all nodes."
+                    f"the run {self._run_id!r} at {self._endpoint} has ended. To mend it: start a new one on all "
+                    "nodes, with another driver.rdzv_id or another port."
                 ) from error
             except RendezvousTimeoutError as error:
                 raise RendezvousError(
@@ -119,9 +119,7 @@ class ElasticRendezvous(RendezvousHandler):
                 raise self._lost()
 
     def _open(self) -> DynamicRendezvousHandler:
-        os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = (
-            "1"  # the sharing that strands late joiners; ours replaces it
-        )
+        os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # its sharing strands late joiners; ours replaces it
         store: Store | None = None
         if is_this_machine(self._host):
             try:

@@ -25,6 +25,8 @@ from everyrank.errors import RendezvousError
 
 T = TypeVar("T")
 
+MISFIT = "misfit"  # key under which a node that does not fit says why
+
 _FIRST_NOTICE_S, _NOTICE_S = 5.0, 30.0
 _PROBE_S = 2.0
 _ANSWER_S = 15.0  # how long a store that accepted the connection has to speak torch's language
@@ -153,26 +155,24 @@ def check_alike(store: Store, settings: Mapping[str, Any]) -> None:
         settings: The settings, by configuration key.
 
     Raises:
-        RendezvousError: They differ; both nodes and both values are named.
+        RendezvousError: They differ; both nodes and both values are named, also under the key ``misfit``.
     """
+    node = socket.gethostname()
     mine = {
-        "node": socket.gethostname(),
-        "alike": {
-            "torch": torch.__version__,
-            "everyrank": __version__,
-            "Python": ".".join(platform.python_version_tuple()[:2]),
-            **settings,
-        },
+        "torch": torch.__version__,
+        "everyrank": __version__,
+        "Python": ".".join(platform.python_version_tuple()[:2]),
+        **settings,
     }
-    first = json.loads(store.compare_set("first-node", "", json.dumps(mine)))
-    for name, value in mine["alike"].items():
-        other = first["alike"].get(name)
-        if other != value:
-            kind = "the same value on every node" if name.startswith("driver.") else f"the same {name} on every node"
-            raise RendezvousError(
-                f"node {mine['node']} has {name} {value}, but node {first['node']}, which came first, has {other}. "
-                f"To mend it: {kind}."
+    first_node, first = json.loads(store.compare_set("first-node", "", json.dumps([node, mine])))
+    for name, value in mine.items():
+        if first.get(name) != value:
+            message = (
+                f"node {first_node}, which came first, has {name} {first.get(name)}, but node {node} has {value}. "
+                f"To mend it: give every node the same {name}."
             )
+            store.set(MISFIT, message)
+            raise RendezvousError(message)
 
 
 def in_thread(call: Callable[[], T], still_there: Callable[[], None]) -> T:

@@ -108,9 +108,12 @@ class StaticRendezvous(RendezvousHandler):
                 f"driver.node_rank={self._node_rank} was set on {socket.gethostname()} and on {taken_by}. "
                 f"To mend it: number the nodes from 0 to {self._num_nodes - 1}, each once."
             )
-        waiting = [r for r in range(self._num_nodes)]
+        waiting = list(range(self._num_nodes))
 
         def complete() -> bool:
+            assert self._store is not None
+            if self._store.check([meeting.MISFIT]):
+                raise RendezvousError(self._store.get(meeting.MISFIT).decode())
             if self._node_rank != 0:
                 return store.check(["go"])
             waiting[:] = [r for r in waiting if not store.check([f"node/{r}"])]

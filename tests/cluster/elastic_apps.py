@@ -1,0 +1,64 @@
+"""Apps for the tests of several nodes: they loop over collectives and write down in which world they are."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig
+
+import everyrank
+from everyrank.errors import Preempted
+from everyrank.runtime.preemption import PreemptionWatch
+
+
+class Loops:
+    """Sums over the ranks until the file ``stop`` is there, and leaves ``world-<attempt>-<size>`` of each world.
+
+    Progress is a number that rank 0 saves as a checkpoint would be: each world goes on from it.
+    """
+
+    def run(self, cfg: DictConfig) -> dict[str, int]:
+        folder = Path(cfg.app.folder)
+        with everyrank.join(**cfg.distributed) as world, PreemptionWatch() as watch:
+            state = _load(folder / "state.json")
+            attempt = world.environment.restart_count
+            _write(
+                folder / f"pid-{os.environ.get('HOSTNAME', '')}{os.uname().nodename}-{world.local_rank}", os.getpid()
+            )
+            while True:
+                total = int(everyrank.reduce_sum(torch.tensor(1)).item())
+                assert total == world.size
+                state["steps"] += 1
+                if world.is_main:
+                    _write(folder / "state.json", state)
+                    _write(folder / f"world-{attempt}-{world.size}", state["steps"])
+                signal = watch.agreed()
+                if signal:
+                    raise Preempted(f"told to stop by {signal} after step {state['steps']}")
+                if everyrank.broadcast_decision((folder / "stop").exists()):
+                    return {"steps": state["steps"], "world_size": world.size}
+                time.sleep(0.02)  # an optimizer step
+
+
+def _load(path: Path) -> dict[str, int]:
+    return json.loads(path.read_text()) if path.exists() else {"steps": 0}
+
+
+def _write(path: Path, value: object) -> None:
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(json.dumps(value))
+    partial.rename(path)
+
+
+class Script:
+    """A plain Python script, run as it is."""
+
+    def run(self, cfg: DictConfig) -> None:
+        raise AssertionError("an app with a command is not run in Python")
+
+    def build_command(self, cfg: DictConfig) -> list[str]:
+        return [cfg.app.script]

@@ -1,0 +1,123 @@
+"""Nodes that come and go: late, killed, told to leave, cut off; and the end of the node that holds the meeting place."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from cluster.hosts import Host
+from cluster.running import Running, wait_for
+
+pytestmark = pytest.mark.cluster
+Start = Callable[..., Running]
+
+
+class Job:
+    """One elastic run: ``elastic_apps.Loops`` on up to three hosts."""
+
+    def __init__(self, start_on: Start, folder: Path) -> None:
+        self.folder = folder
+        self.nodes: dict[int, Running] = {}
+        self._start_on = start_on
+        self._seen: set[str] = set()
+        folder.mkdir()
+
+    def start(self, node: int, *more: str) -> Running:
+        self.nodes[node] = self._start_on(
+            node,
+            *("driver=torchrun", "app=custom", "app._target_=elastic_apps.Loops", f"+app.folder={self.folder}"),
+            *("driver.nproc_per_node=1", "driver.rdzv_backend=c10d", "driver.rdzv_endpoint=node0:29500"),
+            *("driver.rdzv_id=my_job", "driver.min_nodes=1", "driver.max_nodes=3", *more),
+        )
+        return self.nodes[node]
+
+    def reaches(self, size: int) -> int:
+        """Wait for a new world of ``size`` nodes; returns its number of steps so far."""
+        found: list[Path] = []
+
+        def new_world() -> bool:
+            worlds = {path.name: path for path in self.folder.glob("world-*")}
+            found[:] = [p for name, p in worlds.items() if name not in self._seen and name.endswith(f"-{size}")]
+            if found:
+                self._seen |= set(worlds)
+            return bool(found)
+
+        def explain() -> str:
+            said = "\n".join(f"--- {node.name}\n{node.output}" for node in self.nodes.values())
+            return (
+                f"no new world of size {size}; there were {sorted(p.name for p in self.folder.glob('world-*'))}\n{said}"
+            )
+
+        wait_for(new_world, 40, explain)
+        return int(json.loads(found[0].read_text()))
+
+    def pid(self, node: int) -> int:
+        return int(json.loads((self.folder / f"pid-node{node}-0").read_text()))
+
+    def stop(self) -> None:
+        (self.folder / "stop").touch()
+
+
+@pytest.fixture
+def job(start_on: Start, tmp_path: Path) -> Job:
+    return Job(start_on, tmp_path / "job")
+
+
+def test_nodes_join_late_are_killed_and_leave_and_training_goes_on(job: Job) -> None:
+    job.start(0)
+    job.start(1)
+    steps = [job.reaches(2)]
+    job.start(2)
+    steps.append(job.reaches(3))
+
+    rank = psutil.Process(job.pid(2))
+    job.nodes[2].process.send_signal(signal.SIGKILL)
+    wait_for(lambda: not rank.is_running() or rank.status() == psutil.STATUS_ZOMBIE, 5, lambda: "a rank was orphaned")
+    steps.append(job.reaches(2))
+
+    job.nodes[1].process.send_signal(signal.SIGTERM)
+    assert job.nodes[1].wait() == 75, job.nodes[1].output
+    assert "preempted: a checkpoint is saved" in job.nodes[1].output
+    steps.append(job.reaches(1))
+
+    job.stop()
+    assert job.nodes[0].wait() == 0, job.nodes[0].output
+    assert steps == sorted(set(steps)), "a world began before the end of the one before it"
+
+
+def test_a_cut_link_is_noticed_on_both_sides_and_only_one_goes_on(job: Job, hosts: list[Host]) -> None:
+    """Although the collectives would wait for ten minutes."""
+    job.start(0)
+    job.start(1)
+    job.reaches(2)
+    hosts[1].cut()
+    job.reaches(1)
+    assert job.nodes[1].wait() == 1, job.nodes[1].output
+    assert "this node (node1) has lost the meeting place at node0:29500" in job.nodes[1].output
+    assert job.nodes[0].process.poll() is None
+    job.stop()
+    assert job.nodes[0].wait() == 0, job.nodes[0].output
+
+
+def test_without_the_meeting_place_the_others_stop_and_say_so(job: Job) -> None:
+    job.start(0)
+    job.start(1)
+    job.reaches(2)
+    job.nodes[0].process.send_signal(signal.SIGKILL)
+    assert job.nodes[1].wait() == 1, job.nodes[1].output
+    assert "has lost the meeting place at node0:29500" in job.nodes[1].output
+
+
+def test_a_node_with_another_limit_is_refused_and_the_job_goes_on(job: Job) -> None:
+    job.start(0)
+    job.reaches(1)
+    other = job.start(1, "driver.max_nodes=2")
+    assert other.wait() == 2
+    assert "node node0, which came first, has driver.max_nodes 3, but node node1 has 2" in other.output
+    job.stop()
+    assert job.nodes[0].wait() == 0, job.nodes[0].output

@@ -1,0 +1,137 @@
+"""Two hosts with ``driver.node_rank=0`` and ``driver.node_rank=1``: the commands of the cluster guide, and mistakes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cluster.hosts import Host
+from cluster.running import Running
+
+pytestmark = pytest.mark.cluster
+Start = Callable[..., Running]
+HELLO = ("driver=torchrun", "app=hello_dist", "driver.nnodes=2", "driver.master_port=29500")
+
+
+@pytest.mark.parametrize(("nproc", "master"), [((2, 2), "node0"), ((1, 3), "10.77.0.1")])
+def test_two_nodes_meet_and_the_interface_is_found(start_on: Start, nproc: tuple[int, int], master: str) -> None:
+    """Also with different numbers of processes: ranks are laid out by node."""
+    nodes = [
+        start_on(
+            rank,
+            *HELLO,
+            f"driver.nproc_per_node={nproc[rank]}",
+            f"driver.node_rank={rank}",
+            f"driver.master_addr={master}",
+            "run.log_level=INFO",
+        )
+        for rank in (0, 1)
+    ]
+    assert [node.wait() for node in nodes] == [0, 0], nodes[0].output + nodes[1].output
+    size = sum(nproc)
+    ranks = [range(nproc[0]), range(nproc[0], size)]
+    for node, expected in zip(nodes, ranks, strict=True):
+        for local_rank, rank in enumerate(expected):
+            assert f"[Rank {rank}/{size}] Local rank: {local_rank}" in node.output
+        assert "network interface: eth0" in node.output
+    assert f"[Rank 0] Sum of all ranks: {size * (size - 1) // 2}" in nodes[0].output
+
+
+def test_eight_ranks_run_an_outside_program(start_on: Start, tmp_path: Path) -> None:
+    """A plain script of torch's, which knows nothing of everyrank, meets across hosts without any variable."""
+    (tmp_path / "plain.py").write_text(
+        "import os, torch, torch.distributed as dist\n"
+        "dist.init_process_group('gloo')\n"
+        "total = torch.ones(1)\n"
+        "dist.all_reduce(total)\n"
+        "print(f'rank {dist.get_rank()} of {dist.get_world_size()} counts {int(total)}', flush=True)\n"
+        "dist.destroy_process_group()\n"
+    )
+    settings = ("app=custom", "app._target_=elastic_apps.Script", f"+app.script={tmp_path / 'plain.py'}")
+    nodes = [
+        start_on(
+            rank,
+            *("driver=torchrun", *settings, "driver.nproc_per_node=4", "driver.nnodes=2"),
+            *(f"driver.node_rank={rank}", "driver.master_addr=node0", "driver.master_port=29500"),
+        )
+        for rank in (0, 1)
+    ]
+    assert [node.wait() for node in nodes] == [0, 0], nodes[0].output + nodes[1].output
+    for rank in range(8):
+        assert f"rank {rank} of 8 counts 8" in nodes[rank // 4].output
+    assert "GLOO_SOCKET_IFNAME=eth0, by the route to node0" in nodes[1].output
+
+
+def test_a_master_that_is_not_there_is_named(start_on: Start, hosts: list[Host]) -> None:
+    """Refused, dropped by a firewall, unknown: the address, the port and what was seen."""
+    hosts[0].drop(29511)
+    cases = {
+        "node0:29500": ("node0", 29500, "connection refused"),
+        "node0:29511": ("node0", 29511, "a firewall drops the packets"),
+        "nowhere:29500": ("nowhere", 29500, "the name nowhere does not resolve"),
+    }
+    running = {
+        endpoint: start_on(
+            1,
+            *("driver=torchrun", "app=hello_dist", "driver.nnodes=2", "driver.node_rank=1"),
+            *(f"driver.master_addr={host}", f"driver.master_port={port}", "driver.rdzv_timeout_s=4"),
+            f"run.name={host}-{port}",
+        )
+        for endpoint, (host, port, _) in cases.items()
+    }
+    for endpoint, (_, _, found) in cases.items():
+        node = running[endpoint]
+        assert node.wait() == 2, node.output
+        assert f"node 0 could not be reached at {endpoint} within 4 s" in node.output
+        assert found in node.output
+        assert "Traceback" not in node.output
+
+
+def test_a_node_that_does_not_come_is_named(start_on: Start) -> None:
+    node = start_on(0, *HELLO, "driver.node_rank=0", "driver.master_addr=node0", "driver.rdzv_timeout_s=3")
+    assert node.wait() == 2
+    assert "node 1 of 2 did not come to node0:29500 within 3 s" in node.output
+
+
+def test_a_busy_port_is_named(start_on: Start, hosts: list[Host], tmp_path: Path) -> None:
+    code = "import socket; s = socket.create_server(('', 29500)); print('listens', flush=True); s.accept(); input()"
+    other = Running(hosts[0].start([sys.executable, "-c", code], tmp_path), "the other program")
+    other.until_says("listens")
+    node = start_on(0, *HELLO, "driver.node_rank=0", "driver.master_addr=node0")
+    assert node.wait() == 2
+    assert "port 29500 of this machine is in use by another process" in node.output
+    other.process.kill()
+    other.wait()
+
+
+@pytest.mark.parametrize(
+    ("settings", "pretend", "named"),
+    [
+        (("driver.nnodes=3",), "", ("driver.nnodes 2", "driver.nnodes 3")),
+        ((), "import everyrank; everyrank.__version__ = '0.0.7'", ("everyrank 0.", "everyrank 0.0.7")),
+        ((), "import torch; torch.__version__ = '2.6.0'", ("torch 2.", "torch 2.6.0")),
+    ],
+    ids=["nnodes", "everyrank", "torch"],
+)
+def test_nodes_that_do_not_fit_are_told_on_both(
+    start_on: Start, tmp_path: Path, settings: tuple[str, ...], pretend: str, named: tuple[str, str]
+) -> None:
+    """Different settings, or different versions of torch or everyrank: at once, with both nodes and both values."""
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "sitecustomize.py").write_text(pretend)
+    first = start_on(0, *HELLO, "driver.node_rank=0", "driver.master_addr=node0")
+    first.until_says("rendezvous static")
+    second = start_on(
+        1,
+        *(*HELLO, "driver.master_addr=node0", "driver.node_rank=1", *settings),
+        env={"PYTHONPATH": str(tmp_path / "other")},
+    )
+    for node in (first, second):
+        assert node.wait() == 2, node.output
+        assert "node0" in node.output
+        assert "node1" in node.output
+        for text in named:
+            assert text in node.output
