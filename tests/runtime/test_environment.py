@@ -181,6 +181,11 @@ CASES = {
         [],
         {"launcher": "environment", "detected_by": "RANK", "local_rank": 0, "local_world_size": 1, "num_nodes": 4},
     ),
+    "an old PyTorchJob's master": (
+        KUBERNETES | {"RANK": "0", "MASTER_ADDR": "localhost", "KUBERNETES_SERVICE_HOST": "10.0.0.1"},
+        [],
+        {"local_rank": 0, "local_world_size": 1, "num_nodes": 4},
+    ),
     "variables set by hand on one machine": (LOCAL, [], {"local_rank": 1, "local_world_size": 2, "num_nodes": 1}),
     "Ray Train": (
         LOCAL | {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "NODE_RANK": "0", "RAY_JOB_ID": "01000000"},

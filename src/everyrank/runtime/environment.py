@@ -157,12 +157,13 @@ def _detect_torch_variables(environ: Mapping[str, str], argv: Sequence[str]) -> 
     local_rank = _local_rank(environ, argument)
     elastic = "TORCHELASTIC_RUN_ID" in environ
     addr = environ.get("MASTER_ADDR") or None
-    if local_rank is None and is_loopback_name(addr):
-        local_rank, default_local_size = rank, world_size  # a loopback master: all are on this machine
+    # A loopback master: all are on this machine. Not so in Kubernetes, where some operators tell the master's pod so.
+    on_loopback = is_loopback_name(addr) and "KUBERNETES_SERVICE_HOST" not in environ
+    if on_loopback:
+        local_rank = rank if local_rank is None else local_rank
+        default_local_size = world_size
     else:
         default_local_size = 1 if local_rank is None else min(world_size, local_rank + 1)
-        if local_rank is not None and is_loopback_name(addr):
-            default_local_size = world_size
     local_world_size = read_int(environ, "LOCAL_WORLD_SIZE", default_local_size)
     assert local_world_size is not None
     num_nodes = -(-world_size // max(local_world_size, 1))

@@ -11,7 +11,7 @@ def expand_hostlist(hostlist: str) -> list[str]:
     """Expand a Slurm host list to host names, in order.
 
     Brackets hold comma-separated numbers and ranges, whose leading zeros give the width; a name may hold several
-    bracket groups, the last of which runs fastest: ``n[1-2]-[a... ]`` style prefixes and suffixes are kept.
+    bracket groups, of which the last runs fastest.
 
     Args:
         hostlist: For example ``node[01-03,07],gpu-a[1-2]b,login1``.

@@ -18,12 +18,18 @@ import torch.distributed as dist
 
 from everyrank.errors import ConfigError, ProcessGroupError
 from everyrank.runtime.device import bind_device, choose_backend, device_identity
-from everyrank.runtime.environment import DEFAULT_MASTER_ADDR, DEFAULT_MASTER_PORT, detect, detect_with_arguments
+from everyrank.runtime.environment import (
+    DEFAULT_MASTER_ADDR,
+    DEFAULT_MASTER_PORT,
+    detect,
+    detect_with_arguments,
+    is_loopback_name,
+)
 from everyrank.runtime.membership import Membership, get_membership, set_membership
-from everyrank.runtime.network import interface_towards, loopback_interface
+from everyrank.runtime.network import choose_interfaces
 from everyrank.runtime.process_environment import ProcessEnvironment
-from everyrank.runtime.rendezvous import stays_on_this_machine
-from everyrank.runtime.roll_call import meet
+from everyrank.runtime.rendezvous import master_of_url
+from everyrank.runtime.roll_call import Gathering, meet
 from everyrank.runtime.world import World
 
 _log = logging.getLogger("everyrank.runtime")
@@ -72,14 +78,15 @@ def join(
         RendezvousError: The master is unreachable, its port is taken, or ranks are missing at the timeout.
         ProcessGroupError: This process is in a group already.
     """
+    url_addr, url_port = master_of_url(init_method)
     environment = detect_with_arguments(
         os.environ,
         sys.argv,
         rank=rank,
         world_size=world_size,
         local_rank=local_rank,
-        master_addr=master_addr,
-        master_port=master_port,
+        master_addr=url_addr or master_addr,
+        master_port=url_port or master_port,
     )
     world = _enter(environment, init_method, backend, timeout_s, device)
     try:
@@ -170,11 +177,11 @@ def _enter(
         )
     bound = bind_device(environment, device)
     chosen = choose_backend(backend, bound)
-    saved = _choose_interface(environment, init_method, chosen)
+    gpu = device_identity(bound) if chosen == "nccl" else ""
+    gathering = meet(environment, init_method, timeout_s, os.environ, gpu)
+    meeting, saved = gathering.meeting, _set_interfaces(gathering, environment, chosen)
     try:
-        gpu = device_identity(bound) if chosen == "nccl" else ""
-        meeting, store, roster = meet(environment, init_method, timeout_s, os.environ, gpu)
-        _make_group(environment, chosen, bound, store, timeout_s)
+        _make_group(environment, chosen, bound, gathering.store, timeout_s)
     except BaseException:
         _restore(saved)
         raise
@@ -182,12 +189,12 @@ def _enter(
     set_membership(
         Membership(
             world=world,
-            store=store,
+            store=gathering.store,
             base_store=meeting.store,
             host=meeting.host,
             endpoint=meeting.endpoint,
             timeout_s=timeout_s,
-            roster=roster,
+            roster=gathering.places,
             saved_variables=saved,
         )
     )
@@ -216,29 +223,17 @@ def _make_group(
     dist.init_process_group(backend, store=store, rank=environment.rank, world_size=environment.world_size, **options)
 
 
-def _choose_interface(environment: ProcessEnvironment, init_method: str, backend: str) -> dict[str, str | None]:
-    """Tell the backend which network interface to use; return the variables' earlier values.
-
-    One machine needs loopback only. Between machines it is the interface that leads to the master. What the user set
-    stays. The variables hold as long as the group: groups made later read them too.
-    """
-    host = environment.master_addr
-    if init_method.startswith("tcp://"):
-        host = init_method.removeprefix("tcp://").rpartition(":")[0].strip("[]")
-    if stays_on_this_machine(environment, None if init_method.startswith("file:") else host):
-        interface: str | None = loopback_interface()
-        names = ["GLOO_SOCKET_IFNAME"]
-    else:
-        interface = interface_towards(host) if host else None
-        names = ["GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"]
-    saved: dict[str, str | None] = {}
-    for name in names:
-        if os.environ.get(name):
-            _log.info("network interface: %s (%s is set)", os.environ[name], name)
-        elif interface is not None and (name.startswith("GLOO") or backend == "nccl"):
-            saved[name] = os.environ.get(name)
-            os.environ[name] = interface
-            _log.info("network interface: %s (%s, by the route to %s)", interface, name, host or "loopback")
+def _set_interfaces(gathering: Gathering, environment: ProcessEnvironment, backend: str) -> dict[str, str | None]:
+    """Tell the backends their network interfaces, as long as the group lives; return the variables' earlier values."""
+    towards = environment.master_addr
+    if towards is None or is_loopback_name(towards):  # a shared file, or a master that calls itself localhost
+        towards = gathering.main_host
+    chosen, said = choose_interfaces(
+        os.environ, on_one_machine=gathering.on_one_machine, towards=towards, backend=backend
+    )
+    saved = {name: os.environ.get(name) for name in chosen}
+    os.environ.update(chosen)
+    _log.info("network interface: %s", said)
     return saved
 
 

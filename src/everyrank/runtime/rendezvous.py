@@ -16,7 +16,6 @@ from urllib.parse import urlsplit
 import torch.distributed as dist
 
 from everyrank.errors import ConfigError, RendezvousError
-from everyrank.runtime.environment import is_loopback_name
 from everyrank.runtime.network import is_this_host
 from everyrank.runtime.process_environment import ProcessEnvironment, environment_error
 
@@ -46,7 +45,7 @@ def open_meeting(
 
     Args:
         environment: The process's place in the run.
-        init_method: ``env://``, ``tcp://HOST:PORT`` or ``file:///PATH`` (a file that all nodes share).
+        init_method: ``env://`` or ``tcp://`` (at the environment's master), or ``file:///PATH`` (shared by all nodes).
         timeout_s: Give up connecting after so many seconds.
         environ: Environment variables, to tell whether torch's elastic agent hosts the store.
 
@@ -57,18 +56,10 @@ def open_meeting(
     """
     if environment.world_size == 1:
         return Meeting(store=dist.HashStore(), host=None, endpoint="this process")
-    url = urlsplit(init_method)
-    if url.scheme == "file":
-        return _open_file(url.netloc + url.path, environment, timeout_s)
-    if url.scheme == "tcp":
-        try:
-            host, port = url.hostname, url.port
-        except ValueError:
-            host, port = url.hostname, None
-        if not host or not port:
-            raise ConfigError(f"init_method={init_method!r} lacks a host or a port. To mend it: tcp://HOST:PORT.")
-        return _open_tcp(host, port, environment, timeout_s, agent_hosts=False)
-    if url.scheme != "env":
+    scheme, _, rest = init_method.partition("://")
+    if scheme == "file":
+        return _open_file(rest, environment, timeout_s)
+    if scheme not in ("env", "tcp"):
         raise ConfigError(
             f"init_method={init_method!r} is not understood. To mend it: env://, tcp://HOST:PORT or file:///PATH."
         )
@@ -80,17 +71,30 @@ def open_meeting(
             environ,
             "set MASTER_ADDR to rank 0's host and MASTER_PORT to a free port there, or use init_method=file:///PATH.",
         )
-    agent_hosts = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and environ.get("RANK") is not None
+    agent_hosts = scheme == "env" and environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     return _open_tcp(environment.master_addr, environment.master_port, environment, timeout_s, agent_hosts=agent_hosts)
 
 
-def stays_on_this_machine(environment: ProcessEnvironment, host: str | None) -> bool:
-    """Tell whether all processes of the run are on this machine, so that loopback carries all traffic."""
-    return environment.num_nodes == 1 or is_loopback_name(host)
+def master_of_url(init_method: str) -> tuple[str | None, int | None]:
+    """Return host and port of ``tcp://HOST:PORT``, or None and None for other ways to meet.
+
+    Raises:
+        ConfigError: The host or the port is missing.
+    """
+    if not init_method.startswith("tcp://"):
+        return None, None
+    url = urlsplit(init_method)
+    try:
+        port = url.port
+    except ValueError:
+        port = None
+    if not url.hostname or not port:
+        raise ConfigError(f"init_method={init_method!r} lacks a host or a port. To mend it: tcp://HOST:PORT.")
+    return url.hostname, port
 
 
 def _open_tcp(host: str, port: int, environment: ProcessEnvironment, timeout_s: float, *, agent_hosts: bool) -> Meeting:
-    local = stays_on_this_machine(environment, host)
+    local = environment.num_nodes == 1
     endpoint = f"{host}:{port}"
     if local and not agent_hosts and is_this_host(host):
         host = "127.0.0.1"  # one address family for all: localhost may also resolve to ::1

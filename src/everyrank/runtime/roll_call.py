@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import secrets
 import socket
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -25,8 +25,29 @@ import torch.distributed as dist
 
 from everyrank import __version__
 from everyrank.errors import RendezvousError
+from everyrank.runtime.network import machine_identity
 from everyrank.runtime.process_environment import ProcessEnvironment
 from everyrank.runtime.rendezvous import Meeting, open_meeting
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gathering:
+    """The processes of a run, all here.
+
+    Attributes:
+        meeting: Where they met.
+        store: Key-value store of this attempt alone.
+        places: For each rank where it runs, for messages: ``"pid 7 on node1"``.
+        main_host: Host name of rank 0.
+        on_one_machine: Whether all are on one machine (and in one network namespace), so that loopback reaches all.
+    """
+
+    meeting: Meeting
+    store: dist.Store
+    places: list[str]
+    main_host: str
+    on_one_machine: bool
+
 
 _SHORTEST_POLL_S, _LONGEST_POLL_S = 0.001, 0.05
 _GRACE_S = 5.0  # others wait so much longer than rank 0, whose verdict names who is missing
@@ -34,7 +55,7 @@ _GRACE_S = 5.0  # others wait so much longer than rank 0, whose verdict names wh
 
 def meet(
     environment: ProcessEnvironment, init_method: str, timeout_s: float, environ: Mapping[str, str], gpu: str = ""
-) -> tuple[Meeting, dist.Store, list[str]]:
+) -> Gathering:
     """Open the store, wait until every rank is here, and agree on a fresh part of the store.
 
     Args:
@@ -45,7 +66,7 @@ def meet(
         gpu: Identity of this rank's GPU where no two ranks may share one, else empty.
 
     Returns:
-        The meeting, a store whose keys belong to this attempt alone, and for each rank where it runs.
+        Where they met, a store whose keys belong to this attempt alone, and who is here.
 
     Raises:
         UserError: As :func:`everyrank.runtime.rendezvous.open_meeting`.
@@ -55,8 +76,7 @@ def meet(
     while True:
         meeting = open_meeting(environment, init_method, max(deadline - time.monotonic(), 0.1), environ)
         try:
-            store, places = _call_the_roll(meeting.store, environment, deadline, timeout_s, meeting.endpoint, gpu)
-            return meeting, store, places
+            return _call_the_roll(meeting, environment, deadline, timeout_s, gpu)
         except dist.DistNetworkError as error:
             # The server went away while it was talked to. Perhaps it was that of the group this program has just left,
             # and the new one on the same port is about to come.
@@ -65,21 +85,21 @@ def meet(
 
 
 def _call_the_roll(
-    store: dist.Store, environment: ProcessEnvironment, deadline: float, timeout_s: float, endpoint: str, gpu: str
-) -> tuple[dist.Store, list[str]]:
-    """Return the fresh part of the store, and for each rank where it runs."""
-    rank = environment.rank
+    meeting: Meeting, environment: ProcessEnvironment, deadline: float, timeout_s: float, gpu: str
+) -> Gathering:
+    rank, endpoint = environment.rank, meeting.endpoint
     token = secrets.token_hex(8)
     hello = {
         "token": token,
         "world_size": environment.world_size,
         "place": f"pid {os.getpid()} on {socket.gethostname()}",
+        "host": socket.gethostname(),
+        "machine": machine_identity(),
         "torch": torch.__version__,
         "everyrank": __version__,
-        "python": ".".join(platform.python_version_tuple()[:2]),
         "gpu": gpu,
     }
-    base = dist.PrefixStore("everyrank", store)
+    base = dist.PrefixStore("everyrank", meeting.store)
     try:
         if rank == 0:
             generation = str(base.add("generation", 1))
@@ -100,9 +120,15 @@ def _call_the_roll(
         raise _no_roll_call(environment, timeout_s, endpoint) from error
     if verdict["problem"]:
         raise RendezvousError(verdict["problem"])
-    fresh = dist.PrefixStore(f"everyrank/group/{generation}", store)
+    fresh = dist.PrefixStore(f"everyrank/group/{generation}", meeting.store)
     fresh.set_timeout(timedelta(seconds=timeout_s))
-    return fresh, verdict["places"]
+    return Gathering(
+        meeting=meeting,
+        store=fresh,
+        places=verdict["places"],
+        main_host=verdict["main_host"],
+        on_one_machine=verdict["on_one_machine"],
+    )
 
 
 def _no_roll_call(environment: ProcessEnvironment, timeout_s: float, endpoint: str) -> RendezvousError:
@@ -153,9 +179,15 @@ def _gather_hellos(
             f"of {names}; check that {world_size} processes were started and that all use the same master address and "
             "port, or raise timeout_s."
         )
-        return {"problem": problem, "places": [], "num_here": len(hellos)}
+        return {"problem": problem, "num_here": len(hellos)}
     ordered = [hellos[rank] for rank in range(world_size)]
-    return {"problem": _misfit(ordered), "places": [hello["place"] for hello in ordered], "num_here": world_size}
+    return {
+        "problem": _misfit(ordered),
+        "num_here": world_size,
+        "places": [hello["place"] for hello in ordered],
+        "main_host": own["host"],
+        "on_one_machine": len({hello["machine"] for hello in ordered}) == 1,
+    }
 
 
 def _wait_for_readers(store: dist.Store, generation: str, num_readers: int) -> None:
@@ -176,11 +208,11 @@ def _misfit(hellos: list[dict[str, Any]]) -> str:
                 )
     seen: dict[tuple[str, str], int] = {}
     for rank, hello in enumerate(hellos):
-        gpu = (hello["place"].partition(" on ")[2], hello["gpu"])
+        gpu = (hello["machine"], hello["gpu"])
         if hello["gpu"] and gpu in seen:
             return (
-                f"ranks {seen[gpu]} and {rank} are both on GPU {hello['gpu']} of {gpu[0]}, which nccl refuses. To mend "
-                "it: start one process for each GPU, show each process its own, or use backend='gloo'."
+                f"ranks {seen[gpu]} and {rank} are both on GPU {hello['gpu']} of {hello['host']}, which nccl refuses. "
+                "To mend it: start one process for each GPU, show each process its own, or use backend='gloo'."
             )
         seen[gpu] = rank
     return ""
