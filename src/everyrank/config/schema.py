@@ -151,7 +151,7 @@ def _problems(schema: Any, items: list[Any]) -> list[str]:
         line = _problem(schema, path, location, item)
         earlier, mark, wish = lines.get(path, ""), ", but it must be ", line.partition(", but it must be ")[2]
         if mark in earlier and wish:
-            lines[path] = f"{earlier} or {wish}" if wish not in earlier else earlier
+            lines[path] = earlier if wish in earlier else f"{earlier.removesuffix('.')} or {wish}"
         else:
             lines.setdefault(path, line)
     return list(lines.values())

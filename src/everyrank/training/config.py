@@ -154,8 +154,8 @@ class ModelConfig:
     kwargs: dict[str, Any] = field(factory=dict, doc="Keyword arguments.")
     settings: dict[str, Any] = field(
         factory=dict,
-        doc="Filled from the keys written beside `type`; given to the class's `from_config` if it has one, otherwise "
-        "as keyword arguments.",
+        doc="Not written by hand: the keys beside `type` come here. They are given to the class's `from_config` if it "
+        "has one, otherwise to the class as keyword arguments.",
     )
 
     def build(self) -> Any:
@@ -188,7 +188,8 @@ class TrainerConfig:
     )
     apply_model: ObjectRef | None = field(
         default=None,
-        doc="A function `(model, data)` that returns the output; null calls `model(data)` (see the how-to).",
+        doc="A function `(model, data)` that returns the output; null calls `model(data)`, or "
+        "`model(data[0])` where the batch is a tuple or list.",
     )
     model: Annotated[ModelConfig, pydantic.BeforeValidator(_gather_settings)] = field(doc="The model.")
     training: TrainingConfig = field(doc="The training.")

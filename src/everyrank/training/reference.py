@@ -1,0 +1,31 @@
+"""Writes the reference page of the trainer's configuration: ``python -m everyrank.training.reference``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from everyrank.config.reference import reference_page
+from everyrank.training.config import TrainerConfig
+
+PAGE = Path("docs/reference/configuration.md")
+
+_INTRODUCTION = """\
+Every key that `TrainerDDP` reads. This page is written from the schema by `python -m everyrank.training.reference`.
+
+Values that are classes or functions are written as `!pyobject package.module.name` in YAML that is read with
+`everyrank.get_loader()`, or as the same name in plain text. A section that says *section* has a table of its own below.
+A key, type or value that is not listed here is refused, with its path and the nearest name that is.
+"""
+
+
+def page() -> str:
+    """Return the page."""
+    return reference_page(TrainerConfig, title="Configuration of TrainerDDP", introduction=_INTRODUCTION.strip())
+
+
+if __name__ == "__main__":
+    target = Path(sys.argv[1]) if len(sys.argv) > 1 else PAGE
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(page(), encoding="utf-8")
+    print(target)
