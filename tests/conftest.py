@@ -30,6 +30,8 @@ def _scratch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("scratch")
     previous = tempfile.tempdir, os.environ.get("TMPDIR")
     tempfile.tempdir = os.environ["TMPDIR"] = str(folder)
+    # torch's compiler makes its cache folder as soon as it is imported, which DistributedDataParallel does.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("compiler")))
     yield folder
     tempfile.tempdir = previous[0]
     if previous[1] is None:
@@ -133,7 +135,8 @@ def start_cli(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
     for process in started:
         if process.poll() is None:
             process.kill()
-        process.communicate()
+        output, _ = process.communicate()
+        print(f"--- output of pid {process.pid} ---\n{output}")  # pytest shows it if the test failed
 
 
 def cli_environment() -> dict[str, str]:

@@ -73,6 +73,8 @@ def run(argv: Sequence[str]) -> int:
         engine_pool.fork_early()  # imports torch while this process composes
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # an app's _target_ may lie beside the user's own run.py
+    if {"--help", "-h"} & set(argv) and not any(arg.startswith("app=") for arg in argv):
+        argv = [*argv, "app=hello_dist"]  # help is shown for a whole configuration
     codes: list[int] = []
     try:
         _compose_and_launch(list(argv), codes)

@@ -115,4 +115,4 @@ def _announce(cfg: DictConfig, rank: int) -> None:
 
 
 if __name__ == "__main__":
-    ScriptTrains.main(sys.argv[1])
+    ScriptTrains.main(sys.argv[-1])  # the legacy launcher puts --local-rank=N before it

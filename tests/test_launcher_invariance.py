@@ -1,0 +1,43 @@
+"""The first promise: the same program ends with the same weights under every launcher."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import ROOT, RunCli, cli_environment
+
+TRAINS = ("app=custom", "app._target_=probe_apps.Trains")
+
+
+def result_of(run_cli: RunCli, tmp_path: Path, *driver: str) -> dict[str, Any]:
+    name = "-".join(driver).replace("=", "_")
+    done = run_cli(*driver, *TRAINS, f"run.name={name}")
+    assert done.returncode == 0, done.stderr
+    result: dict[str, Any] = json.loads((tmp_path / "outputs" / name / "result.json").read_text())
+    return result
+
+
+@pytest.mark.slow
+def test_equal_weights_under_every_launcher(run_cli: RunCli, tmp_path: Path) -> None:
+    two = {
+        name: result_of(run_cli, tmp_path, f"driver={name}", "driver.nproc_per_node=2")
+        for name in ("spawn", "torchrun", "launch")
+    }
+    for flags in (["torch.distributed.run"], ["torch.distributed.launch"], ["torch.distributed.launch", "--use-env"]):
+        result_file = tmp_path / f"{'-'.join(flags)}.json"
+        script = str(ROOT / "tests" / "support" / "probe_apps.py")
+        command = [sys.executable, "-m", *flags, "--standalone", "--nproc-per-node=2", f"--log-dir={tmp_path / 'l'}"]
+        subprocess.run([*command, script, str(result_file)], env=cli_environment(), check=True, timeout=120)
+        two[" ".join(flags)] = json.loads(result_file.read_text())
+    hashes = {name: result["hash"] for name, result in two.items()}
+    assert len(set(hashes.values())) == 1, hashes
+    one = result_of(run_cli, tmp_path, "driver=local")
+    three = result_of(run_cli, tmp_path, "driver=torchrun", "driver.nproc_per_node=3")
+    for other in (one, three):
+        assert other["weights"] == pytest.approx(two["torchrun"]["weights"], abs=1e-10, rel=0)
