@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -15,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from everyrank.errors import ConfigError
 from everyrank.runtime.world import World
+from everyrank.training.compression import mean_in_bfloat16, mean_in_float16
 from everyrank.training.config_parallel import ParallelConfig
 
 
@@ -137,24 +137,4 @@ def _register_hook(model: DistributedDataParallel, config: ParallelConfig) -> No
         )
         model.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
         return
-    dtype = torch.bfloat16 if config.comm_hook == "bf16" else torch.float16
-    model.register_comm_hook(None, functools.partial(_compressed_mean, dtype))
-
-
-def _compressed_mean(dtype: torch.dtype, _: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-    """Average a bucket of gradients in a narrow type.
-
-    As torch's ``bf16_compress_hook`` and ``fp16_compress_hook``, which divide before they send so that a sum over many
-    ranks stays in range.
-    """
-    full = bucket.buffer()
-    narrow = full.to(dtype).div_(dist.get_world_size())
-    work = dist.all_reduce(narrow, async_op=True)
-    assert work is not None
-
-    def widen(future: torch.futures.Future[Any]) -> torch.Tensor:
-        value = future.value()
-        full.copy_(value[0] if isinstance(value, list) else value)
-        return full
-
-    return work.get_future().then(widen)
+    model.register_comm_hook(None, mean_in_bfloat16 if config.comm_hook == "bf16" else mean_in_float16)

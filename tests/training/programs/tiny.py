@@ -169,3 +169,76 @@ def train_poisoned(folder: Path, policies: list[str]) -> dict[str, Any]:
                 result = {"error": str(error), "rank": error.rank, "step": error.step, "samples": error.samples}
             found[policy] = {**result, "num_skipped": trainer._position.num_skipped}
     return found
+
+
+def train_options(folder: Path, variants: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Train float32 variants; a variant that is refused gives its message."""
+    found: dict[str, Any] = {}
+    with everyrank.join(device="cpu") as world:
+        x, y = (tensor.float() for tensor in make_data().tensors)
+        data = TensorDataset(x, y)
+        for name, changes in variants.items():
+            settings = {"dtype": None, "num_epochs": 2, "validation": {"batch_size": 50}, **changes}
+            config = make_config(folder / name, **settings)
+            try:
+                trainer = TrainerDDP(config=config, world=world)
+            except everyrank.ConfigError as error:
+                found[name] = str(error)
+                continue
+            train_loader, val_loader, _ = trainer.prepare_dataloaders(train_dataset=data, val_dataset=data)
+            found[name] = outcome(trainer, trainer.run_training(train_loader, val_loader))
+    return found
+
+
+def resume_options(folder: Path, variants: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Train each variant for one epoch, then go on with a second trainer for another."""
+    train_options(folder, {name: {**changes, "num_epochs": 1} for name, changes in variants.items()})
+    return train_options(folder, variants)
+
+
+def stop_early(folder: Path, rank_sees: str) -> dict[str, Any]:
+    """Train with an early stopping that would never agree between the ranks if each saw its own shard."""
+    with everyrank.join(device="cpu") as world:
+        stopping = {"kwargs": {"patience": 2, "delta": 0.02, "metric": ["val_loss", "val_error"], "combine": "all"}}
+        config = make_config(folder / "run", num_epochs=40, early_stopping=stopping)
+        config["validation"]["batch_size"] = 1
+        trainer = TrainerDDP(config=config, world=world)
+        train_loader, val_loader, _ = trainer.prepare_dataloaders(make_data(60), split=[0.5, 0.5, 0.0])
+        return outcome(trainer, trainer.run_training(train_loader, val_loader))
+
+
+def study(folder: Path, num_trials: int) -> dict[str, Any]:
+    """Run an Optuna study on all ranks; rank 0 holds the trials."""
+    import contextlib
+
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    pruned: list[int] = []
+    with everyrank.join(device="cpu", timeout_s=60) as world:
+
+        def objective(trial: Any) -> float:
+            lr = everyrank.broadcast_decision(trial.suggest_float("lr", 1e-6, 0.1, log=True) if trial else None)
+            number = everyrank.broadcast_decision(trial.number if trial else None)
+            config = make_config(folder / str(number), num_epochs=4, optimizer_kwargs={"lr": lr})
+            trainer = TrainerDDP(config=config, world=world)
+            train_loader, val_loader, _ = trainer.prepare_dataloaders(make_data(40))
+            try:
+                _, validation = trainer.run_training(train_loader, val_loader, trial=trial)
+            except optuna.TrialPruned:
+                pruned.append(number)
+                raise
+            return validation[-1]["loss"]
+
+        states: list[str] = []
+        if world.is_main:
+            pruner = optuna.pruners.MedianPruner(n_startup_trials=1, n_warmup_steps=0)
+            found = optuna.create_study(pruner=pruner, sampler=optuna.samplers.RandomSampler(seed=3))
+            found.optimize(objective, n_trials=num_trials)
+            states = [trial.state.name for trial in found.trials]
+        else:
+            for _ in range(num_trials):
+                with contextlib.suppress(optuna.TrialPruned):
+                    objective(None)
+        everyrank.barrier()
+    return {"pruned": pruned, "states": states}
