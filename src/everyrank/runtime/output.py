@@ -102,7 +102,7 @@ class _Tee(io.TextIOBase):
         return self._outer.errors
 
     def isatty(self) -> bool:
-        return self._outer.isatty()
+        return self.console.isatty()  # the outer stream's own descriptor is the log file now
 
     def fileno(self) -> int:
         return self.console.fileno()
