@@ -88,7 +88,7 @@ def run_app(cfg: DictConfig) -> tuple[int, Any]:
 def _guarded_run(cfg: DictConfig, rank: int, log_dir: str) -> tuple[int, Any]:
     from everyrank.runtime.logs import setup_logging
 
-    setup_logging(rank, cfg.run.get("log_level"))
+    setup_logging(rank, cfg.run.get("log_level"), log_file(log_dir, rank))
     try:
         result = load_app(cfg.app._target_).run(cfg)
     except Preempted as preempted:

@@ -74,3 +74,14 @@ def test_a_wrong_sum_is_a_failure(run_cli: RunCli, tmp_path: Path) -> None:
     done = run_cli("driver=torchrun", "app=hello_dist", "app._target_=broken_hello.Broken")
     assert done.returncode == 1
     assert "as the sum of all ranks, expected 1" in done.stderr
+
+
+def test_the_log_of_every_rank_is_whole_and_says_each_thing_once(run_cli: RunCli, tmp_path: Path) -> None:
+    """Rank 1's INFO lines stay off the console but are in its log; nothing is in a log twice."""
+    done = run_cli("driver=torchrun", "app=hello_dist")
+    for rank in (0, 1):
+        log = next(tmp_path.glob(f"outputs/*/logs/rank-{rank}.log")).read_text()
+        assert log.count(f"joined as rank {rank} of 2") == 1
+        assert log.count(f"[Rank {rank}/2] Process ID") == 1
+    assert "joined as rank 0 of 2" in done.stdout + done.stderr
+    assert "joined as rank 1 of 2" not in done.stdout + done.stderr

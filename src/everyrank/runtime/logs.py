@@ -52,6 +52,9 @@ def setup_logging(rank: int, level: int | str | None = None, log_file: str | Pat
         Path(log_file).parent.mkdir(parents=True, exist_ok=True)
         handlers.append(logging.FileHandler(log_file, encoding="utf-8"))
         handlers[-1].setLevel(min(logging.INFO, console_level))
+        if getattr(sys.stderr, "log_file", None) == Path(log_file).resolve():
+            # The console's lines reach this file by ``tee_output``: only those the console leaves out are missing.
+            handlers[-1].addFilter(lambda record: record.levelno < console_level)
     for handler in handlers:
         handler.setFormatter(formatter)
         logger.addHandler(handler)

@@ -44,7 +44,7 @@ def tee_output(log_file: str | Path) -> Iterator[None]:
     _flush_all(outer)
     saved = {fd: os.dup(fd) for fd in outer}
     lock = threading.RLock()
-    tees = {fd: _Tee(outer[fd], saved[fd], fd, log_fd, lock) for fd in outer}
+    tees = {fd: _Tee(outer[fd], saved[fd], fd, log_fd, lock, Path(log_file).resolve()) for fd in outer}
     try:
         for fd in outer:
             os.dup2(log_fd, fd)
@@ -72,7 +72,10 @@ def _flush_all(streams: dict[int, TextIO]) -> None:
 class _Tee(io.TextIOBase):
     """A text stream that writes to the console and to the log; it looks like the console to whoever asks."""
 
-    def __init__(self, outer: TextIO, console_fd: int, fd: int, log_fd: int, lock: threading.RLock) -> None:
+    def __init__(
+        self, outer: TextIO, console_fd: int, fd: int, log_fd: int, lock: threading.RLock, log_file: Path
+    ) -> None:
+        self.log_file = log_file
         self._outer = outer
         self._log_fd = log_fd
         self._lock = lock
