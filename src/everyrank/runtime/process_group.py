@@ -9,7 +9,6 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -21,7 +20,6 @@ from everyrank.runtime.device import bind_device, choose_backend, device_identit
 from everyrank.runtime.environment import (
     DEFAULT_MASTER_ADDR,
     DEFAULT_MASTER_PORT,
-    detect,
     detect_with_arguments,
     is_loopback_name,
 )
@@ -152,7 +150,7 @@ def current_world() -> World:
     if membership is not None:
         return membership.world
     if dist.is_available() and dist.is_initialized():
-        found = replace(detect(), rank=dist.get_rank(), world_size=dist.get_world_size())
+        found = detect_with_arguments(rank=dist.get_rank(), world_size=dist.get_world_size())
         return World(environment=found, device=_default_device(found.local_rank), backend=dist.get_backend())
     return World(environment=ProcessEnvironment(), device=_default_device(0), backend="none")
 
