@@ -172,7 +172,7 @@ class TrainerDDP:
         return self._loaders
 
     def run_training(
-        self, train_loader: Any = None, val_loader: Any = None, trial: Any = None
+        self, train_loader: Any = None, val_loader: Any = None, trial: Any = None, until_epoch: int | None = None
     ) -> tuple[list[Row], list[Row]]:
         """Train to the last epoch, or until early stopping, from where the run is. Collective.
 
@@ -180,6 +180,7 @@ class TrainerDDP:
             train_loader: As ``prepare_dataloaders`` gives; by default the one it gave last, or would give.
             val_loader: As well; None beside a ``train_loader`` trains without validation.
             trial: Rank 0's Optuna trial, to report to and to be pruned by; the other ranks pass None.
+            until_epoch: Return when this many epochs are done; the next call goes on. By default all.
 
         Returns:
             The training and the validation history: a row (a dictionary) for each epoch, those before a resume too.
@@ -200,7 +201,7 @@ class TrainerDDP:
             stack.enter_context(observers)
             self._watch = stack.enter_context(PreemptionWatch()) if self.config.training.handle_signals else None
             try:
-                for row in self._epochs(train_loader, val_loader, observers):
+                for row in self._epochs(train_loader, val_loader, observers, until_epoch):
                     if is_trial:
                         report_and_prune(self.world, trial, row)
             except _SignalNoticed as noticed:
@@ -241,7 +242,9 @@ class TrainerDDP:
 
     load_model = staticmethod(load_model)
 
-    def _epochs(self, train_loader: Any, val_loader: Any, observers: Observers) -> Iterator[Row]:
+    def _epochs(
+        self, train_loader: Any, val_loader: Any, observers: Observers, until_epoch: int | None
+    ) -> Iterator[Row]:
         """Train epoch after epoch; yield the row of each when all is decided and saved."""
         training = self.config.training
 
@@ -260,7 +263,8 @@ class TrainerDDP:
             save=lambda: self._save(None),
         )
         self.model.train()
-        while self._position.epoch < training.num_epochs and not self._stopped_early:
+        num_epochs = min(training.num_epochs, until_epoch if until_epoch is not None else training.num_epochs)
+        while self._position.epoch < num_epochs and not self._stopped_early:
             started = time.monotonic()
             loop.run(train_loader)
             result = self._validate(val_loader, loop.sync_every)
@@ -346,7 +350,8 @@ class TrainerDDP:
         saved, self._resume_from = self._resume_from, None
         if saved is None:
             sampler.set_epoch(self._position.epoch)
-            seed_rank(self.config.training.seed, self.world.rank, self.step)
+            if self.step == 0:  # a later call goes on with the randomness as it is
+                seed_rank(self.config.training.seed, self.world.rank)
             return
         sampler.load_state_dict(saved.state["sampler"])
         self._persistence.say_what_changed(sampler.global_batch_size)
