@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from everyrank.apps.video_restoration.agreement import together
 from everyrank.apps.video_restoration.data.datasets import TestDataset, TrainDataset
@@ -34,6 +33,8 @@ from everyrank.errors import EveryrankError, Preempted
 from everyrank.runtime.collectives import reduce_sum
 from everyrank.runtime.preemption import PreemptionWatch
 from everyrank.runtime.world import World
+from everyrank.training.config_parallel import ParallelConfig
+from everyrank.training.parallel import wrap
 from everyrank.training.seeding import seed_everywhere, seed_rank
 
 logger = logging.getLogger(__name__)
@@ -104,16 +105,13 @@ class Run:
 
     def wrapped(self) -> nn.Module:
         """Return the network as DDP wraps it, or itself in a run of one process."""
-        if not self.world.is_distributed:
-            return self.network
-        device = self.world.device
-        return DistributedDataParallel(
-            self.network,
-            device_ids=[device.index] if device.type == "cuda" else None,
-            broadcast_buffers=False,  # they are constants
+        parallel = ParallelConfig(
             find_unused_parameters=self.options["find_unused_parameters"],
             static_graph=self.options["use_static_graph"],
+            gradient_as_bucket_view=False,  # gradients outlive the wrapper that is replaced when parts are unfrozen
+            broadcast_buffers=False,  # they are constants
         )
+        return wrap(self.network, parallel, self.world, self.world.device)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Return the context of the forward pass."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from everyrank.apps.video_restoration.network.warping import align_images, chain
 
 SCALES = (1, 2, 4, 8, 4, 2, 1)  # each stage's frames are smaller by this
 RESHAPES = ("none", "down", "down", "down", "up", "up", "up")
+DIFFERENCE_GAIN = 5.0  # of the first convolution at the start of training
 MAX_RESIDUE = 10  # pixels of the full frame that an offset may leave the flow by
 
 
@@ -126,14 +128,15 @@ class VRT(nn.Module):
 
     def _add_stages(self, keys: dict[str, Any]) -> None:
         depths, dims, heads = keys["depths"], keys["embed_dims"], keys["num_heads"]
-        rates = torch.linspace(0, keys["drop_path_rate"], sum(depths)).split(list(depths))
+        ends = list(itertools.accumulate(depths))
+        rates = [keys["drop_path_rate"] * block / max(ends[-1] - 1, 1) for block in range(ends[-1])]
 
         def common(i: int) -> dict[str, Any]:
             return {
                 "mlp_ratio": keys["mlp_ratio"],
                 "qkv_bias": keys["qkv_bias"],
                 "qk_scale": keys["qk_scale"],
-                "drop_path": rates[i].tolist(),
+                "drop_path": rates[ends[i] - depths[i] : ends[i]],
                 "checkpoint_attn": keys["use_checkpoint_attn"] and i not in keys["no_checkpoint_attn_blocks"],
                 "checkpoint_ffn": keys["use_checkpoint_ffn"] and i not in keys["no_checkpoint_ffn_blocks"],
             }
@@ -162,11 +165,27 @@ class VRT(nn.Module):
             self.stage8.append(ReconstructionGroup(dims[i], depths[i], window, heads[i], **common(i)))
 
     def _initialise(self) -> None:
+        """Draw weights so that the first steps already reach the pixels.
+
+        Linear layers are as in the paper. The convolutions from frames and back to them keep the size of what passes
+        (He et al., arXiv 1502.01852); PyTorch's default shrinks it in each of the head's layers, and a short training
+        would end before the head has woken up.
+        """
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+            elif isinstance(module, FrameConv):
+                nn.init.kaiming_normal_(module.weight, a=0.1)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        with torch.no_grad():
+            # Brightness passes by the network anyway. What it must learn from are differences, a tenth as large.
+            first = self.conv_first.weight
+            first.sub_(first.mean(dim=(-2, -1), keepdim=True)).mul_(DIFFERENCE_GAIN)
+            if isinstance(self.conv_last, FrameConv):
+                self.conv_last.weight.mul_(0.1)  # the run starts near the enlarged input
 
     def forward(self, x: Tensor) -> Tensor:
         """Restore a clip.

@@ -1,0 +1,211 @@
+"""Real runs: every way to start one gives the same curve, resumes it, and says what is wrong."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[3]
+SCRIPT = str(ROOT / "main_train_vrt.py")
+# float32: two ranks add up gradients in another order than one process does
+TOLERANCE = 2e-5
+
+
+def _helpers() -> Any:
+    spec = importlib.util.spec_from_file_location("vrt_clips", Path(__file__).parent / "conftest.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+tiny_options = _helpers().tiny_options
+Write = Callable[..., Path]
+
+
+def _start(*command: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, *command],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+def _torchrun(num_ranks: int, *arguments: str, **how: Any) -> subprocess.CompletedProcess[str]:
+    return _start("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}", *arguments, **how)
+
+
+def _curve(folder: Path) -> list[float]:
+    records = [json.loads(line) for line in (folder / "tiny" / "history.jsonl").read_text().splitlines()]
+    losses = {record["iteration"]: record["loss"] for record in records if "loss" in record}
+    return [losses[i] for i in sorted(losses)]
+
+
+def _weights(folder: Path, iteration: int, label: str = "G") -> dict[str, torch.Tensor]:
+    return torch.load(folder / "tiny" / "models" / f"{iteration}_{label}.pth", weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory: pytest.TempPathFactory, clips: Path) -> Path:
+    """One process with old gpu_ids and ``dist``: the run that others are compared with."""
+    root = tmp_path_factory.mktemp("single")
+    path = root / "options.json"
+    path.write_text(json.dumps(tiny_options(clips, root, gpu_ids=[0, 1, 2, 3], dist=True)))
+    done = _start(SCRIPT, "--opt", str(path), "--launcher", "pytorch", "--dist")
+    assert "--launcher is ignored" in done.stderr
+    assert "dist is true in the options and ignored" in done.stderr
+    assert "gpu_ids [0, 1, 2, 3] is informational" in done.stderr
+    return root
+
+
+def test_one_process_trains_validates_and_writes_legacy_checkpoints(single: Path) -> None:
+    assert len(_curve(single)) == 4
+    models = sorted(p.name for p in (single / "tiny" / "models").iterdir())
+    assert models == sorted(f"{i}_{label}.pth" for i in (2, 4) for label in ("E", "G", "optimizerG"))
+    assert (single / "tiny" / "checkpoints" / "step-00000004" / "manifest.json").exists()
+    assert (single / "tiny" / "images" / "side_by_side_4.png").stat().st_size > 1000
+    frozen, trained = (_weights(single, i)["spynet.basic_module.5.basic_module.8.weight"] for i in (2, 4))
+    assert not torch.equal(frozen, trained)  # trained from the third iteration on
+
+
+def test_two_ranks_under_torchrun_give_the_curve_of_one(
+    single: Path, tmp_path: Path, clips: Path, write_options: Write
+) -> None:
+    options = tiny_options(clips, tmp_path, gpu_ids="auto", dist=False, use_static_graph=True)
+    done = _torchrun(2, SCRIPT, "--opt", str(write_options(options)))
+    assert "dataloader_batch_size is 3 in total, 1 or 2 per rank" in done.stderr
+    assert "PSNR VRT" in done.stdout
+    assert json.loads(done.stdout.splitlines()[-1])["world_size"] == 2
+    assert _curve(tmp_path) == pytest.approx(_curve(single), rel=TOLERANCE)
+    for label in ("G", "E"):
+        ours, theirs = _weights(tmp_path, 4, label), _weights(single, 4, label)
+        for name, value in theirs.items():
+            torch.testing.assert_close(ours[name], value, atol=2e-4, rtol=1e-2, msg=name)
+    scores = [json.loads((root / "tiny" / "history.jsonl").read_text().splitlines()[-1]) for root in (tmp_path, single)]
+    assert scores[0]["validation"] == pytest.approx(scores[1]["validation"], abs=1e-2)
+
+
+def test_a_run_in_two_parts_is_bitwise_the_whole_one(
+    single: Path, tmp_path: Path, clips: Path, write_options: Write
+) -> None:
+    options = tiny_options(clips, tmp_path)
+    options["train"]["total_iter"] = 3
+    _start(SCRIPT, "--opt", str(write_options(options)))
+    options["train"]["total_iter"] = 4
+    done = _start(SCRIPT, "--opt", str(write_options(options)))
+    assert "resumed exactly at iteration 3" in done.stderr
+    assert _curve(tmp_path) == _curve(single)
+    ours, theirs = _weights(tmp_path, 4), _weights(single, 4)
+    assert all(torch.equal(ours[name], value) for name, value in theirs.items())
+
+
+def test_legacy_launch_resumes_from_the_newest_legacy_checkpoint_that_loads(
+    single: Path, tmp_path: Path, clips: Path, write_options: Write
+) -> None:
+    shutil.copytree(single / "tiny" / "models", tmp_path / "tiny" / "models")
+    newest = tmp_path / "tiny" / "models" / "4_G.pth"
+    newest.write_bytes(newest.read_bytes()[:5000])
+    options = tiny_options(clips, tmp_path, find_unused_parameters=True)
+    done = _start(
+        *("-m", "torch.distributed.launch", "--nproc_per_node=2", "--master_port=0"),
+        *(SCRIPT, "--opt", str(write_options(options))),
+    )
+    assert "skipping the checkpoint of iteration 4" in done.stderr
+    assert "resumed at iteration 2" in done.stderr
+    assert _curve(tmp_path) == pytest.approx(_curve(single)[2:], rel=TOLERANCE)
+
+
+def test_launch_script_and_pretrained_weights_without_training(
+    single: Path, tmp_path: Path, clips: Path, write_options: Write
+) -> None:
+    options = tiny_options(clips, tmp_path)
+    del options["datasets"]["train"]
+    options["path"]["pretrained_netG"] = str(single / "tiny" / "models" / "4_E.pth")
+    options["train"]["E_decay"] = 0
+    options["val"]["save_img"] = True
+    done = subprocess.run(
+        ["bash", str(ROOT / "launch_train.sh"), str(write_options(options)), "1"],
+        env={**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    record = json.loads((single / "tiny" / "history.jsonl").read_text().splitlines()[-1])
+    assert found["psnr"] == pytest.approx(record["validation"]["psnr"], abs=1e-9)
+    assert len(list((tmp_path / "tiny" / "images" / "0").rglob("*.png"))) == 9
+
+
+def test_the_house_entry_runs_the_same_options(single: Path, tmp_path: Path, clips: Path, write_options: Write) -> None:
+    options = tiny_options(clips, tmp_path)
+    options["train"]["total_iter"] = 1
+    del options["datasets"]["test"]
+    command = [
+        *(sys.executable, str(ROOT / "run.py"), "driver=torchrun", "env=local", "app=video_restoration"),
+        f"app.opt={write_options(options)}",
+    ]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert _curve(tmp_path) == pytest.approx(_curve(single)[:1], rel=TOLERANCE)
+
+
+def test_a_mistake_is_said_once_by_two_ranks(tmp_path: Path) -> None:
+    (tmp_path / "option.json").write_text("{}")
+    done = _torchrun(2, SCRIPT, "--opt", str(tmp_path / "options.json"), code=1)  # 1 is torchrun's own
+    assert done.stderr.count("cannot be read") == 1
+    assert "Did you mean 'option.json'" in done.stderr
+    assert "exitcode  : 2" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"netG": {"embed_dims": [8] * 7}}, "give each stage one of each"),
+        ({"train": {"fix_keys": ["spynett"]}}, "Did you mean 'spynet'"),
+        (
+            {"datasets": {"train": {"dataset_type": "VideoRecurrentTrainDataset", "dataroot_gt": "/nowhere"}}},
+            "does not",
+        ),
+    ],
+)
+def test_mistakes_end_with_exit_code_2_and_no_traceback(
+    change: dict[str, Any],
+    words: str,
+    tmp_path: Path,
+    clips: Path,
+    write_options: Write,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from everyrank.apps.video_restoration.entry import main
+
+    options = tiny_options(clips, tmp_path, **change)
+    assert main(["--opt", str(write_options(options))]) == 2
+    shown = capsys.readouterr().err
+    assert words in shown
+    assert "Traceback" not in shown
+
+
+def test_bad_json_ends_with_exit_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from everyrank.apps.video_restoration.entry import main
+
+    (tmp_path / "bad.json").write_text('{\n  "task": "t"\n  "scale": 4\n}')
+    assert main(["--opt", str(tmp_path / "bad.json")]) == 2
+    assert "line 3, column 3" in capsys.readouterr().err

@@ -1,0 +1,201 @@
+"""Option files: what is read, refused, completed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from everyrank.apps.video_restoration import load_options
+from everyrank.apps.video_restoration.options.keys import NET_G, TRAIN
+from everyrank.apps.video_restoration.options.reference import page
+from everyrank.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[3]
+LEAST = {
+    "task": "t",
+    "datasets": {"train": {"dataset_type": "VideoRecurrentTrainDataset", "dataroot_gt": "gt", "num_frame": 6}},
+}
+
+LEGACY = """{
+  "task": "001_train_vrt_videosr_bi_reds_6frames"
+  , "model": "vrt"
+  , "gpu_ids": [0,1,2,3,4,5,6,7]
+  , "dist": true
+  , "find_unused_parameters": false
+  , "use_static_graph": true
+  ,"scale": 4
+  , "n_channels": 3
+  , "path": {
+    "root": "experiments"            // "/home/user/experiments"
+    , "pretrained_netG": null        // path of a model, e.g. https://example.org/model
+    , "pretrained_netE": null
+  }
+  , "datasets": {
+    "train": {
+      // "name": "reds",
+      , "name": "train_dataset"
+      , "dataset_type": "VideoRecurrentTrainDataset"
+      , "dataroot_gt": "trainsets/REDS//train_sharp_with_val.lmdb"
+      , "dataroot_lq": "trainsets/REDS/train_sharp_bicubic_with_val.lmdb"
+      , "meta_info_file": "data/meta_info/meta_info_REDS_GT.txt"
+      , "filename_tmpl": "08d"
+      , "filename_ext": "png"
+      , "val_partition": "REDS4"
+      , "test_mode": false
+      , "io_backend": {"type": "lmdb"}
+      , "num_frame": 6
+      , "gt_size": 256
+      , "interval_list": [1]
+      , "random_reverse": false
+      , "use_hflip": true
+      , "use_rot": true
+      , "dataloader_shuffle": true
+      , "dataloader_num_workers": 32
+      , "dataloader_batch_size": 8,
+    }
+    , "test": {
+      "name": "test_dataset", "dataset_type": "VideoRecurrentTestDataset", "dataroot_gt": "testsets/REDS4/GT"
+      , "dataroot_lq": "testsets/REDS4/sharp_bicubic", "cache_data": true, "io_backend": {"type": "disk"}
+      , "num_frame": -1
+    }
+  }
+  , "netG": {
+    "net_type": "vrt", "upscale": 4, "img_size": [6,64,64], "window_size": [6,8,8]
+    , "depths": [8,8,8,8,8,8,8, 4,4,4,4, 4,4], "indep_reconsts": [11,12]
+    , "embed_dims": [120,120,120,120,120,120,120, 180,180,180,180, 180,180]
+    , "num_heads": [6,6,6,6,6,6,6, 6,6,6,6, 6,6], "spynet_path": "model_zoo/vrt/spynet_sintel_final-3d2a1287.pth"
+    , "pa_frames": 2, "deformable_groups": 12, "nonblind_denoising": false
+    , "use_checkpoint_attn": false, "use_checkpoint_ffn": false
+    , "no_checkpoint_attn_blocks": [], "no_checkpoint_ffn_blocks": [], "init_type": "default"
+  }
+  , "train": {
+    "G_lossfn_type": "charbonnier", "G_lossfn_weight": 1.0, "G_charbonnier_eps": 1e-9
+    , "E_decay": 0, "G_optimizer_type": "adam", "G_optimizer_lr": 4e-4, "G_optimizer_betas": [0.9,0.99]
+    , "G_optimizer_wd": 0, "G_optimizer_clipgrad": null, "G_optimizer_reuse": true
+    , "fix_iter": 20000, "fix_lr_mul": 0.125, "fix_keys": ["spynet", "deform"]
+    , "total_iter": 300000
+    , "G_scheduler_type": "CosineAnnealingWarmRestarts", "G_scheduler_periods": 300000, "G_scheduler_eta_min": 1e-7
+    , "G_regularizer_orthstep": null, "G_regularizer_clipstep": null
+    , "G_param_strict": true, "E_param_strict": true
+    , "checkpoint_test": 5000, "checkpoint_save": 5000, "checkpoint_print": 200
+  }
+  , "val": {
+    "save_img": false, "pad_seq": false, "flip_seq": false, "center_frame_only": false
+    , "num_frame_testing": 40, "num_frame_overlapping": 2, "size_patch_testing": 128
+  }
+}
+"""
+
+
+def _load(tmp_path: Path, options: Any) -> dict[str, Any]:
+    path = tmp_path / "options.json"
+    path.write_text(options if isinstance(options, str) else json.dumps(options))
+    return load_options(path)
+
+
+def test_a_legacy_file_with_comments_and_stray_commas_is_read(tmp_path: Path) -> None:
+    options = _load(tmp_path, LEGACY)
+    train = options["datasets"]["train"]
+    assert train["dataroot_gt"] == "trainsets/REDS//train_sharp_with_val.lmdb"  # // inside a text is no comment
+    assert train["name"] == "train_dataset"
+    assert (train["scale"], train["n_channels"], train["phase"]) == (4, 3, "train")
+    assert options["gpu_ids"] == list(range(8))
+    assert options["dist"] is True
+    assert options["netG"]["deformable_groups"] == 12
+    assert options["train"]["G_scheduler_periods"] == [300000]
+    assert options["path"]["models"] == "experiments/001_train_vrt_videosr_bi_reds_6frames/models"
+
+
+def test_missing_keys_get_the_documented_default(tmp_path: Path) -> None:
+    options = _load(tmp_path, LEAST)
+    assert options["dist"] is None
+    assert options["gpu_ids"] == "auto"
+    assert options["netG"]["upscale"] == options["scale"] == 1
+    for name, key in NET_G.items():
+        assert options["netG"][name] == key.default or name == "upscale"
+    assert {k: v for k, v in options["train"].items() if "periods" not in k and "weights" not in k} == {
+        k: v.default for k, v in TRAIN.items() if "periods" not in k and "weights" not in k
+    }
+    assert options["train"]["G_scheduler_periods"] == [300000]
+    options["netG"]["depths"].append(1)
+    assert _load(tmp_path, LEAST)["netG"]["depths"] != options["netG"]["depths"]  # defaults are not shared
+
+
+@pytest.mark.parametrize("gpu_ids", [[0, 1], [3], "auto", None, 0])
+@pytest.mark.parametrize("dist", [{}, {"dist": True}, {"dist": False}])
+def test_old_ways_to_name_gpus_and_ask_for_distribution_are_read(tmp_path: Path, gpu_ids: Any, dist: Any) -> None:
+    options = _load(tmp_path, {**LEAST, "gpu_ids": gpu_ids, **dist})
+    assert options["gpu_ids"] == gpu_ids
+    assert options["dist"] is dist.get("dist")
+
+
+def test_unknown_keys_are_refused_with_the_nearest_known_name(tmp_path: Path) -> None:
+    wrong = {**LEAST, "tasks": 1, "train": {"G_optimiser_lr": 1e-4, "total_iters": 5}, "netG": {"depth": [1]}}
+    with pytest.raises(ConfigError) as caught:
+        _load(tmp_path, wrong)
+    text = str(caught.value)
+    for words in ("'task'", "'G_optimizer_lr'", "'total_iter'", "'depths'"):
+        assert words in text
+    assert len(caught.value.problems) == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"train": {"G_lossfn_type": "charbonier"}}, "Did you mean 'charbonnier'"),
+        ({"train": {"total_iter": "many"}}, "train.total_iter: found 'many', give a whole number"),
+        ({"scale": 4, "netG": {"upscale": 2}}, "make them equal"),
+        ({"gpu_ids": "all"}, 'list of numbers or "auto"'),
+        ({"datasets": {"train": {"dataset_type": "VideoRecurrentTrainDataset"}}}, "dataroot_gt is missing"),
+        ({"datasets": {"train": {"dataset_type": "VideoRecurentTrain", "dataroot_gt": "x"}}}, "Did you mean"),
+        ({"datasets": {}}, "neither train nor test"),
+        ({"netG": [1]}, "give a section"),
+        ({"scale": 3, "datasets": {"train": LEAST["datasets"]["train"] | {"gt_size": 64}}}, "must divide"),  # type: ignore[index]
+    ],
+)
+def test_values_that_cannot_be_are_refused(tmp_path: Path, change: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match="cannot be used") as caught:
+        _load(tmp_path, {**LEAST, **change})
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "column"),
+    [
+        ('{\n  "task": "t", // comment\n  "scale": four\n}', 3, 12),
+        ('{\n  "task" "t"\n}', 2, 10),
+        ('{"task": "t"', 1, 13),
+        ("", 1, 1),
+        ('{"task": "unfinished\n}', 1, 21),
+    ],
+)
+def test_bad_json_is_answered_with_line_and_column(tmp_path: Path, text: str, line: int, column: int) -> None:
+    with pytest.raises(ConfigError, match=rf"options\.json: line {line}, column {column}:"):
+        _load(tmp_path, text)
+
+
+def test_a_missing_file_is_answered_with_its_neighbour(tmp_path: Path) -> None:
+    (tmp_path / "train_vrt.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"Did you mean 'train_vrt\.json'"):
+        load_options(tmp_path / "trian_vrt.json")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_options(tmp_path / "nowhere" / "x.json")
+
+
+def test_the_reference_page_is_that_of_the_tables() -> None:
+    assert (ROOT / "docs" / "video_restoration_options.md").read_text() == page()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "options" / "vrt").glob("*.json")), ids=lambda p: p.stem)
+def test_shipped_examples_load_and_describe_a_network(path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    from everyrank.apps.video_restoration import VRT
+
+    options = load_options(path)
+    assert "//" in path.read_text()
+    with torch.device("meta"):
+        network = VRT(**{**options["netG"], "spynet_path": None})
+    assert network.upscale == options["scale"]
