@@ -55,7 +55,7 @@ def test_an_app_whose_import_fails_says_where(run_cli: RunCli, tmp_path: Path) -
 def test_dry_run_tells_all_and_does_nothing(run_cli: RunCli, tmp_path: Path) -> None:
     done = run_cli("driver=torchrun", "app=hello_dist", "driver.dry_run=true", "env.variables.COLOUR=blue")
     assert done.returncode == 0
-    for part in ("command: torchrun --standalone", "variable: COLOUR=blue", "config.yaml", "message: Hello"):
+    for part in ("command: torchrun --standalone", "variable: COLOUR=blue", "run.yaml", "message: Hello"):
         assert part in done.stdout
     assert list(tmp_path.iterdir()) == []
 

@@ -24,6 +24,7 @@ everyrank COMMAND --help tells more of each.
 
 # Each is a module with a line of help as its docstring's first line and main(argv) -> exit code.
 _COMMANDS = {
+    "certify": "everyrank.commands.certify",
     "checkpoints": "everyrank.commands.checkpoints",
     "export": "everyrank.commands.export",
 }

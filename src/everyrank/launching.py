@@ -43,7 +43,7 @@ def launch_config(cfg: DictConfig) -> tuple[int, Any]:
         print(f"notice: driver={_chosen(driver)} is not used: {foreign}", file=sys.stderr)
         return _run_here(final, folder, env.variables, write=False)
     request = LaunchRequest(
-        config_file=os.path.join(folder.path, "config.yaml"),
+        config_file=os.path.join(folder.path, "run.yaml"),
         config_text=OmegaConf.to_yaml(final),
         run_dir=folder.path,
         cwd=os.getcwd(),

@@ -1,6 +1,6 @@
 """The one entry that a started process runs: read one resolved config, call the app, say how it ended.
 
-``python -m everyrank.worker --config RUN/config.yaml``, on every rank, by whatever launcher.
+``python -m everyrank.worker --config RUN/run.yaml``, on every rank, by whatever launcher.
 """
 
 from __future__ import annotations

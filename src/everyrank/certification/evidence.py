@@ -1,0 +1,67 @@
+"""What a finished run left: the ledger of its committed steps, and its weights."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from everyrank.checkpoint.checkpointer import read_checkpoint
+from everyrank.checkpoint.folder import list_checkpoints
+from everyrank.errors import CheckpointError
+from everyrank.training.ledger import read_ledger
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What can be proved of a run.
+
+    Attributes:
+        weights: The model's tensors in its newest whole checkpoint.
+        uses: How often each sample was used in committed steps, by epoch.
+        world_sizes: The world sizes of the committed steps, in order, without repetition.
+        step: The newest checkpoint's step.
+    """
+
+    weights: dict[str, torch.Tensor]
+    uses: dict[int, Counter[int]]
+    world_sizes: tuple[int, ...]
+    step: int
+
+    @classmethod
+    def of(cls, run: Path) -> Evidence:
+        """Read a run's folder.
+
+        Raises:
+            CheckpointError: It has no whole checkpoint.
+        """
+        whole = [info for info in list_checkpoints(run / "checkpoints") if info.verified]
+        if not whole:
+            raise CheckpointError(f"{run} has no whole checkpoint")
+        loaded = read_checkpoint(whole[-1].path)
+        uses: dict[int, Counter[int]] = {}
+        sizes: list[int] = []
+        for entry in read_ledger(run / "ledger"):
+            uses.setdefault(entry["epoch"], Counter()).update(entry["samples"])
+            if not sizes or sizes[-1] != entry["world_size"]:
+                sizes.append(entry["world_size"])
+        return cls(dict(loaded.tensors["model"]), uses, tuple(sizes), whole[-1].step)
+
+    def exactly_once(self, reference: Evidence) -> bool:
+        """Whether every epoch of the reference used the same samples here, each exactly once."""
+        return self.uses.keys() == reference.uses.keys() and all(
+            set(uses) == set(reference.uses[epoch]) and set(uses.values()) == {1} for epoch, uses in self.uses.items()
+        )
+
+    def difference(self, other: Evidence) -> float:
+        """The largest absolute difference between two runs' weights; 0 means bitwise equal."""
+        if self.weights.keys() != other.weights.keys():
+            return float("inf")
+        worst = 0.0
+        for name, mine in self.weights.items():
+            theirs = other.weights[name]
+            if not torch.equal(mine, theirs):
+                worst = max(worst, (mine.double() - theirs.double()).abs().max().item())
+        return worst

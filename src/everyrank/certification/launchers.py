@@ -1,0 +1,93 @@
+"""The launchers that are found on this machine, and the command by which each starts an app."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+_RUN = ("-m", "everyrank", "run")
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """A way to start an app.
+
+    Attributes:
+        name: What the certificate calls it.
+        command: Turns a world size and Hydra overrides into a command.
+    """
+
+    name: str
+    command: Callable[[int, Sequence[str]], list[str]]
+
+
+def find_launchers() -> tuple[list[Launcher], list[str]]:
+    """Return the launchers of this machine, and for each that is missing a line that says why."""
+    found = [
+        Launcher("torchrun driver", lambda n, args: _driver("torchrun", n, args)),
+        Launcher(
+            "torchrun driver (spawn)", lambda n, args: [*_driver("torchrun", n, args), "driver.start_method=spawn"]
+        ),
+        Launcher("spawn driver", lambda n, args: _driver("spawn", n, args)),
+        Launcher("launch driver", lambda n, args: _driver("launch", n, args)),
+        Launcher("torchrun", _bare_torchrun),
+    ]
+    missing = []
+    if shutil.which("mpirun"):
+        found.append(Launcher("mpirun", _mpirun))
+    else:
+        missing.append("mpirun: not installed")
+    reason = _why_no_slurm()
+    if reason is None:
+        found.append(Launcher("srun", _srun))
+    else:
+        missing.append(f"srun: {reason}")
+    if importlib.util.find_spec("ray"):
+        found.append(
+            Launcher("ray driver", lambda n, args: [*_python(), "driver=ray", f"driver.num_workers={n}", *args])
+        )
+    else:
+        missing.append("ray: not installed (pip install 'everyrank[ray]')")
+    return found, missing
+
+
+def plain_python() -> Launcher:
+    """One process, no launcher."""
+    return Launcher("python", lambda _n, args: [*_python(), "driver=local", "driver.threads_per_rank=1", *args])
+
+
+def _python() -> list[str]:
+    return [sys.executable, *_RUN]
+
+
+def _driver(name: str, world_size: int, args: Sequence[str]) -> list[str]:
+    return [*_python(), f"driver={name}", f"driver.nproc_per_node={world_size}", *args]
+
+
+def _bare_torchrun(world_size: int, args: Sequence[str]) -> list[str]:
+    run_dir = next(arg.partition("=")[2] for arg in args if arg.startswith("run.dir="))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}"]
+    return [*torchrun, f"--log-dir={run_dir}/logs/torchrun", *_RUN, *args]
+
+
+def _mpirun(world_size: int, args: Sequence[str]) -> list[str]:
+    flags = ["--allow-run-as-root", "--oversubscribe", "--bind-to", "none"]
+    return ["mpirun", "-np", str(world_size), *flags, *_python(), *args]
+
+
+def _srun(world_size: int, args: Sequence[str]) -> list[str]:
+    return ["srun", f"--ntasks={world_size}", "--overcommit", *_python(), *args]
+
+
+def _why_no_slurm() -> str | None:
+    if not shutil.which("srun") or not shutil.which("sinfo"):
+        return "not installed"
+    try:
+        subprocess.run(["sinfo", "--noheader"], capture_output=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return "installed, but no cluster answers"
+    return None

@@ -1,0 +1,132 @@
+"""prove it here: kills, resizes and every launcher found, each sample exactly once, equal weights"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from everyrank.errors import EXIT_FAILURE, EXIT_OK, EveryrankError, UserError
+
+if TYPE_CHECKING:
+    from everyrank.certification.evidence import Evidence
+    from everyrank.certification.trial import Trial
+
+# Gradients summed over ranks differ from one process's in the last bits (float64).
+_TOLERANCE = 1e-10
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One line of the certificate."""
+
+    launcher: str
+    world_sizes: str
+    faults: str
+    exactly_once: bool
+    weights: str
+    holds: bool
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the trials and print the certificate; exit code 0 only if every line holds."""
+    parser = argparse.ArgumentParser(
+        prog="everyrank certify",
+        description="Train a small app under kills, resizes and every launcher found on this machine, and compare what "
+        "each run left with one uninterrupted process. The app must be a TrainerDDP app that trains in float64 with "
+        "training.ledger: true, such as app=certify (the default).",
+    )
+    parser.add_argument("overrides", nargs="*", default=[], help="app=NAME and settings, as for everyrank run")
+    parser.add_argument("--seed", type=int, default=0, help="which steps and ranks are hit")
+    parser.add_argument("--quick", action="store_true", help="kills and resizes under the torchrun driver only")
+    parser.add_argument("--keep", type=Path, help="keep the runs in this folder")
+    arguments = parser.parse_args(argv)
+    overrides = list(arguments.overrides)
+    if any("=" not in override for override in overrides):
+        raise UserError(f"{' '.join(overrides)} was given; write settings as key=value, such as app=certify.")
+    if not any(override.startswith("app=") for override in overrides):
+        overrides.insert(0, "app=certify")
+    folder = arguments.keep or Path(tempfile.mkdtemp(prefix="everyrank-certify-"))
+    try:
+        verdicts, missing = _certify(folder, overrides, arguments.seed, arguments.quick)
+    except EveryrankError as error:
+        print(f"error: no certificate: {error}", file=sys.stderr)
+        return EXIT_FAILURE
+    finally:
+        if arguments.keep is None:
+            shutil.rmtree(folder, ignore_errors=True)
+    _print(verdicts, missing)
+    return EXIT_OK if all(verdict.holds for verdict in verdicts) else EXIT_FAILURE
+
+
+def _certify(folder: Path, overrides: list[str], seed: int, quick: bool) -> tuple[list[Verdict], list[str]]:
+    from everyrank.certification.evidence import Evidence
+    from everyrank.certification.launchers import find_launchers, plain_python
+    from everyrank.certification.trial import Trial, carry_out
+
+    chance = random.Random(seed)
+    overrides = [*overrides, f"env.data_dir={folder}/data"]
+    carry_out(Trial(plain_python(), (1,)), folder / "reference", overrides, chance)
+    reference = Evidence.of(folder / "reference")
+    verdicts = [_judge(Trial(plain_python(), (1,)), reference, reference, reference)]
+    found, missing = find_launchers()
+    two: Evidence | None = None
+    trials = [] if quick else [Trial(launcher, (2,)) for launcher in found]
+    if quick:
+        trials.append(Trial(found[0], (2,)))
+    torchrun = found[0]
+    trials += [
+        Trial(torchrun, (2,), "SIGKILL rank", 2),
+        Trial(torchrun, (2,), "SIGKILL launcher", 1),
+        Trial(torchrun, (2,), "SIGTERM launcher", 1),
+        Trial(torchrun, (2,), "SIGTERM rank", 1),
+        Trial(replace(torchrun, name="torchrun, max_restarts=1"), (2,), "SIGKILL rank", 1, ("driver.max_restarts=1",)),
+        Trial(torchrun, (2, 1, 3, 2), "SIGKILL rank", 3),
+    ]
+    for number, trial in enumerate(trials):
+        print(f"{trial.launcher.name}, world size {trial.title}, {trial.faults} ...", flush=True)
+        run = folder / f"trial-{number}"
+        try:
+            carry_out(trial, run, overrides, chance)
+            evidence = Evidence.of(run)
+        except EveryrankError as error:
+            print(error, file=sys.stderr)
+            verdicts.append(Verdict(trial.launcher.name, trial.title, trial.faults, False, "the run failed", False))
+            continue
+        if two is None and trial.world_sizes == (2,):
+            two = evidence
+        verdicts.append(_judge(trial, evidence, reference, two or reference))
+    return verdicts, missing
+
+
+def _judge(trial: Trial, evidence: Evidence, reference: Evidence, same_size: Evidence) -> Verdict:
+    """At an unchanged world size the weights must be bitwise equal, else equal to rounding."""
+    once = evidence.exactly_once(reference)
+    from_one = evidence.difference(reference)
+    fixed_size = len(set(trial.world_sizes)) == 1
+    bitwise = evidence.difference(same_size) == 0
+    if fixed_size and bitwise:
+        weights = "bitwise" if from_one == 0 else f"bitwise; {from_one:.1e} from one process"
+    else:
+        weights = f"{from_one:.1e} from one process"
+    holds = once and from_one <= _TOLERANCE and (bitwise or not fixed_size)
+    return Verdict(trial.launcher.name, trial.title, trial.faults, once, weights, holds)
+
+
+def _print(verdicts: Sequence[Verdict], missing: Sequence[str]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("launcher", "world sizes", "kills", "exactly once", "weights", "holds")
+    for v in verdicts:
+        once = "yes" if v.exactly_once else "NO"
+        table.add_row(v.launcher, v.world_sizes, v.faults, once, v.weights, "yes" if v.holds else "NO")
+    Console(width=120).print(table)
+    for line in missing:
+        print(f"not on this machine: {line}")

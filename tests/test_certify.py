@@ -1,0 +1,41 @@
+"""The certificate holds for the default app, and does not for an app that breaks the promise."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import RunCli
+
+CERTIFY = (sys.executable, "-m", "everyrank", "certify")
+
+
+@pytest.mark.slow
+def test_kills_and_resizes_leave_every_sample_exactly_once(run_cli: RunCli) -> None:
+    done = run_cli("--quick", "--seed=1", program=CERTIFY, timeout_s=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith("│")]
+    assert len(lines) == 8
+    assert [line for line in lines if "NO" in line] == []
+    assert any("2 → 1 → 3 → 2" in line and "3 x SIGKILL rank" in line for line in lines)
+    assert sum("bitwise" in line for line in lines) == 7
+
+
+@pytest.mark.slow
+def test_an_app_that_looks_at_its_rank_gets_no_certificate(run_cli: RunCli, tmp_path: Path) -> None:
+    (tmp_path / "cheat.py").write_text(
+        "import everyrank\n"
+        "from everyrank.certification.data import mean_squared_error\n"
+        "def loss(output, data):\n"
+        "    return mean_squared_error(output, data) * (1 + everyrank.current_world().rank)\n"
+    )
+    done = run_cli("--quick", "app.criterion=cheat.loss", program=CERTIFY, timeout_s=280)
+    assert done.returncode == 1
+    assert "NO" in done.stdout
+
+
+def test_wrong_settings(run_cli: RunCli) -> None:
+    done = run_cli("app", program=CERTIFY)
+    assert done.returncode == 2
+    assert "write settings as key=value" in done.stderr
