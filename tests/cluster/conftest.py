@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from cluster import hosts as lab
+from cluster import slurm_cluster
 from cluster.running import Running
 
 TESTS = Path(__file__).resolve().parent
@@ -23,6 +26,18 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[lab.Host]]:
         pytest.skip(why_not)
     with lab.network(3, tmp_path_factory.mktemp("network")) as made:
         yield made
+
+
+@pytest.fixture(scope="session")
+def slurm(hosts: list[lab.Host], tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """Variables under which Slurm's commands, on node0, find a cluster of node1 and node2."""
+    why_not = slurm_cluster.missing()
+    if why_not:
+        pytest.skip(why_not)
+    folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/var/tmp"))  # a short path: a socket's name has an end
+    with slurm_cluster.slurm(hosts, folder) as env:
+        yield env
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Nodes that come and go: late, killed, told to leave, cut off; and the end of the node that holds the meeting place."""
+"""Nodes that come and go: late, killed, told to leave, cut off; and the end of the node that holds the store."""
 
 from __future__ import annotations
 

@@ -139,6 +139,7 @@ class RankAgent(LocalElasticAgent):
         run: EngineRun,
         spec: WorkerSpec,
         make_ranks: Callable[..., ForkedRanks] | None,
+        take_signals: Callable[[], None],
     ) -> None:
         super().__init__(
             spec=spec,
@@ -149,6 +150,7 @@ class RankAgent(LocalElasticAgent):
         )
         self._run = run
         self._make_ranks = make_ranks
+        self._take_signals = take_signals
 
     @property
     def ranks(self) -> PContext | None:
@@ -157,7 +159,9 @@ class RankAgent(LocalElasticAgent):
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         if self._make_ranks is None:
-            return super()._start_workers(worker_group)
+            pids = super()._start_workers(worker_group)
+            self._take_signals()  # torch has just put its own handlers there
+            return pids
         spec = worker_group.spec
         envs = {worker.local_rank: self._rank_env(worker_group, worker) for worker in worker_group.workers}
         self._pcontext = self._make_ranks(
@@ -168,6 +172,7 @@ class RankAgent(LocalElasticAgent):
             logs_specs=self._logs_specs,
         )
         self._pcontext.start()
+        self._take_signals()  # torch has just put its own handlers there
         return self._pcontext.pids()
 
     def _rank_env(self, group: WorkerGroup, worker: Any) -> dict[str, str]:

@@ -6,6 +6,7 @@ import functools
 import os
 import signal
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from torch.distributed.elastic.agent.server.api import WorkerSpec
@@ -58,13 +59,13 @@ def execute(run: EngineRun, forkserver: Forkserver, stdio: tuple[int, int]) -> O
         max_restarts=run.max_restarts,
         monitor_interval=run.monitor_interval_s,
     )
-    agent = RankAgent(run, spec, make_ranks)
+    take_signals = _once()
+    agent = RankAgent(run, spec, make_ranks, take_signals)
     signum: int | None = None
     message = ""
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = _HANDLED  # torch handles them once ranks run; we, until then
     try:
-        for name in _HANDLED.split(","):
-            signal.signal(getattr(signal, name), _raise_signal)
+        take_signals()
         agent.run()
     except SignalException as error:
         signum = int(error.sigval)
@@ -81,10 +82,25 @@ def execute(run: EngineRun, forkserver: Forkserver, stdio: tuple[int, int]) -> O
     return _outcome(run, agent, signum, message)
 
 
-def _raise_signal(signum: int, _frame: Any) -> None:
-    raise SignalException(
-        f"the engine was told to stop by {signal.Signals(signum).name}", sigval=signal.Signals(signum)
-    )
+def _once() -> Callable[[], None]:
+    """Return a function that installs handlers, which raise SignalException for the first signal only.
+
+    A scheduler sends the same signal to every process of a step, and the launching process passes it on once more: the
+    second must not break off what the first began. To end everything at once, the launching process is told twice.
+    """
+    told: list[int] = []
+
+    def handle(signum: int, _frame: Any) -> None:
+        if not told:
+            told.append(signum)
+            name = signal.Signals(signum).name
+            raise SignalException(f"the engine was told to stop by {name}", sigval=signal.Signals(signum))
+
+    def install() -> None:
+        for name in _HANDLED.split(","):
+            signal.signal(getattr(signal, name), handle)
+
+    return install
 
 
 def _enter_environment(run: EngineRun, stdio: tuple[int, int]) -> None:

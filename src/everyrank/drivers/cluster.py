@@ -1,0 +1,115 @@
+"""What the drivers of clusters share: which launchers this machine has, and how a run that is elsewhere ended."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shlex
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from everyrank.drivers.driver import LaunchRequest
+from everyrank.drivers.rank_files import existing, read_error
+from everyrank.drivers.spec import RankFailure
+from everyrank.errors import DriverError
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """A launcher outside of everyrank.
+
+    Attributes:
+        name: The driver that uses it.
+        program: Its program, or its Python package.
+        is_package: It is a Python package.
+        install: What a person installs to have it.
+    """
+
+    name: str
+    program: str
+    is_package: bool
+    install: str
+
+    @property
+    def found(self) -> bool:
+        """Whether this machine has it."""
+        if self.is_package:
+            return importlib.util.find_spec(self.program) is not None
+        return shutil.which(self.program) is not None
+
+    def require(self) -> None:
+        """Raise DriverError if this machine does not have it."""
+        if not self.found:
+            what = "the Python package" if self.is_package else "the program"
+            raise DriverError(
+                f"driver={self.name} was set, but {what} {self.program} is not installed here. Install {self.install}."
+            )
+
+
+SLURM = Launcher(
+    "slurm", "sbatch", False, "Slurm's client (Debian: slurm-client), or start from a login node that has it"
+)
+SRUN = Launcher("slurm", "srun", False, "Slurm's client (Debian: slurm-client), or start from a login node that has it")
+MPI = Launcher("mpi", "mpirun", False, "Open MPI (Debian: openmpi-bin), or load its module")
+RAY = Launcher("ray", "ray", True, "it with: pip install 'everyrank[ray]'")
+SSH = Launcher("torchrun", "ssh", False, "an SSH client (Debian: openssh-client)")
+KUBECTL = Launcher("kubernetes", "kubectl", False, "kubectl, or apply the manifest from a machine that has it")
+
+OUTSIDE = (SRUN, MPI, RAY)
+
+
+def found_launchers() -> list[str]:
+    """The launchers found on this machine, by the names users know.
+
+    Those of Python and torch are always there; ``srun`` counts only where it reaches a controller.
+    """
+    names = ["python", "spawn", "torchrun", "launch"]
+    if MPI.found:
+        names.append("mpirun")
+    if SRUN.found and _slurm_answers():
+        names.append("srun")
+    if RAY.found:
+        names.append("ray")
+    return names
+
+
+def _slurm_answers() -> bool:
+    import subprocess
+
+    try:
+        return subprocess.run(["sinfo", "--noheader"], capture_output=True, timeout=10, check=False).returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+
+
+def recorded_failures(log_dir: str) -> tuple[RankFailure, ...]:
+    """The ranks that left a record of an exception in the run's logs."""
+    return tuple(_failures(log_dir))
+
+
+def _failures(log_dir: str) -> Iterator[RankFailure]:
+    for name in sorted(os.listdir(log_dir)) if os.path.isdir(log_dir) else ():
+        error = read_error(os.path.join(log_dir, name)) if name.endswith(".error.json") else None
+        if error is not None:
+            log = existing(os.path.join(log_dir, name.replace(".error.json", ".log")))
+            yield RankFailure(rank=int(error["rank"]), exit_code=int(error["exit_code"]), error=error, log_file=log)
+
+
+def exports(env: dict[str, str], cwd: str) -> list[str]:
+    """Lines of a shell script that set variables, and let Python find what lies in the working directory."""
+    lines = [f"export {name}={shlex.quote(value)}" for name, value in sorted(env.items())]
+    return [*lines, f'export PYTHONPATH={shlex.quote(cwd)}"${{PYTHONPATH:+:$PYTHONPATH}}"']
+
+
+def rank_command(python: str, request: LaunchRequest) -> tuple[str, ...]:
+    """What one rank runs: the app by our worker, or its outside program."""
+    if request.command is None:
+        return (python, *request.worker)
+    return (python, *request.command) if request.command[0].endswith(".py") else request.command
+
+
+def node_command(python: str, request: LaunchRequest, *flags: str) -> tuple[str, ...]:
+    """What one node runs to start its ranks with torch's engine; see ``node.py``."""
+    program = ("--", *request.command) if request.command is not None else ()
+    return (python, "-m", "everyrank.drivers.node", f"--config={request.config_file}", *flags, *program)

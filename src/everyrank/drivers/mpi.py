@@ -1,0 +1,81 @@
+"""``driver=mpi``: Open MPI's mpirun starts the ranks; they find each other by its variables."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+
+from everyrank.drivers.cluster import MPI, rank_command, recorded_failures
+from everyrank.drivers.cluster_config import MpiConfig
+from everyrank.drivers.driver import LaunchPlan, LaunchRequest
+from everyrank.drivers.environment import rank_variables
+from everyrank.drivers.guarded import guarded
+from everyrank.drivers.machine import resolve_nproc
+from everyrank.drivers.rank_files import clear_errors
+from everyrank.drivers.signals import forwarded
+from everyrank.drivers.spec import Outcome, RankFailure
+from everyrank.errors import EXIT_FAILURE, DriverError
+
+
+class MpiDriver:
+    """Runs mpirun as a child and reads what its ranks recorded."""
+
+    config_type = MpiConfig
+
+    def __init__(self, config: MpiConfig) -> None:
+        self.config = config
+
+    def plan(self, request: LaunchRequest) -> LaunchPlan:
+        """Plan the one command."""
+        c = self.config
+        if c.hosts and c.hostfile:
+            raise DriverError("driver.hosts and driver.hostfile were both set, but mpirun takes one. Leave one out.")
+        if c.hostfile and not c.num_ranks:
+            raise DriverError(
+                f"driver.hostfile={c.hostfile} was set without driver.num_ranks. Set driver.num_ranks to all its ranks."
+            )
+        nproc = resolve_nproc(c.nproc_per_node, "driver.nproc_per_node", request.device)
+        num_ranks = c.num_ranks or nproc * max(len(c.hosts), 1)
+        env = {**rank_variables(request, c.threads_per_rank), "PYTHONPATH": _python_path()}
+        flags = ["-np", str(num_ranks), "--bind-to", "none"]  # by default each rank is bound to one core
+        if c.hosts:
+            flags += ["--host", ",".join(f"{host}:{nproc}" for host in c.hosts)]
+        elif c.hostfile:
+            flags += ["--hostfile", c.hostfile]
+        else:
+            flags.append("--oversubscribe")
+        if hasattr(os, "geteuid") and os.geteuid() == 0:
+            flags.append("--allow-run-as-root")
+        for name in sorted(env):
+            flags += ["-x", name]
+        # A rank ends with the daemon that started it, also when that is killed.
+        program = guarded(rank_command(sys.executable, request), parent_pid=0)
+        return LaunchPlan(
+            driver="mpi",
+            command=(c.mpirun, *flags, *c.mpi_args, *program),
+            nproc_per_node=nproc,
+            summary=(f"processes: {num_ranks}", f"hosts: {c.hostfile or ', '.join(c.hosts) or 'this machine'}"),
+            env=env,
+            files={request.config_file: request.config_text},
+        )
+
+    def run(self, plan: LaunchPlan, request: LaunchRequest) -> Outcome:
+        """Run mpirun to its end."""
+        replace(MPI, program=self.config.mpirun).require()
+        clear_errors(request.log_dir)
+        process = subprocess.Popen(
+            guarded(plan.command), cwd=request.cwd, env={**os.environ, **plan.env}, process_group=0
+        )
+        with forwarded(process.send_signal, lambda: os.killpg(process.pid, signal.SIGKILL)) as told:
+            code = process.wait()
+        failures = recorded_failures(request.log_dir)
+        if code and not failures:
+            failures = (RankFailure(rank=0, exit_code=code if code > 0 else EXIT_FAILURE),)
+        return Outcome(failures=failures if code else (), signum=told.signum, world_size=int(plan.command[2]))
+
+
+def _python_path() -> str:
+    return os.pathsep.join(os.path.abspath(path) for path in sys.path if path)

@@ -1,0 +1,78 @@
+"""``python -m everyrank.drivers.node --config FILE driver.KEY=VALUE ... [-- PROGRAM ...]``: one node of a run.
+
+For schedulers that start one task a node: each runs torch's engine with the ranks of its node. The configuration is
+the resolved one that the launching process wrote; the settings are those of ``driver=torchrun``.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from everyrank.config.schema import build
+from everyrank.drivers import engine_pool
+from everyrank.drivers.config import TorchrunConfig
+from everyrank.drivers.driver import LaunchRequest
+from everyrank.drivers.failures import describe
+from everyrank.drivers.torchrun import TorchrunDriver
+from everyrank.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_PREEMPTED, UserError
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the ranks of this node; returns the exit code."""
+    arguments, _, program = _split(list(argv))
+    config_file = arguments.pop(0).removeprefix("--config=")
+    engine_pool.fork_early()  # imports torch while this process reads the configuration
+    sys.path.insert(0, os.getcwd())
+    try:
+        return _run(config_file, arguments, program)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+
+
+def _split(argv: list[str]) -> tuple[list[str], str, list[str]]:
+    if "--" not in argv:
+        return argv, "", []
+    at = argv.index("--")
+    return argv[:at], "--", argv[at + 1 :]
+
+
+def _run(config_file: str, arguments: list[str], program: list[str]) -> int:
+    import yaml
+
+    with open(config_file, encoding="utf-8") as file:
+        text = file.read()
+    run = yaml.safe_load(text)
+    settings: dict[str, Any] = {}
+    for argument in arguments:
+        key, _, value = argument.removeprefix("driver.").partition("=")
+        settings[key] = yaml.safe_load(value)
+    driver = TorchrunDriver(build(TorchrunConfig, settings, what="command line of the node"))
+    request = LaunchRequest(
+        config_file=config_file,
+        config_text=text,
+        run_dir=run["run"]["dir"],
+        cwd=os.getcwd(),
+        env=run["env"]["variables"],
+        command=tuple(program) or None,
+        device=run["distributed"]["device"],
+        timeout_s=run["distributed"]["timeout_s"],
+        preload=tuple(run["app"].get("preload") or ()),
+    )
+    os.makedirs(request.log_dir, exist_ok=True)
+    outcome = driver.run(driver.plan(request), request)
+    code = outcome.exit_code
+    if code == EXIT_PREEMPTED:
+        print(f"preempted: a checkpoint is saved in {request.run_dir}", file=sys.stderr, flush=True)
+    elif code and describe(outcome):
+        print(describe(outcome), file=sys.stderr, flush=True)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

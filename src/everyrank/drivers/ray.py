@@ -1,0 +1,121 @@
+"""``driver=ray``: Ray Train places the ranks on a cluster (or on this machine) and starts them again when they fail."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+from everyrank.drivers.cluster import RAY, rank_command, recorded_failures
+from everyrank.drivers.cluster_config import RayConfig
+from everyrank.drivers.driver import LaunchPlan, LaunchRequest
+from everyrank.drivers.environment import rank_variables
+from everyrank.drivers.rank_files import clear_errors
+from everyrank.drivers.spec import Outcome
+from everyrank.errors import DriverError
+
+
+class RayDriver:
+    """Runs the app as the training loop of a ``TorchTrainer``."""
+
+    config_type = RayConfig
+
+    def __init__(self, config: RayConfig) -> None:
+        self.config = config
+
+    def plan(self, request: LaunchRequest) -> LaunchPlan:
+        """Plan the trainer."""
+        c = self.config
+        where = f"the cluster at {c.address}" if c.address else "a local Ray, started for this run"
+        program = rank_command(sys.executable, request)
+        return LaunchPlan(
+            driver="ray",
+            command=program,
+            nproc_per_node=c.num_workers,
+            summary=(f"workers: {c.num_workers}, by Ray Train on {where}", f"a GPU for each: {c.use_gpu}"),
+            env=rank_variables(request, c.threads_per_rank),
+            files={request.config_file: request.config_text},
+        )
+
+    def run(self, plan: LaunchPlan, request: LaunchRequest) -> Outcome:
+        """Run the trainer to its end."""
+        RAY.require()
+        clear_errors(request.log_dir)
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        import ray
+        from ray.train import FailureConfig, RunConfig, ScalingConfig
+        from ray.train.torch import TorchTrainer
+
+        from everyrank.drivers.ray_backend import MeetByVariables
+
+        c = self.config
+        variables = {**plan.env, "PYTHONPATH": os.pathsep.join(os.path.abspath(p) for p in sys.path if p)}
+        try:
+            self._connect(ray, variables)
+            trainer = TorchTrainer(
+                _train,
+                train_loop_config={
+                    "config_file": request.config_file,
+                    "cwd": request.cwd,
+                    "program": list(plan.command) if request.command is not None else None,
+                },
+                torch_config=MeetByVariables(),
+                scaling_config=ScalingConfig(
+                    num_workers=c.num_workers, use_gpu=c.use_gpu, resources_per_worker=self._resources()
+                ),
+                run_config=RunConfig(
+                    name="ray",
+                    storage_path=request.run_dir,
+                    failure_config=FailureConfig(max_failures=c.max_failures),
+                ),
+            )
+            try:
+                trainer.fit()
+            except Exception as error:
+                failures = recorded_failures(request.log_dir)
+                message = "" if failures else f"error: Ray Train: {error}"
+                return Outcome(failures=failures, message=message, world_size=c.num_workers)
+            return Outcome(world_size=c.num_workers)
+        finally:
+            ray.shutdown()
+
+    def _resources(self) -> dict[str, float]:
+        resources = {"CPU": self.config.cpus_per_worker}
+        return {**resources, "GPU": 1.0} if self.config.use_gpu else resources
+
+    def _connect(self, ray: Any, variables: dict[str, str]) -> None:
+        c = self.config
+        runtime_env = {"env_vars": variables}
+        try:
+            if c.address:
+                ray.init(address=c.address, runtime_env=runtime_env)
+            else:
+                ray.init(
+                    num_cpus=max(int(c.num_workers * c.cpus_per_worker + 1), 2),
+                    include_dashboard=False,
+                    runtime_env=runtime_env,
+                    _node_ip_address="127.0.0.1",
+                )
+        except (ConnectionError, ValueError) as error:
+            raise DriverError(
+                f"driver.address={c.address} was set, but no Ray cluster answers there: {error}. "
+                "Set the address that `ray start --head` printed, or leave it out to start a local one."
+            ) from error
+
+
+def _train(loop: dict[str, Any]) -> None:
+    """What one Ray worker runs: this rank."""
+    os.chdir(loop["cwd"])
+    if loop["program"] is not None:
+        code = subprocess.run(loop["program"], check=False).returncode
+    else:
+        from importlib import import_module
+
+        try:
+            import_module("everyrank.worker").run_rank(loop["config_file"])
+            code = 0
+        except SystemExit as exit_:  # it would end Ray's own process
+            code = int(exit_.code or 0)
+    if code:
+        raise RuntimeError(f"rank {os.environ.get('RANK')} ended with exit code {code}")

@@ -1,0 +1,76 @@
+"""The batch script of ``driver=slurm``."""
+
+from __future__ import annotations
+
+import shlex
+
+from everyrank.drivers.cluster import exports, node_command, rank_command
+from everyrank.drivers.cluster_config import SlurmConfig
+from everyrank.drivers.driver import LaunchRequest
+from everyrank.errors import EXIT_PREEMPTED
+
+
+def batch_script(config: SlurmConfig, request: LaunchRequest, env: dict[str, str], name: str) -> str:
+    """The whole script as text.
+
+    Args:
+        config: The driver's settings.
+        request: The launch.
+        env: Variables for the ranks.
+        name: The job's name.
+    """
+    one_a_node = config.task_per == "node"
+    lines = ["#!/bin/bash", *_directives(config, request, name, 1 if one_a_node else config.nproc_per_node), ""]
+    lines += [*exports(env, request.cwd), f"cd {shlex.quote(request.cwd)} || exit 1", *config.setup]
+    if one_a_node:
+        lines += [
+            'master=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
+            "port=$((15000 + SLURM_JOB_ID % 15000))",
+            "export master port",
+        ]
+        flags = [f"driver.nproc_per_node={config.nproc_per_node}", f"driver.nnodes={config.nodes}"]
+        flags.append(f"driver.max_restarts={config.max_restarts}")
+        command = node_command(config.python, request, *flags, "NODE")
+        meeting = '"driver.node_rank=$SLURM_NODEID" "driver.master_addr=$master" "driver.master_port=$port"'
+        step = shlex.join(command).replace(" NODE", f" {meeting if config.nodes > 1 else ''}".rstrip(), 1)
+        step = f"bash -c {shlex.quote('exec ' + step)}"
+    else:
+        step = shlex.join(rank_command(config.python, request))
+    # The first task to end must not end the others: rank 0 may still write the checkpoint. One whose peers are gone
+    # gives up after distributed.timeout_s, and none is waited for longer than that.
+    lines += [f"srun --kill-on-bad-exit=0 --wait={int(request.timeout_s)} {step}", "code=$?"]
+    if config.requeue:
+        # Only a job that Slurm still runs: not one that somebody cancelled, nor one that Slurm itself requeues.
+        lines += [
+            f'if [ "$code" -eq {EXIT_PREEMPTED} ] && [ "$(squeue -h -j "$SLURM_JOB_ID" -o %T)" = RUNNING ]; then',
+            '    echo "preempted with a checkpoint: the job is put back into the queue"',
+            '    scontrol requeue "$SLURM_JOB_ID"',
+            "fi",
+        ]
+    return "\n".join([*lines, 'exit "$code"', ""])
+
+
+def _directives(config: SlurmConfig, request: LaunchRequest, name: str, tasks_per_node: int) -> list[str]:
+    c = config
+    cpus = c.cpus_per_rank
+    if cpus is not None and c.task_per == "node":
+        cpus *= c.nproc_per_node
+    options = {
+        "job-name": name,
+        "nodes": c.nodes,
+        "ntasks-per-node": tasks_per_node,
+        "cpus-per-task": cpus,
+        "gpus-per-node": c.gpus_per_node or None,
+        "mem": c.mem,
+        "partition": c.partition,
+        "time": c.time,
+        "account": c.account,
+        "qos": c.qos,
+        "constraint": c.constraint,
+        "output": f"{request.log_dir}/slurm-%j.log",
+        "open-mode": "append",
+        "signal": f"USR1@{c.signal_before_s}" if c.signal_before_s and c.time else None,
+    }
+    lines = [f"#SBATCH --{key}={value}" for key, value in options.items() if value is not None]
+    lines.append("#SBATCH --requeue" if c.requeue else "#SBATCH --no-requeue")
+    return [*lines, *(f"#SBATCH {argument}" for argument in c.sbatch_args)]
