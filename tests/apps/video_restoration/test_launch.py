@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -51,6 +52,12 @@ def _torchrun(num_ranks: int, *arguments: str, **how: Any) -> subprocess.Complet
     return _start("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}", *arguments, **how)
 
 
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
 def _curve(folder: Path) -> list[float]:
     records = [json.loads(line) for line in (folder / "tiny" / "history.jsonl").read_text().splitlines()]
     losses = {record["iteration"]: record["loss"] for record in records if "loss" in record}
@@ -59,6 +66,12 @@ def _curve(folder: Path) -> list[float]:
 
 def _weights(folder: Path, iteration: int, label: str = "G") -> dict[str, torch.Tensor]:
     return torch.load(folder / "tiny" / "models" / f"{iteration}_{label}.pth", weights_only=True)
+
+
+@pytest.fixture(autouse=True)
+def _own_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun leaves a folder of error files behind."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +136,7 @@ def test_legacy_launch_resumes_from_the_newest_legacy_checkpoint_that_loads(
     newest.write_bytes(newest.read_bytes()[:5000])
     options = tiny_options(clips, tmp_path, find_unused_parameters=True)
     done = _start(
-        *("-m", "torch.distributed.launch", "--nproc_per_node=2", "--master_port=0"),
+        *("-m", "torch.distributed.launch", "--nproc_per_node=2", f"--master_port={_free_port()}"),
         *(SCRIPT, "--opt", str(write_options(options))),
     )
     assert "skipping the checkpoint of iteration 4" in done.stderr
@@ -181,7 +194,7 @@ def test_a_mistake_is_said_once_by_two_ranks(tmp_path: Path) -> None:
         ({"netG": {"embed_dims": [8] * 7}}, "give each stage one of each"),
         ({"train": {"fix_keys": ["spynett"]}}, "Did you mean 'spynet'"),
         (
-            {"datasets": {"train": {"dataset_type": "VideoRecurrentTrainDataset", "dataroot_gt": "/nowhere"}}},
+            {"datasets": {"test": {"dataset_type": "VideoRecurrentTestDataset", "dataroot_gt": "/nowhere"}}},
             "does not",
         ),
     ],
