@@ -28,12 +28,9 @@ class Launcher:
 def find_launchers() -> tuple[list[Launcher], list[str]]:
     """Return the launchers of this machine, and for each that is missing a line that says why."""
     found = [
-        Launcher("torchrun driver", lambda n, args: _driver("torchrun", n, args)),
-        Launcher(
-            "torchrun driver (spawn)", lambda n, args: [*_driver("torchrun", n, args), "driver.start_method=spawn"]
-        ),
-        Launcher("spawn driver", lambda n, args: _driver("spawn", n, args)),
-        Launcher("launch driver", lambda n, args: _driver("launch", n, args)),
+        Launcher("driver=torchrun", lambda n, args: _driver("torchrun", n, args)),
+        Launcher("driver=spawn", lambda n, args: _driver("spawn", n, args)),
+        Launcher("driver=launch", lambda n, args: _driver("launch", n, args)),
         Launcher("torchrun", _bare_torchrun),
     ]
     missing = []
@@ -48,7 +45,7 @@ def find_launchers() -> tuple[list[Launcher], list[str]]:
         missing.append(f"srun: {reason}")
     if importlib.util.find_spec("ray"):
         found.append(
-            Launcher("ray driver", lambda n, args: [*_python(), "driver=ray", f"driver.num_workers={n}", *args])
+            Launcher("driver=ray", lambda n, args: [*_python(), "driver=ray", f"driver.num_workers={n}", *args])
         )
     else:
         missing.append("ray: not installed (pip install 'everyrank[ray]')")
