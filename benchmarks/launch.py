@@ -120,7 +120,7 @@ def _contenders(folder: str) -> dict[str, Callable[[], dict[str, float]]]:
         "mp.spawn": [python, "spawned.py"],
     }
     if importlib.util.find_spec("accelerate"):
-        commands["accelerate launch"] = [python, "-m", "accelerate.commands.launch", "--cpu"]
+        commands["accelerate launch"] = [python, "-m", "accelerate.commands.launch", "--multi_gpu"]
         commands["accelerate launch"] += ["--num_processes=2", "--num_machines=1", "--mixed_precision=no"]
         commands["accelerate launch"] += ["--dynamo_backend=no", "--main_process_port=0", "bare.py"]
     else:
