@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from everyrank.config.resolve import import_object, object_path
 from everyrank.errors import ConfigError
 
 PYOBJECT_TAG = "!pyobject"
+_UNNAMED_TAG = "!unnamed"  # what to_yaml writes for objects without a name
 
 # YAML 1.1, which PyYAML follows, reads 1e-3 as text; YAML 1.2 and every physicist read it as a number.
 _FLOAT = re.compile(
@@ -55,13 +57,49 @@ def read_yaml(path: str | Path) -> Any:
         ConfigError: If the file is missing, is not YAML (line and column are named), or names an object that does not
             exist.
     """
+    return _load(path, get_loader())
+
+
+def _load(path: str | Path, loader: type[yaml.SafeLoader]) -> Any:
     try:
         with open(path, encoding="utf-8") as stream:
-            return yaml.load(stream, Loader=get_loader())
+            return yaml.load(stream, Loader=loader)
     except OSError as error:
         raise ConfigError(f"The configuration file {path} cannot be read: {error.strerror}.") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
+
+
+@dataclass(frozen=True)
+class Named:
+    """An object of a configuration that is known by its name so far."""
+
+    path: str
+
+
+def read_names(path: str | Path) -> Any:
+    """Like ``read_yaml``, but objects stay ``Named``: nothing is imported, and what is not needed need not exist.
+
+    Raises:
+        ConfigError: If the file is missing or is not YAML.
+    """
+    loader = get_loader()
+    for tag in (PYOBJECT_TAG, _UNNAMED_TAG):
+        loader.add_constructor(tag, lambda loader, node: Named(str(node.value)))
+    return _load(path, loader)
+
+
+def import_names(value: Any) -> Any:
+    """Return what ``read_names`` gave (or a part of it) with its objects imported.
+
+    Raises:
+        ConfigError: If one of them cannot be found.
+    """
+    if isinstance(value, Named):
+        return import_object(value.path)
+    if isinstance(value, Mapping):
+        return {key: import_names(item) for key, item in value.items()}
+    return [import_names(item) for item in value] if isinstance(value, list) else value
 
 
 def to_yaml(config: Mapping[str, Any]) -> str:
@@ -113,5 +151,5 @@ def _dumper() -> type[yaml.SafeDumper]:
 def _represent_object(dumper: yaml.SafeDumper, data: Any) -> yaml.Node:
     path = object_path(data)
     if path is None:
-        return dumper.represent_scalar("!unnamed", repr(data))
+        return dumper.represent_scalar(_UNNAMED_TAG, repr(data))
     return dumper.represent_scalar(PYOBJECT_TAG, path)

@@ -209,6 +209,15 @@ def read_config(values: Any) -> TrainerConfig:
     return build(TrainerConfig, values, what="trainer's configuration", checks=_contradictions)
 
 
+def read_model_config(values: Mapping[str, Any]) -> ModelConfig:
+    """Return the ``model`` section alone.
+
+    Raises:
+        ConfigError: If it has mistakes.
+    """
+    return build(ModelConfig, _gather_settings(values), what="model's configuration")
+
+
 def plain_config(config: TrainerConfig) -> dict[str, Any]:
     """Return the whole configuration, defaults included, as a mapping that ``read_config`` takes back."""
     mapping = as_mapping(config)

@@ -11,9 +11,9 @@ from torch import nn
 from everyrank.checkpoint.checkpointer import LoadedCheckpoint, read_checkpoint
 from everyrank.checkpoint.folder import CheckpointInfo, describe, list_checkpoints
 from everyrank.checkpoint.retention import Retention
-from everyrank.config.yaml_loader import read_yaml
+from everyrank.config.yaml_loader import import_names, read_names
 from everyrank.errors import CheckpointError, ConfigError
-from everyrank.training.config import read_config
+from everyrank.training.config import read_model_config
 from everyrank.training.state import load_model_state
 from everyrank.training.step import DTYPES
 
@@ -75,7 +75,7 @@ def _ranked(run: Path, found: list[CheckpointInfo], which: str) -> list[Checkpoi
         return found[::-1]
     config = run / "config.yaml"
     mode: Literal["min", "max"] = "min"
-    if config.is_file() and read_yaml(config)["training"]["best_mode"] == "max":
+    if config.is_file() and read_names(config)["training"]["best_mode"] == "max":
         mode = "max"
     return Retention(metric_mode=mode).best(found)
 
@@ -83,13 +83,15 @@ def _ranked(run: Path, found: list[CheckpointInfo], which: str) -> list[Checkpoi
 def _build(checkpoint: Path) -> nn.Module:
     config = checkpoint.parent.parent / "config.yaml"
     try:
-        read = read_config(read_yaml(config))
-    except ConfigError as error:
+        # The model's own names alone: the criterion may have been in a script that is not running now.
+        values = read_names(config)
+        model = read_model_config(import_names(values["model"])).build()
+    except (ConfigError, KeyError) as error:
         raise ConfigError(
             f"The model cannot be built from {config}: {error} Pass it: load_model(path, model)."
         ) from error
-    model = read.model.build()
-    return model.to(dtype=DTYPES[read.training.dtype]) if read.training.dtype else model
+    dtype = values["training"]["dtype"]
+    return model.to(dtype=DTYPES[dtype]) if dtype else model
 
 
 def _put_average(model: nn.Module, loaded: LoadedCheckpoint) -> None:

@@ -87,12 +87,12 @@ class TrainerDDP:
         self.early_stopping = build.build_early_stopping(self.config)
         self.validator = build.build_validator(self.config, self.world, self.device)
         self.tester = build.build_tester(self.config, self.world, self.device)
-        self.run = make_run_folder(self.config, self.world)
         self.module = build.build_model(self.config, self.world, self.device)
         self.model = wrap(self.module, self.config.parallel, self.world, self.device)
         self.optimizer = build.build_optimizer(self.module, training)
         self.scheduler = build.build_scheduler(self.optimizer, training.scheduler)
         self.ema = WeightAverage(self.module, training.ema) if training.ema else None
+        self.run = make_run_folder(self.config, self.world)  # only now: what is wrong above leaves no file behind
         self.history = History(self.run / "history.jsonl" if self.world.is_main else None)
         by_step = training.scheduler is not None and training.scheduler.interval == "step"
         self._step = TrainStep(

@@ -242,3 +242,29 @@ def study(folder: Path, num_trials: int) -> dict[str, Any]:
                     objective(None)
         everyrank.barrier()
     return {"pruned": pruned, "states": states}
+
+
+class OnlyOnRankZero(Dataset):
+    """Validation data that other ranks do not have."""
+
+    def __len__(self) -> int:
+        return 5
+
+    def __getitem__(self, index: int) -> Any:
+        assert everyrank.current_world().is_main, "this rank has no validation data"
+        return make_data(5)[index]
+
+
+def rank0_validation_and_splits(folder: Path) -> dict[str, Any]:
+    """Validate on rank 0 alone, and tell how this rank would split a dataset."""
+    with everyrank.join(device="cpu") as world:
+        config = make_config(folder, num_epochs=1, validation={"on": "rank0", "batch_size": 2}, checkpoint_at=1)
+        torch.manual_seed(world.rank)  # whatever a script did to the global generators, the splits agree
+        trainer = TrainerDDP(config=config, world=world)
+        torch.manual_seed(world.rank)
+        parts = trainer.prepare_dataloaders(make_data(50), split=[0.6, 0.2, 0.2])
+        train_loader, val_loader, _ = trainer.prepare_dataloaders(
+            train_dataset=make_data(20), val_dataset=OnlyOnRankZero()
+        )
+        result = outcome(trainer, trainer.run_training(train_loader, val_loader))
+    return {**result, "split": [part.dataset.indices.tolist() for part in parts]}
