@@ -155,3 +155,27 @@ def test_saving_by_hand(tmp_path: Path) -> None:
     trainer.prepare_dataloaders(train_dataset=tiny.make_data(23))
     assert trainer.save_checkpoint().name == "step-00000000"
     assert (tmp_path / "checkpoints" / "step-00000000" / "manifest.json").is_file()
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("seed", range(30))
+def test_killed_at_random_and_resized(tmp_path: Path, seed: int) -> None:
+    random = torch.Generator().manual_seed(seed)
+
+    def draw(low: int, high: int) -> int:
+        return int(torch.randint(low, high + 1, (1,), generator=random))
+
+    (whole,) = launch(tmp_path / "whole", BASE, 1)
+    folder = tmp_path / "killed"
+    folder.mkdir()
+    for size in (2, 1, 3):
+        harmed = ("training", "validation")[draw(0, 1)]
+        try:
+            changes = {**BASE, "harmed": harmed}
+            launch(folder, changes, size, rank=draw(0, size - 1), after=draw(1, 200 // size), harm="SIGKILL")
+        except RankFailedError:
+            (folder / "harmed").unlink()
+    final = launch(folder, BASE, 2)
+    for name, value in whole["weights"].items():
+        torch.testing.assert_close(final[0]["weights"][name], value, rtol=0, atol=1e-10)
+    assert used_exactly_once(folder / "run")
