@@ -27,6 +27,7 @@ _COMMANDS = {
     "certify": "everyrank.commands.certify",
     "checkpoints": "everyrank.commands.checkpoints",
     "export": "everyrank.commands.export",
+    "report": "everyrank.commands.report",
 }
 
 
