@@ -170,6 +170,20 @@ def check_positions(num_samples: int, start: int, stop: int) -> None:
         raise IndexError(f"positions {start} to {stop} are not within an epoch of {num_samples} samples")
 
 
+def hash_positions(purpose: str, start: int, stop: int) -> npt.NDArray[np.uint64]:
+    """Return 63 unrelated bits for each position from ``start`` to ``stop`` - 1, in the upper part of a uint64.
+
+    Args:
+        purpose: What the numbers are for; another purpose gives unrelated numbers.
+        start: First position.
+        stop: One past the last position.
+    """
+    digest = hashlib.shake_256(f"everyrank hash {ORDER_VERSION}: {purpose}".encode()).digest(32)
+    keys = [int.from_bytes(digest[i : i + 8], "little") for i in range(0, 32, 8)]
+    once = _mix_block(np.arange(start, stop, dtype=np.uint64), keys[0], keys[1])
+    return _mix_block(once, keys[2], keys[3]) << np.uint64(1)
+
+
 @functools.lru_cache(maxsize=32)
 def _round_keys(num_samples: int, seed: int, epoch: int) -> tuple[int, ...]:
     """Return two 64-bit keys a round, from SHAKE-256 of everything the order depends on."""
