@@ -236,7 +236,12 @@ class RankAgent(LocalElasticAgent):
         own = [error for error in errors if error and not error.get("peer_trouble")]
         if own or not codes <= {EXIT_PREEMPTED, EXIT_FAILURE, -signal.SIGABRT, -signal.SIGTERM}:
             return False
-        return meeting.changed(SETTLE_S)
+        try:
+            return meeting.changed(SETTLE_S)
+        except ProcessGroupError:
+            if codes <= {EXIT_PREEMPTED}:
+                return False  # the node that served the store has left, with a checkpoint, and so do we
+            raise
 
     @property
     def _short_patience_s(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from everyrank.config.schema import section
+from everyrank.config.schema import field, section
 from everyrank.drivers.machine import default_start_method
 from everyrank.errors import DriverError, did_you_mean
 
@@ -87,6 +87,8 @@ class TorchrunConfig(DriverConfig):
         no_python: The app's command is a program, not a Python script.
         shutdown_timeout_s: Seconds the ranks have to save and leave after a signal.
         failure_grace_s: Seconds the other ranks have to end by themselves after one failed.
+        hosts: Start all nodes from here, by ssh; the hosts share this folder and this Python.
+        ssh_args: Further options of ssh, as they are.
     """
 
     nproc_per_node: int | str = 2
@@ -94,6 +96,8 @@ class TorchrunConfig(DriverConfig):
     node_rank: int = 0
     master_addr: str | None = None
     master_port: int | None = None
+    hosts: list[str] = field(factory=list, doc="Start all nodes from here, by ssh.")
+    ssh_args: list[str] = field(factory=list, doc="Further options of ssh, as they are.")
     rdzv_backend: str | None = None
     rdzv_endpoint: str | None = None
     rdzv_id: str | None = None

@@ -73,7 +73,7 @@ def execute(run: EngineRun, forkserver: Forkserver, stdio: tuple[int, int]) -> O
     except ProcessGroupError as error:
         if isinstance(error, UserError):
             raise
-        message = str(error)
+        message = f"error: {error}"
     finally:
         if signum is None:
             handler.shutdown()
@@ -172,8 +172,9 @@ def _outcome(run: EngineRun, agent: RankAgent, signum: int | None, message: str)
                     ended_by_us=worker.local_rank in ended_by_us and code < 0,
                 )
             )
-    if message:  # the ranks ended because of it
-        failures = [failure for failure in failures if not failure.ended_by_us]
+    if message:  # the ranks that only lost a peer, or were ended, ended because of it
+        own = (f for f in failures if not f.ended_by_us and not (f.error and f.error.get("peer_trouble")))
+        failures = list(own)
     return Outcome(
         failures=tuple(failures),
         signum=signum,

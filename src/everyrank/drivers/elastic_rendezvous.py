@@ -194,15 +194,20 @@ class ElasticRendezvous(RendezvousHandler):
         """Wait a moment for nodes to come or go; for a node whose ranks lost theirs.
 
         Returns:
-            False if the set of nodes stayed as it is, the run has ended or the store is lost.
+            False if the set of nodes stayed as it is, or the run has ended.
+
+        Raises:
+            ProcessGroupError: The store is gone, and with it the node that served it.
         """
         deadline = time.monotonic() + wait_s
         while self._watch is not None and time.monotonic() < deadline:
-            if self._watch.closed or self._watch.silent_s() > _CONTACT_S:
+            if self._watch.closed:
                 return False
             if self.num_nodes_waiting():
                 return True
             time.sleep(0.05)
+        if meeting.reachable(self._host, self._port):
+            raise self._lost()
         return False
 
     def get_run_id(self) -> str:

@@ -11,6 +11,7 @@ import contextlib
 import importlib
 import logging
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -23,6 +24,8 @@ from everyrank.drivers.spec import EngineRun, Outcome
 from everyrank.errors import EveryrankError, UserError
 from everyrank.lifetime import die_with_parent
 
+_TELL_AGAIN_S = 1.0
+
 
 class Engine:
     """The launching process's handle on an engine."""
@@ -30,6 +33,7 @@ class Engine:
     def __init__(self, channel: socket.socket, pid: int, process: subprocess.Popen[bytes] | None) -> None:
         self._channel = channel
         self._process = process
+        self._told: int | None = None
         self.pid = pid
         self.owner_pid = os.getpid()
 
@@ -64,8 +68,12 @@ class Engine:
         Raises:
             EveryrankError: The engine itself died.
         """
+        self._told = None
         try:
             wire.send(self._channel, run, [1, 2])
+            while not select.select([self._channel], [], [], _TELL_AGAIN_S)[0]:
+                if self._told is not None:  # while it imports torch it is deaf; hearing a signal twice is as once
+                    self.signal(self._told)
             outcome, _ = wire.receive(self._channel)
         except (EOFError, OSError) as error:
             self.close()
@@ -74,6 +82,7 @@ class Engine:
 
     def signal(self, signum: int) -> None:
         """Pass a signal on to the engine, which passes it to the ranks."""
+        self._told = signum
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, signum)
 
@@ -142,8 +151,6 @@ def _preloading_forkserver(modules: tuple[str, ...]) -> Any:
 
 def _watch(channel: socket.socket) -> None:
     """End this engine and its ranks when the launching process is gone in the middle of a run."""
-    import select
-
     poller = select.poll()
     poller.register(channel, select.POLLRDHUP | select.POLLHUP)
     poller.poll()

@@ -2,12 +2,17 @@
 
 For schedulers that start one task a node: each runs torch's engine with the ranks of its node. The configuration is
 the resolved one that the launching process wrote; the settings are those of ``driver=torchrun``.
+
+With ``--attached`` the launching process holds the other end of the standard input (``ssh.py``): a number on a line of
+it is a signal to pass on, its end is the end of the launching process, and what went wrong is told over there.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,10 +29,15 @@ def main(argv: Sequence[str]) -> int:
     """Run the ranks of this node; returns the exit code."""
     arguments, _, program = _split(list(argv))
     config_file = arguments.pop(0).removeprefix("--config=")
+    attached = "--attached" in arguments
+    if attached:
+        arguments.remove("--attached")
     engine_pool.fork_early()  # imports torch while this process reads the configuration
     sys.path.insert(0, os.getcwd())
+    if attached:
+        threading.Thread(target=_listen, args=(sys.stdin.fileno(),), daemon=True).start()
     try:
-        return _run(config_file, arguments, program)
+        return _run(config_file, arguments, program, attached)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
@@ -42,7 +52,14 @@ def _split(argv: list[str]) -> tuple[list[str], str, list[str]]:
     return argv[:at], "--", argv[at + 1 :]
 
 
-def _run(config_file: str, arguments: list[str], program: list[str]) -> int:
+def _listen(descriptor: int) -> None:
+    with os.fdopen(os.dup(descriptor)) as orders:
+        for line in orders:
+            os.kill(os.getpid(), int(line))
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _run(config_file: str, arguments: list[str], program: list[str], attached: bool) -> int:
     import yaml
 
     with open(config_file, encoding="utf-8") as file:
@@ -67,6 +84,8 @@ def _run(config_file: str, arguments: list[str], program: list[str]) -> int:
     os.makedirs(request.log_dir, exist_ok=True)
     outcome = driver.run(driver.plan(request), request)
     code = outcome.exit_code
+    if attached and outcome.failures:
+        return code
     if code == EXIT_PREEMPTED:
         print(f"preempted: a checkpoint is saved in {request.run_dir}", file=sys.stderr, flush=True)
     elif code and describe(outcome):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray.train
-from ray.train.backend import Backend
+from ray.train.backend import Backend, BackendConfig
 from ray.train.torch import TorchConfig
 
 
@@ -31,11 +31,11 @@ class _Variables(Backend):
 
     share_cuda_visible_devices = True
 
-    def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
+    def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
         address, port = worker_group.execute_single(0, _free_place)
         worker_group.execute(_set_variables, {"MASTER_ADDR": address, "MASTER_PORT": str(port)})
 
-    def on_training_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
+    def on_training_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
         worker_group.execute(_set_rank)
 
 

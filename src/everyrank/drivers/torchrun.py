@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
-from everyrank.drivers import engine_pool
+from everyrank.drivers import engine_pool, ssh
 from everyrank.drivers.config import TorchrunConfig
 from everyrank.drivers.driver import LaunchPlan, LaunchRequest
 from everyrank.drivers.environment import SUPERVISED, rank_variables
@@ -33,6 +33,8 @@ class TorchrunDriver:
             DriverError: They contradict each other.
         """
         c = self.config
+        if c.hosts:
+            return ssh.plan(c, request)
         nproc = resolve_nproc(c.nproc_per_node, "driver.nproc_per_node", request.device)
         min_nodes, max_nodes = self._nodes()
         rendezvous, notices = self._rendezvous(min_nodes, max_nodes)
@@ -86,6 +88,8 @@ class TorchrunDriver:
 
     def run(self, plan: LaunchPlan, request: LaunchRequest) -> Outcome:
         """Carry the plan out on this node."""
+        if self.config.hosts:
+            return ssh.run(self.config, plan, request)
         assert plan.engine is not None
         if plan.engine.master_port and plan.engine.rendezvous.backend == "loopback":
             check_port_is_free(plan.engine.master_port)

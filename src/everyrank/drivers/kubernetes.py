@@ -1,0 +1,135 @@
+"""``driver=kubernetes``: a manifest for the Kubeflow training operator; one pod a node, each running torch's engine."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from typing import Any
+
+from everyrank.drivers.cluster import node_command
+from everyrank.drivers.cluster_config import KubernetesConfig
+from everyrank.drivers.driver import LaunchPlan, LaunchRequest
+from everyrank.drivers.environment import rank_variables
+from everyrank.drivers.spec import Outcome
+from everyrank.errors import DriverError
+
+_CONFIG_FOLDER = "/etc/everyrank"
+_INDEX_LABEL = "metadata.labels['training.kubeflow.org/replica-index']"  # put on each pod by the operator
+
+
+class KubernetesDriver:
+    """Writes the manifest; applying it is left to kubectl."""
+
+    config_type = KubernetesConfig
+
+    def __init__(self, config: KubernetesConfig) -> None:
+        self.config = config
+
+    def plan(self, request: LaunchRequest) -> LaunchPlan:
+        """Plan the job: its manifest is one of the plan's files."""
+        c = self.config
+        if not c.image:
+            raise DriverError(
+                "driver.image was not set; a pod needs a container image. "
+                "Set driver.image=REGISTRY/NAME:TAG to one that has everyrank and your app."
+            )
+        if c.nodes > 1 and c.volume_claim is None:
+            raise DriverError(
+                f"driver.nodes={c.nodes} was set without driver.volume_claim, but the nodes of a run share its folder. "
+                "Set driver.volume_claim to a PersistentVolumeClaim that several pods can mount (ReadWriteMany)."
+            )
+        name = _dns_name(os.path.basename(request.run_dir))
+        path = f"{request.run_dir}/{name}.yaml"
+        return LaunchPlan(
+            driver="kubernetes",
+            command=("kubectl", "apply", "--filename", path),
+            nproc_per_node=c.nproc_per_node,
+            summary=(f"processes per node: {c.nproc_per_node}", f"nodes: {c.nodes}", f"image: {c.image}"),
+            env=rank_variables(request, c.threads_per_rank),
+            files={request.config_file: request.config_text, path: manifest(c, request, name)},
+        )
+
+    def run(self, plan: LaunchPlan, request: LaunchRequest) -> Outcome:
+        """The manifest is written; say how it is applied."""
+        print(f"to start it: {shlex.join(plan.command)}", flush=True)
+        return Outcome()
+
+
+def manifest(config: KubernetesConfig, request: LaunchRequest, name: str) -> str:
+    """A ConfigMap with the run's configuration, and the PyTorchJob, as YAML.
+
+    Field names are those of the API ``kubeflow.org/v1``, kind PyTorchJob.
+    """
+    import yaml
+
+    c = config
+    config_map = {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": {"name": f"{name}-config", "namespace": c.namespace},
+        "data": {"run.yaml": request.config_text},
+    }
+    replicas = {"Master": _replicas(c, request, name, 1, "0")}
+    if c.nodes > 1:
+        replicas["Worker"] = _replicas(c, request, name, c.nodes - 1, "$((REPLICA_INDEX + 1))")
+    job = {
+        "apiVersion": "kubeflow.org/v1",
+        "kind": "PyTorchJob",
+        "metadata": {"name": name, "namespace": c.namespace, "labels": {"app.kubernetes.io/managed-by": "everyrank"}},
+        "spec": {
+            "runPolicy": {"cleanPodPolicy": "None", "backoffLimit": c.backoff_limit},
+            "pytorchReplicaSpecs": replicas,
+        },
+    }
+    return yaml.safe_dump_all([config_map, job], sort_keys=False)
+
+
+def _replicas(c: KubernetesConfig, request: LaunchRequest, name: str, count: int, node_rank: str) -> dict[str, Any]:
+    in_pod = LaunchRequest(
+        config_file=f"{_CONFIG_FOLDER}/run.yaml",
+        config_text=request.config_text,
+        run_dir=request.run_dir,
+        cwd=request.cwd,
+        command=request.command,
+    )
+    flags = [f"driver.nproc_per_node={c.nproc_per_node}", f"driver.nnodes={c.nodes}"]
+    if c.nodes > 1:  # the operator gives the first pod a service of this name
+        flags += [f"driver.master_addr={name}-master-0", f"driver.master_port={c.master_port}"]
+    command = "exec " + shlex.join(node_command(c.python, in_pod, *flags, "driver.node_rank=NODE_RANK"))
+    limits = {"cpu": c.cpus_per_node, "memory": c.memory_per_node, "nvidia.com/gpu": c.gpus_per_node or None}
+    limits = {key: str(value) for key, value in limits.items() if value is not None}
+    variables = rank_variables(request, c.threads_per_rank)
+    volumes: list[dict[str, Any]] = [{"name": "config", "configMap": {"name": f"{name}-config"}}]
+    mounts = [{"name": "config", "mountPath": _CONFIG_FOLDER, "readOnly": True}]
+    # NCCL and data loading share memory between processes; the default of a container is 64 MiB.
+    volumes.append({"name": "shared-memory", "emptyDir": {"medium": "Memory"}})
+    mounts.append({"name": "shared-memory", "mountPath": "/dev/shm"})
+    if c.volume_claim is not None:
+        volumes.append({"name": "runs", "persistentVolumeClaim": {"claimName": c.volume_claim}})
+        mounts.append({"name": "runs", "mountPath": os.path.dirname(request.run_dir)})
+    container: dict[str, Any] = {
+        "name": "pytorch",  # the operator looks for this name, and for the port's
+        "image": c.image,
+        "command": ["sh", "-c", command.replace("NODE_RANK", node_rank)],
+        "ports": [{"name": "pytorchjob-port", "containerPort": c.master_port}],
+        "env": [
+            {"name": "REPLICA_INDEX", "valueFrom": {"fieldRef": {"fieldPath": _INDEX_LABEL}}},
+            *({"name": key, "value": value} for key, value in sorted(variables.items())),
+        ],
+        "volumeMounts": mounts,
+    }
+    if limits:
+        container["resources"] = {"requests": dict(limits), "limits": dict(limits)}
+    if c.working_dir is not None:
+        container["workingDir"] = c.working_dir
+    return {
+        "replicas": count,
+        "restartPolicy": "OnFailure",
+        "template": {"spec": {"containers": [container], "volumes": volumes, "terminationGracePeriodSeconds": 120}},
+    }
+
+
+def _dns_name(text: str) -> str:
+    """A name that Kubernetes takes: RFC 1123 label, short enough for the names of its pods."""
+    return re.sub(r"[^a-z0-9-]+", "-", text.lower()).strip("-")[:50] or "everyrank"

@@ -1,0 +1,136 @@
+"""``driver=torchrun driver.hosts=[a,b]``: all nodes of a run from one command, over ssh.
+
+The hosts share the run's folder and this Python. Each runs ``everyrank.drivers.node``, whose standard input stays
+connected to this process: when this process ends, for whatever reason, the nodes end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+
+from everyrank.drivers.cluster import SSH, exports, node_command, recorded_failures
+from everyrank.drivers.config import TorchrunConfig
+from everyrank.drivers.driver import LaunchPlan, LaunchRequest
+from everyrank.drivers.environment import rank_variables
+from everyrank.drivers.network import DEFAULT_PORT
+from everyrank.drivers.rank_files import clear_errors
+from everyrank.drivers.signals import forwarded
+from everyrank.drivers.spec import Outcome, RankFailure
+from everyrank.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED, DriverError
+
+_SSH_FAILED = 255
+_FAREWELL_S = 20.0  # how long the other nodes have to end by themselves after one has failed
+
+
+def plan(config: TorchrunConfig, request: LaunchRequest) -> LaunchPlan:
+    """Plan one command for each host.
+
+    Raises:
+        DriverError: Settings that contradict ``driver.hosts``.
+    """
+    c = config
+    if c.rdzv_endpoint or c.rdzv_backend or c.min_nodes or c.max_nodes or c.nnodes not in (1, len(c.hosts)):
+        raise DriverError(
+            f"driver.hosts={list(c.hosts)} was set with driver.nnodes, driver.min_nodes or a rendezvous. The hosts are "
+            f"the nodes: leave the others out, or leave driver.hosts out and start each node yourself."
+        )
+    env = rank_variables(request, c.threads_per_rank)
+    commands = [_command(c, request, env, rank) for rank in range(len(c.hosts))]
+    return LaunchPlan(
+        driver="torchrun",
+        command=commands[0],
+        nproc_per_node=c.nproc_per_node if isinstance(c.nproc_per_node, int) else 0,
+        summary=(
+            *(f"command: {shlex.join(command)}" for command in commands[1:]),
+            f"processes per node: {c.nproc_per_node}",
+            f"nodes: {len(c.hosts)} (over ssh: {', '.join(c.hosts)})",
+        ),
+        env=env,
+        files={request.config_file: request.config_text},
+    )
+
+
+def _command(c: TorchrunConfig, request: LaunchRequest, env: dict[str, str], node_rank: int) -> tuple[str, ...]:
+    settings = {
+        "nproc_per_node": c.nproc_per_node,
+        "max_restarts": c.max_restarts,
+        "start_method": c.start_method,
+        "rdzv_timeout_s": c.rdzv_timeout_s,
+        "shutdown_timeout_s": c.shutdown_timeout_s,
+        "no_python": str(c.no_python).lower(),
+    }
+    if len(c.hosts) > 1:
+        settings["nnodes"] = len(c.hosts)
+        settings["node_rank"] = node_rank
+        settings["master_addr"] = c.master_addr or c.hosts[0].rpartition("@")[2]
+        settings["master_port"] = c.master_port or DEFAULT_PORT
+    flags = [f"driver.{key}={value}" for key, value in settings.items() if value is not None]
+    start = "exec " + shlex.join(node_command(sys.executable, request, "--attached", *flags))
+    script = "; ".join([*exports(env, request.cwd), f"cd {shlex.quote(request.cwd)} && {start}"])
+    return ("ssh", "-o", "BatchMode=yes", *c.ssh_args, c.hosts[node_rank], script)
+
+
+def run(config: TorchrunConfig, launch_plan: LaunchPlan, request: LaunchRequest) -> Outcome:
+    """Start all nodes and wait for their end."""
+    SSH.require()
+    clear_errors(request.log_dir)
+    env = dict(launch_plan.env)
+    commands = [_command(config, request, env, rank) for rank in range(len(config.hosts))]
+    nodes = [
+        subprocess.Popen(command, stdin=subprocess.PIPE, text=True, env=os.environ, process_group=0)
+        for command in commands
+    ]
+
+    def send(signum: int) -> None:
+        for node in nodes:
+            with contextlib.suppress(OSError, ValueError):
+                assert node.stdin is not None
+                print(signum, file=node.stdin, flush=True)
+
+    def kill() -> None:
+        for node in nodes:
+            node.kill()
+
+    with forwarded(send, kill) as told:
+        codes = _wait(nodes)
+    if _SSH_FAILED in codes:
+        host = config.hosts[codes.index(_SSH_FAILED)]
+        raise DriverError(
+            f"driver.hosts names {host}, but ssh could not start anything there (its own message is above). "
+            f"To mend it: make `ssh -o BatchMode=yes {host} true` work from here, without a password; "
+            "driver.ssh_args takes further options."
+        )
+    failures = recorded_failures(request.log_dir) if any(codes) else ()
+    if EXIT_PREEMPTED in codes and not failures:
+        failures = (RankFailure(rank=0, exit_code=EXIT_PREEMPTED),)
+    message = ""
+    if any(codes) and not failures and told.signum is None:
+        node_rank = min(
+            (rank for rank, code in enumerate(codes) if code), key=lambda rank: codes[rank] != EXIT_BAD_INPUT
+        )
+        host, code = config.hosts[node_rank], codes[node_rank]
+        message = f"node {node_rank} ({host}) ended with exit code {code}; what it said is above"
+    return Outcome(failures=failures, signum=told.signum, message=message, user_error=EXIT_BAD_INPUT in codes)
+
+
+def _wait(nodes: Sequence[subprocess.Popen[str]]) -> list[int]:
+    """Wait for all nodes; when one has failed, the others end by themselves, or are ended."""
+    deadline: float | None = None
+    while any(node.poll() is None for node in nodes):
+        failed = [node.returncode for node in nodes if node.returncode]
+        if failed and deadline is None:
+            deadline = time.monotonic() + (0 if _SSH_FAILED in failed else _FAREWELL_S)
+        if deadline is not None and time.monotonic() > deadline:
+            for node in nodes:
+                if node.stdin is not None:
+                    with contextlib.suppress(OSError):
+                        node.stdin.close()
+            deadline = time.monotonic() + _FAREWELL_S
+        time.sleep(0.05)
+    return [node.returncode if node.returncode >= 0 else 128 + abs(node.returncode) for node in nodes]
