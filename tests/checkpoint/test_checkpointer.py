@@ -250,6 +250,7 @@ def test_export_makes_one_file_that_others_read(tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
     pth = torch.load(export(folder, tmp_path / "new" / "model.pth"), weights_only=True)
+    assert torch.load(export(tmp_path, tmp_path / "of_run.pt"), weights_only=True)["weight"][0] == 2
     tensors = load_file(export(folder / "step-00000001", tmp_path / "model.safetensors"))
     assert (pth["weight"][0], tensors["weight"][0]) == (2, 1)
     assert set(tensors) == set(pth) == {"weight", "bias"}

@@ -47,3 +47,7 @@ def test_three_ranks_save_and_two_load(tmp_path: Path) -> None:
         "rank_states": [{"rank": 0}, {"rank": 1}, {"rank": 2}],
         "world_size": 3,
     }
+
+
+def test_parameters_spread_by_fsdp_are_saved_whole(tmp_path: Path) -> None:
+    assert run_ranks(tmp_path, 2, "shard") == [{"same": True, "local": True}] * 2

@@ -20,7 +20,7 @@ def export(path: Path | str, out: Path | str, *, group: str = "model") -> Path:
     """Write one group of a checkpoint's tensors to a single file.
 
     Args:
-        path: A checkpoint's folder, or a folder of checkpoints, of which the newest whole one is taken.
+        path: A checkpoint's folder; or a folder of checkpoints, or of a run, whose newest whole one is taken.
         out: Where to write. ``.safetensors``, or ``.pth`` / ``.pt`` for a plain dict of tensors as ``torch.save``
             writes it (``torch.load(out, weights_only=True)`` reads it). An existing file is replaced in one step.
         group: Which tensors: ``"model"``, or another name that was given to ``Checkpointer.save``.
@@ -61,9 +61,9 @@ def export(path: Path | str, out: Path | str, *, group: str = "model") -> Path:
 
 
 def _find(source: Path) -> Path:
-    candidates = list(reversed(checkpoint_paths(source))) or [source]
+    candidates = checkpoint_paths(source) or checkpoint_paths(source / "checkpoints") or [source]
     reasons = []
-    for candidate in candidates:
+    for candidate in reversed(candidates):
         info = describe(candidate, verify=True)
         if info.verified:
             return candidate

@@ -1,6 +1,6 @@
 """One rank of a world that saves, fails and loads together.
 
-    python ranks.py RANK WORLD_SIZE MEETING_FILE FOLDER save|load
+    python ranks.py RANK WORLD_SIZE MEETING_FILE FOLDER save|load|shard
 
 Prints one line of JSON; every rank must print the same, but for its rank.
 """
@@ -85,9 +85,26 @@ def loading(world: World, folder: Path) -> dict[str, Any]:
     }
 
 
+def sharding(world: World, folder: Path) -> dict[str, Any]:
+    """Save a model whose parameters FSDP2 has spread over the ranks; the checkpoint holds them whole."""
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    model = torch.nn.Linear(7, 5)
+    expected = model.weight.sum().item()
+    fully_shard(model)
+    checkpointer = Checkpointer(folder, world=world)
+    checkpointer.save(1, tensors={"model": model.state_dict()}, state={}, rank_state={})
+    latest = checkpointer.latest()
+    assert latest is not None
+    weight = checkpointer.load(latest).tensors["model"]["weight"]
+    assert weight.shape == (5, 7)
+    return {"same": weight.sum().item() == expected, "local": model.weight.to_local().shape[0] < 5}
+
+
 if __name__ == "__main__":
     rank, world_size, meeting, folder, what = sys.argv[1:]
     with join(
         rank=int(rank), world_size=int(world_size), init_method=f"file://{meeting}", backend="gloo", timeout_s=60
     ) as world:
-        print(json.dumps((saving if what == "save" else loading)(world, Path(folder))))
+        print(json.dumps({"save": saving, "load": loading, "shard": sharding}[what](world, Path(folder))))
