@@ -8,7 +8,7 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 from everyrank.drivers import engine_pool
@@ -32,6 +32,7 @@ def launch(
     master_port: int = 0,
     env: Mapping[str, str] | None = None,
     kwargs: Mapping[str, Any] | None = None,
+    preload: Sequence[str] = (),
 ) -> list[T]:
     """Call ``fn(*args, **kwargs)`` on every rank and return the results, ordered by rank.
 
@@ -49,6 +50,7 @@ def launch(
         master_port: A port for the ranks' store; 0 finds a free one.
         env: More environment variables for the ranks.
         kwargs: Its keyword arguments.
+        preload: Modules to import once, before ranks are forked (``forkserver``): ranks then start with them.
 
     Returns:
         One result for each rank.
@@ -84,6 +86,7 @@ def launch(
             monitor_interval_s=0.02,
             shutdown_timeout_s=5.0,
             failure_grace_s=0.3,
+            preload=tuple(preload),
         )
         outcome = engine_pool.run(run)
         _raise_for(outcome, folder)
