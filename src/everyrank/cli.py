@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from everyrank.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_OK, UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 _USAGE = """\
 usage: everyrank COMMAND ...
@@ -27,6 +30,7 @@ _COMMANDS = {
     "certify": "everyrank.commands.certify",
     "checkpoints": "everyrank.commands.checkpoints",
     "export": "everyrank.commands.export",
+    "plan": "everyrank.commands.plan",
     "report": "everyrank.commands.report",
 }
 
@@ -97,18 +101,33 @@ def _will_need_engine(argv: Sequence[str]) -> bool:
 
 
 def _compose_and_launch(argv: list[str], codes: list[int]) -> None:
-    import hydra
-    from hydra.errors import HydraException
-    from omegaconf import DictConfig
-    from omegaconf.errors import OmegaConfBaseException
-
-    from everyrank.compose_errors import explain
     from everyrank.launching import launch_config
 
     def task(cfg: DictConfig) -> Any:
         code, result = launch_config(cfg)
         codes.append(code)
         return result
+
+    _with_composed(argv, task)
+
+
+def compose(argv: Sequence[str]) -> list[DictConfig]:
+    """The configurations that ``argv`` (Hydra's grammar) describes, one a job of a multirun.
+
+    Raises:
+        UserError: They cannot be composed.
+    """
+    composed: list[DictConfig] = []
+    _with_composed(list(argv), composed.append)
+    return composed
+
+
+def _with_composed(argv: list[str], task: Callable[[DictConfig], Any]) -> None:
+    import hydra
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from everyrank.compose_errors import explain
 
     previous = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     # The variables of an environment have names of the user's own, which Hydra's struct mode would refuse.

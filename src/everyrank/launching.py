@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import os
 import sys
+from dataclasses import replace
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -42,17 +43,7 @@ def launch_config(cfg: DictConfig) -> tuple[int, Any]:
     if foreign is not None and not driver_config.dry_run:
         print(f"notice: driver={_chosen(driver)} is not used: {foreign}", file=sys.stderr)
         return _run_here(final, folder, env.variables, write=False)
-    request = LaunchRequest(
-        config_file=os.path.join(folder.path, "run.yaml"),
-        config_text=OmegaConf.to_yaml(final),
-        run_dir=folder.path,
-        cwd=os.getcwd(),
-        env=env.variables,
-        command=described.command(final),
-        device=distributed.device,
-        timeout_s=distributed.timeout_s,
-        preload=tuple(app.get("preload") or ()),
-    )
+    request = _request(final, folder, env, distributed, described)
     plan = driver_class(driver_config).plan(request)
     print(plan.render(with_files=driver_config.dry_run), flush=True)
     if driver_config.dry_run:
@@ -62,6 +53,42 @@ def launch_config(cfg: DictConfig) -> tuple[int, Any]:
         if plan.driver == "local" and request.command is None:
             return _run_here(final, folder, {**env.variables, **plan.env}, write=False)
         return _finish(driver_class(driver_config).run(plan, request), folder)
+
+
+def plan_config(cfg: DictConfig) -> tuple[LaunchPlan, int, int]:
+    """The plan of a composed configuration, for any machine: how many GPUs this one has does not matter.
+
+    Returns:
+        The plan, the world size and the number of nodes.
+
+    Raises:
+        UserError: The configuration is wrong.
+    """
+    resolved = _resolved(cfg)
+    env, distributed = _section(EnvConfig, resolved, "env"), _section(DistributedConfig, resolved, "distributed")
+    driver_config, driver_class = _driver(resolved["driver"])
+    folder = RunFolder.choose(resolved, shared=True)
+    resolved["run"].update(name=folder.name, dir=folder.path)
+    request = _request(OmegaConf.create(resolved), folder, env, distributed, describe_app(resolved["app"]))
+    plan = driver_class(driver_config).plan(replace(request, device="cpu"))
+    num_nodes = len(getattr(driver_config, "hosts", None) or ()) or max(_node_counts(driver_config))
+    return plan, getattr(driver_config, "num_ranks", None) or plan.nproc_per_node * num_nodes, num_nodes
+
+
+def _request(
+    final: DictConfig, folder: RunFolder, env: EnvConfig, distributed: DistributedConfig, described: DescribedApp
+) -> LaunchRequest:
+    return LaunchRequest(
+        config_file=os.path.join(folder.path, "run.yaml"),
+        config_text=OmegaConf.to_yaml(final),
+        run_dir=folder.path,
+        cwd=os.getcwd(),
+        env=env.variables,
+        command=described.command(final),
+        device=distributed.device,
+        timeout_s=distributed.timeout_s,
+        preload=tuple(final.app.get("preload") or ()),
+    )
 
 
 def _resolved(cfg: DictConfig) -> dict[str, Any]:
@@ -92,8 +119,11 @@ def _chosen(driver: dict[str, Any]) -> str:
 
 
 def _spans_nodes(driver_config: Any) -> bool:
-    nodes = [getattr(driver_config, name, None) or 1 for name in ("nnodes", "max_nodes", "nodes")]
-    return max(nodes) > 1 or bool(getattr(driver_config, "rdzv_endpoint", None))
+    return max(_node_counts(driver_config)) > 1 or bool(getattr(driver_config, "rdzv_endpoint", None))
+
+
+def _node_counts(driver_config: Any) -> list[int]:
+    return [getattr(driver_config, name, None) or 1 for name in ("nnodes", "max_nodes", "nodes")]
 
 
 def _foreign_world() -> str | None:

@@ -51,11 +51,16 @@ def test_driver_mpi_runs_an_app_and_names_the_guilty_rank(run_cli: RunCli) -> No
 
 @needs_ray
 @pytest.mark.slow
-def test_driver_ray_runs_an_app_and_names_the_guilty_rank(run_cli: RunCli) -> None:
+def test_driver_ray_runs_an_app(run_cli: RunCli) -> None:
     done = run_cli("driver=ray", "driver.num_workers=2", "app=hello_dist")
     assert done.returncode == 0, done.stderr
     assert "[Rank 0] Sum of all ranks: 1" in done.stdout
     assert "launcher ray by" in done.stdout + done.stderr
+
+
+@needs_ray
+@pytest.mark.nightly
+def test_driver_ray_names_the_guilty_rank(run_cli: RunCli) -> None:
     failed = run_cli(
         *("driver=ray", "driver.num_workers=2", "app=custom", "app._target_=probe_apps.RaisesOnRank", "+app.guilty=1")
     )

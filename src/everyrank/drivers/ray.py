@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from typing import Any
 
 from everyrank.drivers.cluster import RAY, rank_command, recorded_failures
@@ -51,8 +53,10 @@ class RayDriver:
 
         c = self.config
         variables = {**plan.env, "PYTHONPATH": os.pathsep.join(os.path.abspath(p) for p in sys.path if p)}
+        # Ray's own folder holds sockets, whose paths must be short, so it is not in the run's.
+        folder = None if c.address else tempfile.mkdtemp(prefix="ray-", dir="/tmp")
         try:
-            self._connect(ray, variables)
+            self._connect(ray, variables, folder)
             trainer = TorchTrainer(
                 _train,
                 train_loop_config={
@@ -79,12 +83,14 @@ class RayDriver:
             return Outcome(world_size=c.num_workers)
         finally:
             ray.shutdown()
+            if folder is not None:
+                shutil.rmtree(folder, ignore_errors=True)
 
     def _resources(self) -> dict[str, float]:
         resources = {"CPU": self.config.cpus_per_worker}
         return {**resources, "GPU": 1.0} if self.config.use_gpu else resources
 
-    def _connect(self, ray: Any, variables: dict[str, str]) -> None:
+    def _connect(self, ray: Any, variables: dict[str, str], folder: str | None) -> None:
         c = self.config
         runtime_env = {"env_vars": variables}
         try:
@@ -96,6 +102,7 @@ class RayDriver:
                     include_dashboard=False,
                     runtime_env=runtime_env,
                     _node_ip_address="127.0.0.1",
+                    _temp_dir=folder,
                 )
         except (ConnectionError, ValueError) as error:
             raise DriverError(

@@ -122,7 +122,7 @@ def run(config: TorchrunConfig, launch_plan: LaunchPlan, request: LaunchRequest)
 def _wait(nodes: Sequence[subprocess.Popen[str]]) -> list[int]:
     """Wait for all nodes; when one has failed, the others end by themselves, or are ended."""
     deadline: float | None = None
-    while any(node.poll() is None for node in nodes):
+    while None in [node.poll() for node in nodes]:
         failed = [node.returncode for node in nodes if node.returncode]
         if failed and deadline is None:
             deadline = time.monotonic() + (0 if _SSH_FAILED in failed else _FAREWELL_S)
