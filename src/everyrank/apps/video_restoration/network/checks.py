@@ -59,7 +59,7 @@ def _check_stages(cfg: dict[str, Any]) -> list[str]:
     for down, up in ((2, 4), (1, 5), (0, 6)):
         if dims[down] != dims[up]:
             problems.append(f"embed_dims[{down}] is {dims[down]} and embed_dims[{up}] {dims[up]}: they are added")
-    if reach and groups % reach:
+    if reach and (9 * groups) % reach:
         problems.append(f"deformable_groups is {groups}: pa_frames {2 * reach} needs a multiple of {reach}")
     if len(set(dims[NUM_STAGES:])) > 1:
         problems.append(f"embed_dims[7:] are {list(dims[NUM_STAGES:])}: these stages share one width")

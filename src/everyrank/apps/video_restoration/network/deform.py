@@ -9,7 +9,10 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor, nn
 
+from everyrank.apps.video_restoration.network.in_parts import in_parts
 from everyrank.apps.video_restoration.network.warping import normalise, precise, sample
+
+PART_NUMBERS = 1 << 20  # samples laid out at a time on the CPU: 4 MiB of float32
 
 
 def deform_conv2d(x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor) -> Tensor:
@@ -101,9 +104,25 @@ class FlowGuidedDeformConv(nn.Module):
             Aligned features (N, C, H, W).
         """
         raw = self.conv_offset(torch.cat((warped, current, *flows), dim=1))
-        first, second, mask = raw.chunk(3, dim=1)
-        residue = self.max_residue * torch.tanh(torch.cat((first, second), dim=1))
+        guide = torch.cat(list(flows), dim=1)
+        if not _in_parts(sources):
+            return self._sample(sources, raw, guide, self.weight, self.bias)
+        numbers = sources[0].numel() * 9  # sampled for one frame
+        step = max(1, PART_NUMBERS // numbers)
+        return in_parts(self._sample, (sources, raw, guide), (self.weight, self.bias), step)
+
+    def _sample(self, sources: Tensor, raw: Tensor, guide: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """Convolve at the flows ``guide`` (N, 2 * neighbours, H, W) plus what ``raw`` says, weighted by its mask."""
+        num_offsets = raw.shape[1] // 3 * 2
+        residue = self.max_residue * torch.tanh(raw[:, :num_offsets])
         # each neighbour owns an equal share of the offsets, which come in pairs (dy, dx); flows are (dx, dy)
-        repeats = residue.shape[1] // (2 * len(flows))
-        guide = torch.cat([flow.flip(1).repeat(1, repeats, 1, 1) for flow in flows], dim=1)
-        return deform_conv2d(sources, residue + guide, self.weight, self.bias, torch.sigmoid(mask))
+        n, channels, height, width = guide.shape
+        around = guide.view(n, channels // 2, 1, 2, height, width).flip(3)
+        offset = residue.view(n, channels // 2, -1, 2, height, width) + around
+        mask = torch.sigmoid(raw[:, num_offsets:])
+        return deform_conv2d(sources, offset.view(n, num_offsets, height, width), weight, bias, mask)
+
+
+def _in_parts(x: Tensor) -> bool:
+    """Whether the samples are laid out in memory (on the CPU, where that is what costs) and not in a fused kernel."""
+    return x.device.type == "cpu" and find_spec("torchvision") is None

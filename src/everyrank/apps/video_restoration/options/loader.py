@@ -132,7 +132,8 @@ def _contradictions(options: Mapping[str, Any]) -> list[str]:
             problems.append(f"datasets.{name}.frame_range: found {span}; give [first, stop] with 0 <= first < stop")
     train = options["datasets"].get("train")
     if train is not None:
-        for name in ("dataloader_batch_size", "num_frame", "gt_size"):
+        vimeo = "Vimeo" in str(train.get("dataset_type"))  # its sequences have seven frames
+        for name in ("dataloader_batch_size", "gt_size", *(() if vimeo else ("num_frame",))):
             if isinstance(train.get(name), int) and train[name] < 1:
                 problems.append(f"datasets.train.{name}: found {train[name]}; give at least 1")
         if isinstance(train.get("gt_size"), int) and train["gt_size"] % (options.get("scale") or 1):
