@@ -127,7 +127,7 @@ def test_a_living_writer_is_not_disturbed(tmp_path: Path) -> None:
     """Another program that opens the run's checkpoints, to look at them, must not sweep away the one being written."""
     from everyrank.checkpoint.folder import remove_leftovers, writing
 
-    with writing(tmp_path, 3) as temporary:
+    with writing(tmp_path, 3, "token") as temporary:
         remove_leftovers(tmp_path)
         assert temporary.is_dir()
         (temporary / "file").touch()

@@ -8,6 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
+from everyrank.checkpoint.export import export
+from everyrank.checkpoint.folder import list_checkpoints
+
 PROGRAM = Path(__file__).parent / "programs" / "ranks.py"
 
 
@@ -49,5 +54,19 @@ def test_three_ranks_save_and_two_load(tmp_path: Path) -> None:
     }
 
 
-def test_parameters_spread_by_fsdp_are_saved_whole(tmp_path: Path) -> None:
-    assert run_ranks(tmp_path, 2, "shard") == [{"same": True, "local": True}] * 2
+def test_parameters_spread_by_fsdp_load_whole_at_any_world_size(tmp_path: Path) -> None:
+    spread = run_ranks(tmp_path, 3, "spread")
+    # a checkpoint that lacks a rank's part does not appear, and all ranks know
+    assert spread == [{"failed": True, "left": []}] * 3
+    parts = [f"model.shard-{rank:05d}.safetensors" for rank in range(3)]
+    for world_size in (1, 2):
+        for report in run_ranks(tmp_path, world_size, "whole"):
+            assert report["same"]
+            files = ["empty.safetensors", "manifest.json", "model.safetensors", *parts, "plain.safetensors"]
+            assert report["files"] == [*files, "state.json"]
+    folder = tmp_path / "checkpoints" / "sharded"
+    assert all(info.verified for info in list_checkpoints(folder))
+    out = export(folder, tmp_path / "model.pth")
+    assert torch.load(out, weights_only=True)["0.weight"].shape == (5, 7)
+    (folder / "step-00000002" / parts[1]).unlink()
+    assert [info.reason for info in list_checkpoints(folder)] == ["", f"{parts[1]} is missing"]

@@ -6,52 +6,36 @@ import json
 import logging
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
 import torch
 
-from everyrank.checkpoint.encoding import decode_json, encode_json
-from everyrank.checkpoint.folder import CheckpointInfo, checkpoint_paths, describe, list_checkpoints, remove_leftovers
-from everyrank.checkpoint.manifest import read_manifest
+from everyrank.checkpoint.encoding import encode_json
+from everyrank.checkpoint.folder import (
+    CheckpointInfo,
+    checkpoint_paths,
+    describe,
+    list_checkpoints,
+    new_token,
+    remove_leftovers,
+)
 from everyrank.checkpoint.objects import Stateful, put_states, take_states
+from everyrank.checkpoint.reading import LoadedCheckpoint, read_checkpoint
 from everyrank.checkpoint.retention import Retention
 from everyrank.checkpoint.rng import capture_rng, restore_rng
+from everyrank.checkpoint.shards import MARK, Layout, is_spread, local_parts, shard_name
 from everyrank.checkpoint.snapshot import Snapshot, whole_tensors
-from everyrank.checkpoint.tensor_file import SUFFIX, read_tensors
-from everyrank.checkpoint.writer import STATE, BackgroundTask, Job, write_checkpoint
+from everyrank.checkpoint.writer import BackgroundTask, Job, write_checkpoint, write_parts
 from everyrank.errors import CheckpointError
 from everyrank.runtime.collectives import broadcast_decision, gather_objects
 from everyrank.runtime.world import World
 
 logger = logging.getLogger(__name__)
 
+Tensors = dict[str, dict[str, torch.Tensor]]
 _GROUP_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoadedCheckpoint:
-    """A checkpoint in memory.
-
-    Attributes:
-        step: Optimizer step at which it was taken.
-        tensors: The tensors, on the CPU, by group and name.
-        state: The state that is common to all ranks.
-        rank_states: Each rank's own state, by the rank it had then.
-        world_size: Number of ranks that took it.
-        metric: Value it is ranked by, or None.
-        path: Its folder.
-    """
-
-    step: int
-    tensors: dict[str, dict[str, torch.Tensor]]
-    state: dict[str, Any]
-    rank_states: list[dict[str, Any]]
-    world_size: int
-    metric: float | None
-    path: Path
 
 
 class Checkpointer:
@@ -72,6 +56,8 @@ class Checkpointer:
         metric_mode: ``"min"`` or ``"max"``: which metric is better.
         background: Write in a thread. If false, ``save`` returns when the checkpoint is on disk, or raises on all
             ranks.
+        sharded: Each rank writes its own parts of distributed tensors (FSDP2), into a folder that all ranks share,
+            instead of gathering them whole on rank 0.
 
     Example:
         >>> with Checkpointer(run / "checkpoints", world=world) as checkpointer:
@@ -89,10 +75,12 @@ class Checkpointer:
         keep_every: int = 0,
         metric_mode: Literal["min", "max"] = "min",
         background: bool = True,
+        sharded: bool = False,
     ) -> None:
         self.folder = Path(folder)
         self.world = world
         self.background = background
+        self.sharded = sharded
         self.retention = Retention(
             keep_last=keep_last, keep_best=keep_best, keep_every=keep_every, metric_mode=metric_mode
         )
@@ -134,7 +122,7 @@ class Checkpointer:
         Args:
             step: Number of optimizer steps done.
             tensors: Groups of tensors by name, each group written to a file of its own. Those of rank 0 are saved;
-                distributed tensors (FSDP2) are gathered whole.
+                distributed tensors (FSDP2) are gathered whole, or written by each rank if ``sharded``.
             state: What else is common to all ranks; rank 0's is saved. Plain values, see ``encode_json``.
             rank_state: This rank's own state, such as its random generators. Plain values.
             metric: Value that ``keep_best`` ranks by.
@@ -143,49 +131,69 @@ class Checkpointer:
             CheckpointError: On all ranks, if the last checkpoint could not be written or this one cannot be taken.
         """
         self._task.wait()
-        problem, groups, encoded = self._failure(), {}, None
+        problem, encoded = self._failure(), None
+        groups: Tensors = {}
+        layout: Layout = {}
         try:
-            groups = {name: whole_tensors(group) for name, group in tensors.items()}
-            self._check_names(groups)
+            self._check_names(tensors)
+            groups, layout = self._own_groups(tensors)
             encoded = encode_json(dict(rank_state))
         except CheckpointError as error:
             problem = problem or str(error)
-        reports = gather_objects((problem, encoded))
+        reports = gather_objects((problem, encoded, layout, new_token()))
         self._raise_first([report[0] for report in reports])
-        problem = None
-        if self.world.is_main:
-            try:
-                self._write(step, groups, dict(state), [report[1] for report in reports], metric)
-            except CheckpointError as error:
-                problem = str(error)
+        job = None
+        try:
+            content = {"state": encode_json(dict(state)) if self.world.is_main else None}
+            content["rank_states"] = [report[1] for report in reports]
+            if self.sharded:
+                content["shards"] = [report[2] for report in reports]
+            job = Job(
+                step=step,
+                groups=self._snapshot.take(groups),
+                state=json.dumps(content, allow_nan=False) if self.world.is_main else "",
+                metric=None if metric is None else float(metric),
+                world_size=self.world.size,
+                token=reports[0][3],
+                partners=tuple(rank for rank, report in enumerate(reports) if rank and any(report[2].values())),
+            )
+        except CheckpointError as error:
+            problem = str(error)
+        self._agree(problem)
+        if job is not None and (self.world.is_main or self.world.rank in job.partners):
+            self._task.start(lambda: self._write(job), name=f"writing checkpoint {step}")
         if not self.background:
             self._task.wait()
-            problem = problem or self._failure()
-        self._raise_first([broadcast_decision(problem)])
+            self._agree(self._failure())
 
-    def _write(
-        self,
-        step: int,
-        groups: Mapping[str, Mapping[str, torch.Tensor]],
-        state: dict[str, Any],
-        rank_states: list[Any],
-        metric: float | None,
-    ) -> None:
-        text = json.dumps({"state": encode_json(state), "rank_states": rank_states}, allow_nan=False)
-        job = Job(
-            step=step,
-            groups=self._snapshot.take(groups),
-            state=text,
-            metric=None if metric is None else float(metric),
-            world_size=self.world.size,
-        )
+    def _own_groups(self, tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> tuple[Tensors, Layout]:
+        """Return the tensors that this rank writes, by file, and where its parts of spread ones belong."""
+        if not self.sharded:
+            groups = {name: whole_tensors(group) for name, group in tensors.items()}
+            return (groups if self.world.is_main else {}), {}
+        files: Tensors = {}
+        layout: Layout = {}
+        for name, group in tensors.items():
+            parts, layout[name] = local_parts(group)
+            if parts:
+                files[shard_name(name, self.world.rank)] = parts
+            plain = {key: tensor.detach() for key, tensor in group.items() if not is_spread(tensor)}
+            if self.world.is_main and (plain or not group):
+                files[name] = plain
+        return files, layout
 
-        def task() -> None:
-            self._snapshot.synchronize()
+    def _write(self, job: Job) -> None:
+        """Write a checkpoint, or this rank's parts of it; runs in the thread."""
+        self._snapshot.synchronize()
+        if self.world.is_main:
             write_checkpoint(self.folder, job)
             self.retention.apply(self.folder)
+        else:
+            write_parts(self.folder, job, self.world.rank)
 
-        self._task.start(task, name=f"writing checkpoint {step}")
+    def _agree(self, problem: str | None) -> None:
+        """Raise on all ranks if one has a problem. Where only rank 0 writes, only it can have one."""
+        self._raise_first(gather_objects(problem) if self.sharded else [broadcast_decision(problem)])
 
     def check(self) -> None:
         """Raise the writer's error, if it has had one. Not collective and without waiting: cheap enough for every step.
@@ -295,38 +303,16 @@ class Checkpointer:
 
     def _check_names(self, groups: Mapping[str, object]) -> None:
         for name in groups:
-            if not _GROUP_NAME.fullmatch(name):
+            if not _GROUP_NAME.fullmatch(name) or MARK in name:
                 raise CheckpointError(
-                    f"The group of tensors {name!r} cannot be a file's name. Use letters, digits, '_', '-' and '.'."
+                    f"The group of tensors {name!r} cannot be a file's name. Use letters, digits, '_', '-' and '.', "
+                    f"and not {MARK!r}."
                 )
 
     def _raise_first(self, problems: list[str | None]) -> None:
         for problem in problems:
             if problem is not None:
                 raise CheckpointError(problem)
-
-
-def read_checkpoint(path: Path) -> LoadedCheckpoint:
-    """Read a checkpoint in this process alone, without comparing checksums.
-
-    Raises:
-        CheckpointError: If a file is missing or unreadable.
-    """
-    try:
-        manifest = read_manifest(path)
-        content = json.loads((path / STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, CheckpointError) as error:
-        raise CheckpointError(f"The checkpoint {path} cannot be read: {error}") from error
-    groups = [name.removesuffix(SUFFIX) for name in manifest.files if name.endswith(SUFFIX)]
-    return LoadedCheckpoint(
-        step=manifest.step,
-        tensors={group: read_tensors(path / (group + SUFFIX)) for group in groups},
-        state=decode_json(content["state"]),
-        rank_states=decode_json(content["rank_states"]),
-        world_size=manifest.world_size,
-        metric=manifest.metric,
-        path=path,
-    )
 
 
 def _verified(info: CheckpointInfo) -> CheckpointInfo:

@@ -10,7 +10,8 @@ import safetensors.torch
 import torch
 
 from everyrank.checkpoint.folder import checkpoint_paths, describe
-from everyrank.checkpoint.tensor_file import SUFFIX, read_tensors
+from everyrank.checkpoint.reading import group_names, read_group
+from everyrank.checkpoint.tensor_file import SUFFIX
 from everyrank.errors import CheckpointError, UserError, did_you_mean
 
 _PICKLED = (".pth", ".pt")
@@ -39,14 +40,13 @@ def export(path: Path | str, out: Path | str, *, group: str = "model") -> Path:
             "Use .safetensors, or .pth for a dict of tensors as torch.save writes it."
         )
     checkpoint = _find(source)
-    file = checkpoint / (group + SUFFIX)
-    if not file.is_file():
-        groups = sorted(other.name.removesuffix(SUFFIX) for other in checkpoint.glob("*" + SUFFIX))
+    groups = group_names(checkpoint)
+    if group not in groups:
         raise UserError(
             f"The group {group!r} was asked for, but {checkpoint} holds {', '.join(groups) or 'no tensors'}."
             + did_you_mean(group, groups)
         )
-    tensors = read_tensors(file)
+    tensors = read_group(checkpoint, group)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
     try:

@@ -110,14 +110,30 @@ def checkpoint_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def new_token() -> str:
+    """Return a few random characters, for a name that nobody else uses."""
+    return secrets.token_hex(4)
+
+
+def writing_path(folder: Path, step: int, token: str) -> Path:
+    """Return the hidden folder in which a checkpoint is being written."""
+    return folder / f"{_WRITING}{step:08d}-{token}"
+
+
 @contextmanager
-def writing(folder: Path, step: int) -> Iterator[Path]:
+def writing(folder: Path, step: int, token: str) -> Iterator[Path]:
     """Give a hidden folder to write a checkpoint into; when the block ends without an error, it appears in one step.
+
+    Args:
+        folder: The folder of all checkpoints.
+        step: Optimizer step.
+        token: Makes the hidden folder's name unique; see ``new_token``.
 
     Raises:
         OSError: If the disk is full, the folder has vanished, and the like. Nothing is left behind then.
     """
-    temporary = _make_hidden(folder, f"{_WRITING}{step:08d}")
+    temporary = writing_path(folder, step, token)
+    temporary.mkdir()  # as the user's umask has it, unlike tempfile.mkdtemp
     descriptor = os.open(temporary, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         _lock(descriptor)  # tells others that this folder's writer is alive
@@ -147,7 +163,8 @@ def _publish(temporary: Path, final: Path) -> None:
 
 def delete(checkpoint: Path) -> None:
     """Delete a checkpoint: it loses its name first, so that none is ever seen half-deleted."""
-    hidden = _make_hidden(checkpoint.parent, f"{_DELETING}{_step_of(checkpoint.name):08d}")
+    hidden = checkpoint.parent / f"{_DELETING}{_step_of(checkpoint.name):08d}-{new_token()}"
+    hidden.mkdir()
     os.rename(checkpoint, hidden)  # onto an empty folder, which a rename replaces
     shutil.rmtree(hidden, ignore_errors=True)  # what is left of it goes with the next run's leftovers
 
@@ -197,13 +214,6 @@ def _lock(descriptor: int) -> None:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         logger.debug("this file system has no locks on folders: %s", error)
-
-
-def _make_hidden(folder: Path, prefix: str) -> Path:
-    # Not tempfile.mkdtemp: its folders can be read by their owner alone, whatever the user's umask allows.
-    path = folder / f"{prefix}-{secrets.token_hex(4)}"
-    path.mkdir()
-    return path
 
 
 def _step_of(name: str) -> int:

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from everyrank.checkpoint.shards import is_spread
 from everyrank.checkpoint.tensor_file import Layout, lay_out
 
 Tensors = Mapping[str, torch.Tensor]
 _Piece = tuple[np.ndarray, np.ndarray]
 
-# Bytes from which on torch would copy a tensor with several threads, bytes of a piece, and threads that fill memory's
-# bandwidth.
+# Bytes from which on torch would copy a tensor with several threads, bytes of a piece, pieces that are worth a thread,
+# and threads that fill memory's bandwidth.
 _LARGE = 64 << 10
 _PIECE = 4 << 20
+_PIECES_A_THREAD = 16
 _MAX_THREADS = 4
 
 
@@ -109,25 +111,31 @@ class Snapshot:
 
 
 def _copy(pieces: list[_Piece]) -> None:
-    """Copy with a few threads that take pieces as they come.
+    """Copy in this thread, with the help of a few others if there is much to copy.
 
-    torch's own copies share each tensor equally among threads that all wait for the last: with as many busy processes
-    as processors, as on every machine that trains in earnest, that has been seen to take ten times as long.
+    All take the next piece when they are ready. torch's own copies share each tensor equally among threads that then
+    wait for the last: with as many busy processes as processors, as wherever training goes on in earnest, that has been
+    seen to take ten times as long.
     """
-    num_threads = min(_MAX_THREADS, len(os.sched_getaffinity(0)), len(pieces) // 2)
-    if num_threads < 2:
-        for target, source in pieces:
-            np.copyto(target, source)
-        return
-    with ThreadPoolExecutor(num_threads) as pool:  # numpy copies without the interpreter's lock
-        list(pool.map(lambda piece: np.copyto(*piece), pieces))
+    remaining = iter(pieces)
+
+    def work() -> None:
+        for target, source in remaining:
+            np.copyto(target, source)  # without the interpreter's lock
+
+    num_threads = min(_MAX_THREADS, len(os.sched_getaffinity(0)), len(pieces) // _PIECES_A_THREAD)
+    helpers = [threading.Thread(target=work) for _ in range(num_threads - 1)]
+    for helper in helpers:
+        helper.start()
+    work()
+    for helper in helpers:
+        helper.join()
 
 
 def whole_tensors(tensors: Tensors) -> dict[str, torch.Tensor]:
     """Return the tensors with every distributed one (FSDP2) gathered whole; collective if there is any."""
-    # A DTensor is known by its method: importing its class costs more than half a second of a start.
     return {
-        name: tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor.detach()
+        name: tensor.full_tensor() if is_spread(tensor) else tensor.detach()  # type: ignore[attr-defined]
         for name, tensor in tensors.items()
     }
 

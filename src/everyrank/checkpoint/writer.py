@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from everyrank.checkpoint.folder import writing
-from everyrank.checkpoint.manifest import MANIFEST, Manifest, write_file
+from everyrank.checkpoint.folder import writing, writing_path
+from everyrank.checkpoint.manifest import MANIFEST, FileRecord, Manifest, write_file
+from everyrank.checkpoint.shards import to_json, wait_for_any
 from everyrank.checkpoint.snapshot import Group
 from everyrank.checkpoint.tensor_file import SUFFIX
 
 logger = logging.getLogger(__name__)
 
 STATE = "state.json"
+# How long ranks that write one checkpoint together wait for each other.
+PARTNER_TIMEOUT_S = 600.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +34,8 @@ class Job:
         state: The text of ``state.json``.
         metric: Value it is ranked by, or None.
         world_size: Number of ranks that took it.
+        token: Makes the name of the hidden folder unique; the same on all ranks.
+        partners: Other ranks that write their parts of spread tensors into the same folder.
     """
 
     step: int
@@ -35,6 +43,8 @@ class Job:
     state: str
     metric: float | None
     world_size: int
+    token: str
+    partners: tuple[int, ...] = ()
 
 
 def write_checkpoint(folder: Path, job: Job) -> None:
@@ -43,13 +53,48 @@ def write_checkpoint(folder: Path, job: Job) -> None:
     Raises:
         OSError: If it cannot be written. Earlier checkpoints are untouched.
     """
-    with writing(folder, job.step) as temporary:
+    with writing(folder, job.step, job.token) as temporary:
         files = {STATE: write_file(temporary / STATE, [memoryview(job.state.encode())])}
-        for name, group in job.groups.items():
-            parts = [memoryview(group.header), group.data.numpy().data]
-            files[name + SUFFIX] = write_file(temporary / (name + SUFFIX), parts)
+        files.update(_write_groups(temporary, job.groups))
+        for rank in job.partners:
+            files.update(_take_record(temporary, rank))
         manifest = Manifest(step=job.step, metric=job.metric, world_size=job.world_size, files=files)
         write_file(temporary / MANIFEST, [memoryview(manifest.to_text().encode())])
+
+
+def write_parts(folder: Path, job: Job, rank: int) -> None:
+    """Write a rank's parts of spread tensors into the folder in which rank 0 writes the checkpoint.
+
+    Raises:
+        OSError: If they cannot be written, or rank 0 has given up.
+    """
+    temporary = writing_path(folder, job.step, job.token)
+    wait_for_any([temporary], "rank 0's folder", PARTNER_TIMEOUT_S)
+    try:
+        records = _write_groups(temporary, job.groups)
+        draft = temporary / f"rank-{rank:05d}.draft"
+        write_file(draft, [memoryview(json.dumps(to_json(records)).encode())])
+        os.rename(draft, temporary / f"rank-{rank:05d}.json")
+    except BaseException:
+        with suppress(OSError):
+            (temporary / f"rank-{rank:05d}.failed").touch()
+        raise
+
+
+def _take_record(temporary: Path, rank: int) -> dict[str, FileRecord]:
+    done, failed = (temporary / f"rank-{rank:05d}.{suffix}" for suffix in ("json", "failed"))
+    if wait_for_any([done, failed], f"rank {rank}'s part", PARTNER_TIMEOUT_S) == failed:
+        raise OSError(f"rank {rank} could not write its part; its log says why")
+    records = json.loads(done.read_text(encoding="utf-8"))
+    done.unlink()
+    return {name: FileRecord(size=size, sha256=sha256) for name, (size, sha256) in records.items()}
+
+
+def _write_groups(temporary: Path, groups: Mapping[str, Group]) -> dict[str, FileRecord]:
+    return {
+        name + SUFFIX: write_file(temporary / (name + SUFFIX), [memoryview(group.header), group.data.numpy().data])
+        for name, group in groups.items()
+    }
 
 
 class BackgroundTask:

@@ -1,6 +1,6 @@
 """One rank of a world that saves, fails and loads together.
 
-    python ranks.py RANK WORLD_SIZE MEETING_FILE FOLDER save|load|shard
+    python ranks.py RANK WORLD_SIZE MEETING_FILE FOLDER save|load|spread|whole
 
 Prints one line of JSON; every rank must print the same, but for its rank.
 """
@@ -8,11 +8,13 @@ Prints one line of JSON; every rank must print the same, but for its rank.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -85,21 +87,44 @@ def loading(world: World, folder: Path) -> dict[str, Any]:
     }
 
 
-def sharding(world: World, folder: Path) -> dict[str, Any]:
-    """Save a model whose parameters FSDP2 has spread over the ranks; the checkpoint holds them whole."""
+def spread(world: World, folder: Path) -> dict[str, Any]:
+    """Save a model whose parameters FSDP2 has spread over the ranks: gathered, and each rank its own part."""
     from torch.distributed.fsdp import fully_shard
 
     torch.manual_seed(0)
-    model = torch.nn.Linear(7, 5)
-    expected = model.weight.sum().item()
+    # 5 rows do not divide by the ranks, and with 1 row some ranks have none
+    model = torch.nn.Sequential(torch.nn.Linear(7, 5), torch.nn.Linear(5, 1))
     fully_shard(model)
-    checkpointer = Checkpointer(folder, world=world)
-    checkpointer.save(1, tensors={"model": model.state_dict()}, state={}, rank_state={})
-    latest = checkpointer.latest()
-    assert latest is not None
-    weight = checkpointer.load(latest).tensors["model"]["weight"]
-    assert weight.shape == (5, 7)
-    return {"same": weight.sum().item() == expected, "local": model.weight.to_local().shape[0] < 5}
+    tensors = {"model": {**model.state_dict(), "plain": torch.arange(3)}, "plain": {"x": torch.ones(2)}, "empty": {}}
+    for name, sharded in (("gathered", False), ("sharded", True)):
+        checkpointer = Checkpointer(folder / name, world=world, sharded=sharded)
+        for step in (1, 2):
+            checkpointer.save(step, tensors=tensors, state={}, rank_state={"rank": world.rank})
+        checkpointer.wait()
+        gather_objects(None)
+    blocking = Checkpointer(folder / "failed", world=world, sharded=True, background=False)
+    if world.rank == world.size - 1:  # this rank's disk is full
+        patch("everyrank.checkpoint.writer.write_file", side_effect=OSError("no room")).start()
+    failed = error_of(lambda: blocking.save(1, tensors=tensors, state={}, rank_state={}))
+    return {"failed": "could not be written" in failed, "left": os.listdir(folder / "failed")}
+
+
+def whole(world: World, folder: Path) -> dict[str, Any]:
+    """Load both checkpoints, of ranks that may have been more or fewer, and compare them with the model itself."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(7, 5), torch.nn.Linear(5, 1))
+    same = []
+    for name in ("gathered", "sharded"):
+        checkpointer = Checkpointer(folder / name, world=world)
+        latest = checkpointer.latest()
+        assert latest is not None
+        tensors = checkpointer.load(latest).tensors
+        assert set(tensors) == {"model", "plain", "empty"}
+        assert torch.equal(tensors["model"].pop("plain"), torch.arange(3))
+        expected = model.state_dict()
+        same.append(tensors["model"].keys() == expected.keys())
+        same += [torch.equal(tensors["model"][key], expected[key]) for key in expected]
+    return {"same": all(same), "files": sorted(os.listdir(folder / "sharded" / "step-00000002"))}
 
 
 if __name__ == "__main__":
@@ -107,4 +132,6 @@ if __name__ == "__main__":
     with join(
         rank=int(rank), world_size=int(world_size), init_method=f"file://{meeting}", backend="gloo", timeout_s=60
     ) as world:
-        print(json.dumps({"save": saving, "load": loading, "shard": sharding}[what](world, Path(folder))))
+        print(
+            json.dumps({"save": saving, "load": loading, "spread": spread, "whole": whole}[what](world, Path(folder)))
+        )

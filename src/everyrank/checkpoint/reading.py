@@ -1,0 +1,98 @@
+"""Reading a checkpoint in one process. Nothing in it is executed."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from everyrank.checkpoint.encoding import decode_json
+from everyrank.checkpoint.manifest import Manifest, read_manifest
+from everyrank.checkpoint.shards import MARK, Layout, read_whole
+from everyrank.checkpoint.tensor_file import SUFFIX, read_tensors
+from everyrank.checkpoint.writer import STATE
+from everyrank.errors import CheckpointError
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedCheckpoint:
+    """A checkpoint in memory.
+
+    Attributes:
+        step: Optimizer step at which it was taken.
+        tensors: The tensors, on the CPU, by group and name.
+        state: The state that is common to all ranks.
+        rank_states: Each rank's own state, by the rank it had then.
+        world_size: Number of ranks that took it.
+        metric: Value it is ranked by, or None.
+        path: Its folder.
+    """
+
+    step: int
+    tensors: dict[str, dict[str, torch.Tensor]]
+    state: dict[str, Any]
+    rank_states: list[dict[str, Any]]
+    world_size: int
+    metric: float | None
+    path: Path
+
+
+def read_checkpoint(path: Path) -> LoadedCheckpoint:
+    """Read a checkpoint in this process alone, without comparing checksums.
+
+    Raises:
+        CheckpointError: If a file is missing or unreadable.
+    """
+    manifest, content = _read_texts(path)
+    layouts = content.get("shards", [])
+    return LoadedCheckpoint(
+        step=manifest.step,
+        tensors={group: _read_group(path, group, manifest, layouts) for group in _groups(manifest, layouts)},
+        state=decode_json(content["state"]),
+        rank_states=decode_json(content["rank_states"]),
+        world_size=manifest.world_size,
+        metric=manifest.metric,
+        path=path,
+    )
+
+
+def group_names(path: Path) -> list[str]:
+    """Return the names of a checkpoint's groups of tensors.
+
+    Raises:
+        CheckpointError: If the checkpoint cannot be read.
+    """
+    manifest, content = _read_texts(path)
+    return _groups(manifest, content.get("shards", []))
+
+
+def read_group(path: Path, group: str) -> dict[str, torch.Tensor]:
+    """Read one group of a checkpoint's tensors.
+
+    Raises:
+        CheckpointError: If a file is missing or unreadable.
+    """
+    manifest, content = _read_texts(path)
+    return _read_group(path, group, manifest, content.get("shards", []))
+
+
+def _read_texts(path: Path) -> tuple[Manifest, dict[str, Any]]:
+    try:
+        return read_manifest(path), json.loads((path / STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, CheckpointError) as error:
+        raise CheckpointError(f"The checkpoint {path} cannot be read: {error}") from error
+
+
+def _groups(manifest: Manifest, layouts: list[Layout]) -> list[str]:
+    stems = [name.removesuffix(SUFFIX) for name in manifest.files if name.endswith(SUFFIX)]
+    return sorted({stem for stem in stems if MARK not in stem} | {group for layout in layouts for group in layout})
+
+
+def _read_group(path: Path, group: str, manifest: Manifest, layouts: list[Layout]) -> dict[str, torch.Tensor]:
+    tensors = read_whole(path, group, layouts)
+    if group + SUFFIX in manifest.files:
+        tensors.update(read_tensors(path / (group + SUFFIX)))
+    return tensors

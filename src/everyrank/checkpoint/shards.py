@@ -1,0 +1,105 @@
+"""Tensors that are spread over ranks (FSDP2): each rank writes its own part, and any number of ranks reads the whole.
+
+torch.distributed.checkpoint stores such states too, but keeps its table of contents as a pickle, and nothing here ever
+loads one. So a rank's parts are a safetensors file like all others, and where they belong is JSON: for each tensor its
+global shape, and the offset of the part in it.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from everyrank.checkpoint.tensor_file import SUFFIX, read_tensors
+from everyrank.errors import CheckpointError
+
+Layout = dict[str, dict[str, list[list[int]]]]
+"""For each group and each tensor's name: the global shape, and the offset of one rank's part."""
+
+MARK = ".shard-"
+_POLL_S = 0.005
+_AFTER_END_S = 10.0  # how long a writer waits for another rank once its own training has ended
+
+
+def shard_name(group: str, rank: int) -> str:
+    """Return the name, without suffix, of the file that holds a rank's parts of a group."""
+    return f"{group}{MARK}{rank:05d}"
+
+
+def is_spread(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor is a DTensor. Told by a method: importing the class costs more than half a second."""
+    return hasattr(tensor, "full_tensor")
+
+
+def local_parts(
+    tensors: Mapping[str, torch.Tensor],
+) -> tuple[dict[str, torch.Tensor], dict[str, list[list[int]]]]:
+    """Return this rank's parts of the tensors that are spread, and where each belongs. Not collective."""
+    parts: dict[str, torch.Tensor] = {}
+    layout: dict[str, list[list[int]]] = {}
+    for name, tensor in tensors.items():
+        if not is_spread(tensor):
+            continue
+        # The protocol by which torch.distributed.checkpoint asks a tensor for its parts.
+        (chunk,) = tensor.__create_chunk_list__()  # type: ignore[attr-defined]
+        part = tensor.to_local().detach()  # type: ignore[attr-defined]
+        if part.numel() or not tensor.numel():
+            parts[name] = part
+            layout[name] = [list(tensor.shape), list(chunk.offsets)]
+    return parts, layout
+
+
+def read_whole(checkpoint: Path, group: str, layouts: list[Layout]) -> dict[str, torch.Tensor]:
+    """Put a group's spread tensors together from all ranks' files.
+
+    Raises:
+        CheckpointError: If a file is missing, or the parts do not cover a tensor.
+    """
+    whole: dict[str, torch.Tensor] = {}
+    covered: dict[str, dict[tuple[int, ...], int]] = {}
+    for rank, layout in enumerate(layouts):
+        places = layout.get(group)
+        if not places:
+            continue
+        parts = read_tensors(checkpoint / (shard_name(group, rank) + SUFFIX))
+        for name, (shape, offsets) in places.items():
+            part = parts[name]
+            target = whole.setdefault(name, torch.empty(shape, dtype=part.dtype))
+            target[tuple(slice(o, o + size) for o, size in zip(offsets, part.shape, strict=True))] = part
+            covered.setdefault(name, {})[tuple(offsets)] = part.numel()  # replicas count once
+    for name, tensor in whole.items():
+        if sum(covered[name].values()) != math.prod(tensor.shape):
+            raise CheckpointError(f"The parts of {name!r} in {checkpoint} do not make it whole.")
+    return whole
+
+
+def wait_for_any(paths: list[Path], what: str, timeout_s: float) -> Path:
+    """Wait until one of the paths exists, and return it. Other ranks make them, on a file system that all share.
+
+    Raises:
+        TimeoutError: If none does in time, or this process's training has ended and none has soon after.
+    """
+    deadline = time.monotonic() + timeout_s
+    ended = False
+    while True:
+        for path in paths:
+            if path.exists():
+                return path
+        if not ended and not threading.main_thread().is_alive():
+            ended = True
+            deadline = min(deadline, time.monotonic() + _AFTER_END_S)
+        if time.monotonic() > deadline:
+            folder = paths[0].parent
+            raise TimeoutError(f"{what} did not come in time; do all ranks share the file system of {folder}?")
+        time.sleep(_POLL_S)
+
+
+def to_json(records: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Return files' records as JSON, for the rank that writes the manifest."""
+    return {name: [record.size, record.sha256] for name, record in records.items()}
