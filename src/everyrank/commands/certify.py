@@ -112,9 +112,9 @@ def _judge(trial: Trial, evidence: Evidence, reference: Evidence, same_size: Evi
     fixed_size = len(set(trial.world_sizes)) == 1
     bitwise = evidence.difference(same_size) == 0
     if fixed_size and bitwise:
-        weights = "bitwise" if from_one == 0 else f"bitwise; {from_one:.1e} from one process"
+        weights = "bitwise" if from_one == 0 else f"bitwise; {from_one:.0e} to python"
     else:
-        weights = f"{from_one:.1e} from one process"
+        weights = f"{from_one:.0e} to python"
     holds = once and from_one <= _TOLERANCE and (bitwise or not fixed_size)
     return Verdict(trial.launcher.name, trial.title, trial.faults, once, weights, holds)
 
