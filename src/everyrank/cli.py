@@ -94,8 +94,13 @@ def run(argv: Sequence[str]) -> int:
 
 def _will_need_engine(argv: Sequence[str]) -> bool:
     """Guess before composing; a wrong guess costs an unused child or a later start, nothing else."""
-    if not sys.platform.startswith("linux") or "WORLD_SIZE" in os.environ or "SLURM_PROCID" in os.environ:
-        return False
+    from everyrank.runtime.environment import detect
+
+    try:
+        if not sys.platform.startswith("linux") or detect().world_size > 1:
+            return False
+    except UserError:
+        return False  # told in a moment, by the launch
     quiet = {"--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i", "--version", "driver.dry_run=true"}
     return "driver=torchrun" in argv and not quiet & {arg.split("=")[0] if arg[0] == "-" else arg for arg in argv}
 
