@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -222,3 +223,25 @@ def test_bad_json_ends_with_exit_code_2(tmp_path: Path, capsys: pytest.CaptureFi
     (tmp_path / "bad.json").write_text('{\n  "task": "t"\n  "scale": 4\n}')
     assert main(["--opt", str(tmp_path / "bad.json")]) == 2
     assert "line 3, column 3" in capsys.readouterr().err
+
+
+def test_a_run_told_to_stop_saves_and_goes_on(tmp_path: Path, clips: Path, write_options: Write) -> None:
+    options = tiny_options(clips, tmp_path)
+    options["train"] |= {"total_iter": 500, "checkpoint_save": 0}
+    del options["datasets"]["test"]
+    command = [sys.executable, SCRIPT, "--opt", str(write_options(options))]
+    started = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert started.stderr is not None
+    for line in started.stderr:
+        if "iteration 2," in line:
+            break
+    started.send_signal(signal.SIGTERM)
+    _, shown = started.communicate(timeout=60)
+    assert started.returncode == 75, shown
+    assert "the same command goes on from there" in shown
+    done = len(_curve(tmp_path))
+    assert 2 <= done < 500
+    options["train"]["total_iter"] = done + 1
+    resumed = _start(SCRIPT, "--opt", str(write_options(options)))
+    assert f"resumed exactly at iteration {done}" in resumed.stderr
+    assert len(_curve(tmp_path)) == done + 1

@@ -9,6 +9,7 @@ import torch
 
 from everyrank.apps.video_restoration.agreement import together
 from everyrank.apps.video_restoration.options import load_options
+from everyrank.apps.video_restoration.task import run_task
 from everyrank.runtime.process_group import join
 from everyrank.runtime.world import World
 
@@ -24,21 +25,13 @@ class VideoRestorationApp:
 
         Returns:
             See :func:`everyrank.apps.video_restoration.task.run_task`.
+
+        Raises:
+            AgreedError: The options, data or weights are wrong.
         """
         with join(**cfg.distributed) as world:
-            return run_options(str(cfg.app.opt), world)
-
-
-def run_options(path: str, world: World) -> dict[str, Any]:
-    """Read an option file and do what it says, in a world that is joined.
-
-    Raises:
-        AgreedError: The options, data or weights are wrong.
-    """
-    options = together(lambda: load_options(path))
-    from everyrank.apps.video_restoration.task import run_task
-
-    return run_task(options, choose_device(world, options["gpu_ids"]))
+            options = together(lambda: load_options(str(cfg.app.opt)))
+            return run_task(options, choose_device(world, options["gpu_ids"]))
 
 
 def choose_device(world: World, gpu_ids: object) -> World:

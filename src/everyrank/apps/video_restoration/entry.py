@@ -7,10 +7,21 @@ import json
 import logging
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
-from everyrank.apps.video_restoration.agreement import AgreedError
-from everyrank.apps.video_restoration.app import run_options
-from everyrank.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_OK, EveryrankError, Preempted, UserError
+from everyrank.apps.video_restoration.agreement import AgreedError, together
+from everyrank.apps.video_restoration.app import choose_device
+from everyrank.apps.video_restoration.options import load_options
+from everyrank.apps.video_restoration.task import run_task
+from everyrank.errors import (
+    EXIT_FAILURE,
+    EXIT_INTERRUPTED,
+    EXIT_OK,
+    ConfigError,
+    EveryrankError,
+    Preempted,
+    UserError,
+)
 from everyrank.runtime.legacy_arguments import strip_legacy_arguments
 from everyrank.runtime.logs import setup_logging
 from everyrank.runtime.process_group import join
@@ -41,7 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             setup_logging(rank)
             for notice in notices if world.is_main else ():
                 logger.info(notice)
-            result = run_options(given.opt, world)
+            options = together(lambda: load_options(given.opt))
+            together(lambda: _log_to_file(options["path"]["log"], world.rank))
+            result = run_task(options, choose_device(world, options["gpu_ids"]))
             if world.is_main:
                 print(json.dumps(result), flush=True)
     except AgreedError as error:
@@ -57,3 +70,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     return EXIT_OK
+
+
+def _log_to_file(folder: str, rank: int) -> None:
+    try:
+        setup_logging(rank, log_file=Path(folder) / f"rank-{rank}.log")
+    except OSError as error:
+        raise ConfigError(f"path.root: {folder} cannot be written ({error}); set a folder that can be") from error
