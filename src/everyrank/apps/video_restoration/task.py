@@ -133,9 +133,8 @@ class Run:
         self.optimizer.step()
         if self.average is not None:
             update_average(self.average, self.network, train["E_decay"])
-        self.window += torch.stack(
-            (loss.detach().double() * share.num_local, loss.new_tensor(share.num_local).double())
-        )
+        self.window[0] += loss.detach().double() * share.num_local
+        self.window[1] += share.num_local
 
     def window_sums(self) -> Tensor:
         """Return loss sum and count since the last line of the log, over all ranks. Collective."""

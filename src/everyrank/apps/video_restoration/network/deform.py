@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from importlib.util import find_spec
 
 import torch
@@ -13,6 +14,12 @@ from everyrank.apps.video_restoration.network.in_parts import in_parts
 from everyrank.apps.video_restoration.network.warping import normalise, precise, sample
 
 PART_NUMBERS = 1 << 20  # samples laid out at a time on the CPU: 4 MiB of float32
+
+
+@lru_cache(maxsize=1)
+def has_torchvision() -> bool:
+    """Tell whether torchvision's fused deformable convolution can be used."""
+    return find_spec("torchvision") is not None
 
 
 def deform_conv2d(x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor) -> Tensor:
@@ -30,7 +37,7 @@ def deform_conv2d(x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None
     Returns:
         (N, out, H, W).
     """
-    if find_spec("torchvision") is not None:
+    if has_torchvision():
         from torchvision.ops import deform_conv2d as fused
 
         return fused(x, offset, weight, bias, padding=weight.shape[-1] // 2, mask=mask)
@@ -125,4 +132,4 @@ class FlowGuidedDeformConv(nn.Module):
 
 def _in_parts(x: Tensor) -> bool:
     """Whether the samples are laid out in memory (on the CPU, where that is what costs) and not in a fused kernel."""
-    return x.device.type == "cpu" and find_spec("torchvision") is None
+    return x.device.type == "cpu" and not has_torchvision()
