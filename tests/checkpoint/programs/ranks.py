@@ -7,6 +7,7 @@ Prints one line of JSON; every rank must print the same, but for its rank.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -132,6 +133,8 @@ if __name__ == "__main__":
     with join(
         rank=int(rank), world_size=int(world_size), init_method=f"file://{meeting}", backend="gloo", timeout_s=60
     ) as world:
-        print(
-            json.dumps({"save": saving, "load": loading, "spread": spread, "whole": whole}[what](world, Path(folder)))
-        )
+        programs = {"save": saving, "load": loading, "spread": spread, "whole": whole}
+        report = programs[what](world, Path(folder))
+        # FSDP2's objects refer to each other and to the group; what outlives the group can abort the process's end.
+        gc.collect()
+    print(json.dumps(report))
