@@ -130,7 +130,9 @@ class PreemptionWatch:
         if self._write_end is None or self._read_end is None:
             return
         signal.set_wakeup_fd(self._previous_wakeup_fd)
-        self._write_end.close()  # the listener reads to the end, and ends
+        # Shut down and not only closed: loader processes forked meanwhile hold copies, and the listener must end.
+        self._write_end.shutdown(socket.SHUT_RDWR)
+        self._write_end.close()
         if self._listener is not None:
             self._listener.join()
         self._read_end.close()
