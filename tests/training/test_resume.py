@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -36,67 +37,76 @@ def used_exactly_once(run: Path, num_samples: int = 103, num_epochs: int = 3) ->
     return counts == Counter({(e, s): 1 for e in range(num_epochs) for s in range(num_samples)})
 
 
-def test_killed_twice_and_bitwise_the_uninterrupted_run(tmp_path: Path) -> None:
-    whole = launch(tmp_path / "whole", WITH_DROPOUT, 2)
-    folder = tmp_path / "killed"
-    folder.mkdir()
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The uninterrupted runs: with dropout on two ranks, and without on one."""
+    folder = tmp_path_factory.mktemp("whole")
+    return {"two": launch(folder / "two", WITH_DROPOUT, 2), "one": launch(folder / "one", BASE, 1)[0]}
+
+
+def test_killed_twice_and_bitwise_the_uninterrupted_run(tmp_path: Path, whole: dict[str, Any]) -> None:
     for number, after in enumerate((70, 60)):
         with pytest.raises(RankFailedError) as failure:
-            launch(folder, WITH_DROPOUT, 2, rank=1 - number, after=after, harm="SIGKILL")
+            launch(tmp_path, WITH_DROPOUT, 2, rank=1 - number, after=after, harm="SIGKILL")
         assert failure.value.rank == 1 - number
-        (folder / "harmed").unlink()
-    resumed = launch(folder, WITH_DROPOUT, 2)
-    assert "Resuming from" in (folder / "run" / "logs" / "rank-0.log").read_text()
-    for one, other in zip(whole, resumed, strict=True):
+        (tmp_path / "harmed").unlink()
+    resumed = launch(tmp_path, WITH_DROPOUT, 2)
+    log = (tmp_path / "run" / "logs" / "rank-0.log").read_text()
+    start = int(re.findall(r"Resuming from .* step (\d+)", log)[-1])
+    assert start % 11, "the last start was in the middle of an epoch"
+    for one, other in zip(whole["two"], resumed, strict=True):
         for name, value in one["weights"].items():
             assert torch.equal(value, other["weights"][name])
         assert one["steps"] == other["steps"]
         assert [row["loss"] for row in one["validation"]] == [row["loss"] for row in other["validation"]]
-    assert used_exactly_once(folder / "run")
-    assert not list((folder / "run" / "ledger").glob("*.pending"))
+        # nothing is read and thrown away: 5 samples a step, and 2 or 1 of the last step's 3
+        used = start // 11 * 103 + start % 11 * 10
+        assert sum(rank["num_read"] for rank in resumed) == 3 * 103 - used
+    assert used_exactly_once(tmp_path / "run")
+    assert not list((tmp_path / "run" / "ledger").glob("*.pending"))
 
 
-def test_resumed_at_other_world_sizes_with_the_same_global_batches(tmp_path: Path) -> None:
-    (whole,) = launch(tmp_path / "whole", BASE, 1)
-    folder = tmp_path / "resized"
-    folder.mkdir()
+def test_resumed_at_other_world_sizes_with_the_same_global_batches(tmp_path: Path, whole: dict[str, Any]) -> None:
     # batch_size is per rank; what was started with 2 ranks keeps 2 x 5 samples a step on 1 and 3 ranks.
     changes = {**BASE, "global_batch_size": None, "batch_size": 5}
     for size, after in ((2, 70), (1, 130)):
         with pytest.raises(RankFailedError):
-            launch(folder, changes, size, rank=0, after=after, harm="SIGKILL")
-        (folder / "harmed").unlink()
-    resized = launch(folder, changes, 3)[0]
-    assert resized["step"] == whole["step"] == 33
-    for (_, mine), (_, theirs) in zip(resized["steps"], whole["steps"], strict=True):
+            launch(tmp_path, changes, size, rank=0, after=after, harm="SIGKILL")
+        (tmp_path / "harmed").unlink()
+    resized = launch(tmp_path, changes, 3)[0]
+    assert resized["step"] == whole["one"]["step"] == 33
+    for (_, mine), (_, theirs) in zip(resized["steps"], whole["one"]["steps"], strict=True):
         assert mine == pytest.approx(theirs, abs=1e-10)
-    for name, value in whole["weights"].items():
+    for name, value in whole["one"]["weights"].items():
         torch.testing.assert_close(resized["weights"][name], value, rtol=0, atol=1e-10)
-    assert used_exactly_once(folder / "run")
-    log = (folder / "run" / "logs" / "rank-0.log").read_text()
+    assert used_exactly_once(tmp_path / "run")
+    log = (tmp_path / "run" / "logs" / "rank-0.log").read_text()
     assert "World size changed from 1 to 3: the global batch stays 10, so each rank now takes 3 or 4 samples" in log
 
 
 @pytest.mark.parametrize(
-    ("harmed", "signal_name", "rank", "after"),
-    [("training", "SIGTERM", 1, 60), ("validation", "SIGUSR1", 0, 2)],
+    ("harmed", "harm", "rank", "after", "num_workers"),
+    [
+        ("training", "SIGTERM", 1, 60, 0),
+        ("validation", "SIGUSR1", 0, 2, 0),
+        ("training", "group", 1, 70, 1),
+    ],
 )
 def test_preempted_by_a_signal_to_one_rank(
-    tmp_path: Path, harmed: str, signal_name: str, rank: int, after: int
+    tmp_path: Path, whole: dict[str, Any], harmed: str, harm: str, rank: int, after: int, num_workers: int
 ) -> None:
-    changes = {**WITH_DROPOUT, "harmed": harmed}
-    whole = launch(tmp_path / "whole", WITH_DROPOUT, 2)
-    stopped = launch(tmp_path, changes, 2, rank=rank, after=after, harm=signal_name)
+    changes = {**WITH_DROPOUT, "harmed": harmed, "num_workers": num_workers}
+    stopped = launch(tmp_path, changes, 2, rank=rank, after=after, harm=harm)
+    signal_name = "SIGTERM" if harm == "group" else harm
     assert all(signal_name in result["preempted"] for result in stopped)
     assert stopped[0]["step"] == stopped[1]["step"]
     newest = max(path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*"))
     assert newest == f"step-{stopped[0]['step']:08d}"
-    ledger = [entry["step"] for entry in read_ledger(tmp_path / "run" / "ledger")]
-    assert max(ledger) == stopped[0]["step"]
+    assert max(entry["step"] for entry in read_ledger(tmp_path / "run" / "ledger")) == stopped[0]["step"]
     resumed = launch(tmp_path, changes, 2)
-    for name, value in whole[0]["weights"].items():
+    for name, value in whole["two"][0]["weights"].items():
         assert torch.equal(value, resumed[0]["weights"][name])
-    assert whole[0]["steps"] == resumed[0]["steps"]
+    assert whole["two"][0]["steps"] == resumed[0]["steps"]
     assert used_exactly_once(tmp_path / "run")
 
 

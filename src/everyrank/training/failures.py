@@ -19,6 +19,10 @@ _KEY = "everyrank/training/failure"
 _MAX_SHOWN = 64
 
 
+class SignalNoticed(Exception):
+    """All ranks agreed to stop here because of a signal; not a failure, and never seen outside of the trainer."""
+
+
 def describe_samples(samples: Sequence[int]) -> str:
     """Return sample ids as text, shortened if there are very many."""
     shown = ", ".join(str(int(sample)) for sample in samples[:_MAX_SHOWN])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -77,7 +79,37 @@ def build_loader(
         # Starting loader processes draws a number. From the global generator it would shift the model's randomness, and
         # a run resumed in the middle of an epoch would differ from the uninterrupted one.
         loader.generator = torch.Generator().manual_seed(seed)
+        loader.worker_init_fn = loader.shield = SignalShield()  # type: ignore[union-attr]
     return loader
+
+
+class SignalShield:
+    """Keeps loader processes alive through a signal to the process group while it is raised.
+
+    A rank that has got a signal still needs batches until all ranks have agreed where to stop. As a context manager it
+    is raised for its block; lowered, it leaves signals their usual effect, so that a rank can end its loader processes.
+    """
+
+    def __init__(self) -> None:
+        self._raised = torch.zeros((), dtype=torch.uint8).share_memory_()
+
+    def __enter__(self) -> SignalShield:
+        self._raised.fill_(1)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._raised.fill_(0)
+
+    def __call__(self, worker: int) -> None:
+        """Install the handlers; a loader process calls it when it starts."""
+        signal.set_wakeup_fd(-1)  # the rank's, if it watches for signals: a loader's are not the rank's
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: object) -> None:
+        if not self._raised.item():
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
 
 def num_samples(dataset: Any) -> int:

@@ -22,7 +22,7 @@ from everyrank.runtime.collectives import gather_objects, reduce_sum
 from everyrank.runtime.logs import get_logger
 from everyrank.runtime.world import World
 from everyrank.training.config import TrainingConfig
-from everyrank.training.failures import describe_samples, explain
+from everyrank.training.failures import SignalNoticed, describe_samples, explain
 from everyrank.training.history import History
 from everyrank.training.ledger import Ledger
 from everyrank.training.loaders import sampler_of
@@ -110,7 +110,7 @@ class EpochLoop:
         batch, num_batches = sampler.next_batch, len(sampler)
         try:
             self._run(loader, sampler, batch, num_batches)
-        except NonFiniteLossError:
+        except (NonFiniteLossError, SignalNoticed):
             raise
         except Exception as error:
             told = explain(error, self.world, self._where(sampler))

@@ -20,7 +20,7 @@ from everyrank.training.config import TrainerConfig, read_config
 from everyrank.training.decisions import Judge
 from everyrank.training.ema import WeightAverage
 from everyrank.training.evaluation import DefaultValidator, EvaluationResult
-from everyrank.training.failures import explain
+from everyrank.training.failures import SignalNoticed, explain
 from everyrank.training.history import History, Row
 from everyrank.training.loaders import num_samples, prepare_loaders, sampler_of
 from everyrank.training.loop import EpochLoop, Position
@@ -36,10 +36,6 @@ from everyrank.training.state import pack, unpack
 from everyrank.training.step import TrainStep
 
 logger = get_logger("training")
-
-
-class _SignalNoticed(Exception):
-    """All ranks agreed to stop here because of a signal."""
 
 
 class TrainerDDP:
@@ -199,12 +195,14 @@ class TrainerDDP:
         signal_name = None
         with ExitStack() as stack:
             stack.enter_context(observers)
+            for loader in (train_loader, val_loader):
+                stack.enter_context(getattr(loader, "shield", nullcontext()))
             self._watch = stack.enter_context(PreemptionWatch()) if self.config.training.handle_signals else None
             try:
                 for row in self._epochs(train_loader, val_loader, observers, until_epoch):
                     if is_trial:
                         report_and_prune(self.world, trial, row)
-            except _SignalNoticed as noticed:
+            except SignalNoticed as noticed:
                 signal_name = str(noticed)
                 self._save(None)
             self._persistence.finish()
@@ -331,7 +329,7 @@ class TrainerDDP:
         try:
             with averaged:
                 return evaluator.evaluate(self.module, loader, between_batches)
-        except _SignalNoticed:
+        except SignalNoticed:
             raise
         except Exception as error:
             told = explain(error, self.world, f"epoch {self.epoch}, {evaluator.where(loader)}")
@@ -342,7 +340,7 @@ class TrainerDDP:
     def _stop_if_signalled(self) -> None:
         signal_name = self._watch.agreed() if self._watch is not None else None
         if signal_name is not None:
-            raise _SignalNoticed(signal_name)
+            raise SignalNoticed(signal_name)
 
     def _start_from_here(self, train_loader: Any) -> None:
         """Set the cursor and this rank's randomness to where the run is."""

@@ -126,7 +126,14 @@ class Deadly(Dataset):
             self.mark.touch()
             if self.harm == "raise":
                 raise ValueError(f"sample {index} cannot be read")
-            os.kill(os.getpid(), getattr(signal, self.harm))
+            if self.harm == "group":  # this is a loader process: a signal to its rank and all loader processes
+                import psutil
+
+                rank = psutil.Process(os.getppid())
+                for process in [*rank.children(), rank]:
+                    process.send_signal(signal.SIGTERM)
+            else:
+                os.kill(os.getpid(), getattr(signal, self.harm))
         return self.source[index]
 
 
@@ -143,7 +150,8 @@ def train_with_harm(folder: Path, changes: dict[str, Any], rank: int, after: int
             val_dataset=deadly if harmed == "validation" else held_out,
         )
         try:
-            return outcome(trainer, trainer.run_training(train_loader, val_loader))
+            result = outcome(trainer, trainer.run_training(train_loader, val_loader))
+            return {**result, "num_read": deadly.num_read}
         except Preempted as stopped:
             return {"preempted": str(stopped), "step": trainer.step, "epoch": trainer.epoch}
 
