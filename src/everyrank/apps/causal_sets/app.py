@@ -10,9 +10,10 @@ from torch import nn
 
 from everyrank.apps.causal_sets import figure
 from everyrank.apps.causal_sets.comparison import Comparison, compare, make_table
-from everyrank.apps.causal_sets.dataset import NUM_GRAPH_FEATURES, NUM_NODE_FEATURES
+from everyrank.apps.causal_sets.dataset import NUM_GRAPH_FEATURES, NUM_NODE_FEATURES, CausalSetDataset
 from everyrank.apps.causal_sets.settings import read_settings
 from everyrank.errors import ConfigError
+from everyrank.models.gnn import GNNModel
 from everyrank.runtime.process_group import join
 from everyrank.training.trainer import TrainerDDP
 
@@ -40,8 +41,10 @@ class CausalSetsApp:
         config = trainer_config(cfg)
         with join(**cfg.distributed) as world:
             trainer = TrainerDDP(config=config, world=world)
-            dataset = trainer.config.data.type(**trainer.config.data.kwargs)
-            loaders = trainer.prepare_dataloaders(dataset, split=trainer.config.data.split)
+            data = trainer.config.data
+            assert data is not None
+            dataset: CausalSetDataset = data.type(**data.kwargs)
+            loaders = trainer.prepare_dataloaders(dataset, split=data.split)
             trainer.run_training(*loaders[:2])
             trainer.run_test(loaders[2])
             comparison = compare(trainer.module, dataset, loaders[2].dataset.indices, world)
@@ -58,7 +61,7 @@ def trainer_config(cfg: DictConfig) -> dict[str, Any]:
     """
     app = OmegaConf.to_container(cfg.app, resolve=True)
     assert isinstance(app, dict)
-    config: dict[str, Any] = {key: value for key, value in app.items() if key not in _NOT_THE_TRAINERS}
+    config: dict[str, Any] = {str(key): value for key, value in app.items() if key not in _NOT_THE_TRAINERS}
     config["training"] = {"path": cfg.run.dir, "resume": cfg.get("resume", "auto"), **config["training"]}
     settings = read_settings({key: value for key, value in config["data"]["kwargs"].items() if key != "folder"})
     complete_model(config["model"], num_dimensions=len(settings.dimensions))
@@ -104,7 +107,8 @@ def _write(trainer: TrainerDDP, comparison: Comparison) -> None:
     """Save the model and the figure and print the table, on rank 0."""
     from rich.console import Console
 
-    trainer.module.save(trainer.run / "model.safetensors")
+    if isinstance(trainer.module, GNNModel):
+        trainer.module.save(trainer.run / "model.safetensors")
     figure.draw(trainer.run / "causal_sets.png", comparison, trainer.history.epochs)
     console = Console()
     console.print(make_table(comparison))

@@ -113,7 +113,7 @@ def _answers(model: nn.Module, dataset: CausalSetDataset, indices: list[int], ba
 
 
 def make_table(comparison: Comparison) -> Table:
-    """Lay out the accuracies, with their standard errors, for the terminal."""
+    """Lay out the accuracies, with their statistical errors, for the terminal."""
     from rich.table import Table
 
     table = Table(title=f"Test accuracy on {len(comparison.truth):,} causal sets", title_justify="left")
@@ -143,11 +143,12 @@ def _rows(comparison: Comparison) -> Iterator[tuple[str, str, str, str]]:
 
 
 def _percent(right: NDArray[np.bool_]) -> str:
-    """Write a share with its binomial standard error."""
+    """Write a share with its error: the half-width of Wilson's interval at one sigma, which is not 0 at 100 %."""
     if len(right) == 0:
         return "-"
-    share = _mean(right)
-    return f"{100 * share:.2f} ± {100 * math.sqrt(share * (1 - share) / len(right)):.2f} %"
+    share, num = _mean(right), len(right)
+    error = math.sqrt(share * (1 - share) / num + 1 / (4 * num**2)) / (1 + 1 / num)
+    return f"{100 * share:.2f} ± {100 * error:.2f} %"
 
 
 def _mean(right: NDArray[np.bool_]) -> float:

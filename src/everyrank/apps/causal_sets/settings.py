@@ -20,7 +20,10 @@ class DataSettings:
         factory=lambda: [2, 3, 4], min_length=1, doc="The spacetime dimensions to tell apart, each at least 2."
     )
     layered_fraction: Float = field(
-        default=0.25, ge=0, le=1, doc="Share of Kleitman-Rothschild orders, which are like no spacetime, among the samples."
+        default=0.25,
+        ge=0,
+        le=1,
+        doc="Share of Kleitman-Rothschild orders, which are like no spacetime, among the samples.",
     )
     seed: Int = field(default=0, ge=0, doc="Seed of the data; sample i depends on it and on i alone.")
     dtype: Literal["float32", "float64"] = field(default="float32", doc="Floating-point type of the features.")
