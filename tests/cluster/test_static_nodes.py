@@ -16,7 +16,7 @@ Start = Callable[..., Running]
 HELLO = ("driver=torchrun", "app=hello_dist", "driver.nnodes=2", "driver.master_port=29500")
 
 
-@pytest.mark.parametrize(("nproc", "master"), [((2, 2), "node0"), ((1, 3), "10.77.0.1")])
+@pytest.mark.parametrize(("nproc", "master"), [((8, 8), "node0"), ((1, 3), "10.77.0.1")])
 def test_two_nodes_meet_and_the_interface_is_found(start_on: Start, nproc: tuple[int, int], master: str) -> None:
     """Also with different numbers of processes: ranks are laid out by node."""
     nodes = [
@@ -40,7 +40,7 @@ def test_two_nodes_meet_and_the_interface_is_found(start_on: Start, nproc: tuple
     assert f"[Rank 0] Sum of all ranks: {size * (size - 1) // 2}" in nodes[0].output
 
 
-def test_eight_ranks_run_an_outside_program(start_on: Start, tmp_path: Path) -> None:
+def test_ranks_of_two_nodes_run_an_outside_program(start_on: Start, tmp_path: Path) -> None:
     """A plain script of torch's, which knows nothing of everyrank, meets across hosts without any variable."""
     (tmp_path / "plain.py").write_text(
         "import os, torch, torch.distributed as dist\n"
@@ -54,14 +54,14 @@ def test_eight_ranks_run_an_outside_program(start_on: Start, tmp_path: Path) -> 
     nodes = [
         start_on(
             rank,
-            *("driver=torchrun", *settings, "driver.nproc_per_node=4", "driver.nnodes=2"),
+            *("driver=torchrun", *settings, "driver.nproc_per_node=2", "driver.nnodes=2"),
             *(f"driver.node_rank={rank}", "driver.master_addr=node0", "driver.master_port=29500"),
         )
         for rank in (0, 1)
     ]
     assert [node.wait() for node in nodes] == [0, 0], nodes[0].output + nodes[1].output
-    for rank in range(8):
-        assert f"rank {rank} of 8 counts 8" in nodes[rank // 4].output
+    for rank in range(4):
+        assert f"rank {rank} of 4 counts 4" in nodes[rank // 2].output
     assert "GLOO_SOCKET_IFNAME=eth0, by the route to node0" in nodes[1].output
 
 
@@ -94,6 +94,37 @@ def test_a_node_that_does_not_come_is_named(start_on: Start) -> None:
     node = start_on(0, *HELLO, "driver.node_rank=0", "driver.master_addr=node0", "driver.rdzv_timeout_s=3")
     assert node.wait() == 2
     assert "node 1 of 2 did not come to node0:29500 within 3 s" in node.output
+
+
+@pytest.mark.parametrize(
+    ("interface", "found"), [("nope0", "there is no interface nope0"), ("lo", "leads to no other node")]
+)
+def test_a_wrong_interface_is_named_on_both_nodes(start_on: Start, interface: str, found: str) -> None:
+    first = start_on(0, *HELLO, "driver.node_rank=0", "driver.master_addr=node0")
+    first.until_says("rendezvous static")
+    wrong = {"GLOO_SOCKET_IFNAME": interface}
+    second = start_on(1, *HELLO, "driver.node_rank=1", "driver.master_addr=node0", env=wrong)
+    for node in (first, second):
+        assert node.wait() == 2, node.output
+        assert f"GLOO_SOCKET_IFNAME={interface} was set on node1, but" in node.output
+        assert found in node.output
+        assert "then eth0 is used, which leads to node0" in node.output
+
+
+def test_a_rank_that_is_killed_restarts_the_group_on_all_nodes(start_on: Start) -> None:
+    """At once, in one attempt that all agree on, in a store without addresses of the dead."""
+    app = ("app=custom", "app._target_=probe_apps.KilledOnRank", "+app.guilty=2", "+app.attempts=2")
+    nodes = [
+        start_on(
+            rank,
+            *("driver=torchrun", *app, "driver.nproc_per_node=2", "driver.max_restarts=2", "driver.nnodes=2"),
+            *(f"driver.node_rank={rank}", "driver.master_addr=node0", "driver.master_port=29500"),
+        )
+        for rank in (0, 1)
+    ]
+    assert [node.wait() for node in nodes] == [0, 0], nodes[0].output + nodes[1].output
+    for rank in range(4):
+        assert f"rank {rank} went on in attempt 2" in nodes[rank // 2].output
 
 
 def test_a_busy_port_is_named(start_on: Start, hosts: list[Host], tmp_path: Path) -> None:

@@ -134,6 +134,7 @@ class ElasticRendezvous(RendezvousHandler):
             )
         self._address = address_towards(self._host) or socket.gethostname()
         meeting.check_alike(store, {"driver.min_nodes": self._min_nodes, "driver.max_nodes": self._max_nodes})
+        meeting.check_interface(store, self._host)
         return DynamicRendezvousHandler.from_backend(
             self._run_id,
             store,

@@ -21,6 +21,7 @@ import torch
 from torch.distributed import DistError, Store, TCPStore
 
 from everyrank import __version__
+from everyrank.drivers.network import wrong_interface
 from everyrank.errors import RendezvousError
 
 T = TypeVar("T")
@@ -173,6 +174,18 @@ def check_alike(store: Store, settings: Mapping[str, Any]) -> None:
             )
             store.set(MISFIT, message)
             raise RendezvousError(message)
+
+
+def check_interface(store: Store, host: str) -> None:
+    """Refuse a network interface that cannot carry the run, before the ranks time out on it.
+
+    Raises:
+        RendezvousError: It does not exist, or leads nowhere; also told under the key ``misfit``.
+    """
+    problem = wrong_interface(host)
+    if problem:
+        store.set(MISFIT, problem)
+        raise RendezvousError(problem)
 
 
 def in_thread(call: Callable[[], T], still_there: Callable[[], None]) -> T:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import struct
 import sys
@@ -42,6 +43,27 @@ def address_towards(host: str) -> str | None:
             probe.connect(target)
             return str(probe.getsockname()[0])
     return None
+
+
+def wrong_interface(host: str) -> str:
+    """What is wrong with the network interface that the user has set for a run that meets at ``host``, or ""."""
+    value = os.environ.get("GLOO_SOCKET_IFNAME", "")
+    here = address_towards(host)
+    if not value or here is None or here.startswith("127.") or here == "::1":
+        return ""
+    names = [name for _, name in socket.if_nameindex()]
+    unknown = [name for name in value.split(",") if name not in names]
+    if unknown:
+        found = f"there is no interface {unknown[0]} there, but {', '.join(names)}"
+    elif value == "lo":
+        found = "the loopback leads to no other node"
+    else:
+        return ""
+    right = interface_of(here)
+    return (
+        f"GLOO_SOCKET_IFNAME={value} was set on {socket.gethostname()}, but {found}. To mend it: unset it"
+        f"{f' (then {right} is used, which leads to {host})' if right else ''}, or set one of these on each node."
+    )
 
 
 def is_this_machine(host: str) -> bool:

@@ -98,11 +98,11 @@ def run(config: TorchrunConfig, launch_plan: LaunchPlan, request: LaunchRequest)
             node.kill()
 
     with forwarded(send, kill) as told:
-        codes = _wait(nodes)
-    if _SSH_FAILED in codes:
-        host = config.hosts[codes.index(_SSH_FAILED)]
+        codes, first = _wait(nodes)
+    if first is not None and codes[first] == _SSH_FAILED:
+        host = config.hosts[first]
         raise DriverError(
-            f"driver.hosts names {host}, but ssh could not start anything there (its own message is above). "
+            f"driver.hosts names {host}, but ssh could not start anything there, or lost it (its own message is above). "
             f"To mend it: make `ssh -o BatchMode=yes {host} true` work from here, without a password; "
             "driver.ssh_args takes further options."
         )
@@ -119,13 +119,21 @@ def run(config: TorchrunConfig, launch_plan: LaunchPlan, request: LaunchRequest)
     return Outcome(failures=failures, signum=told.signum, message=message, user_error=EXIT_BAD_INPUT in codes)
 
 
-def _wait(nodes: Sequence[subprocess.Popen[str]]) -> list[int]:
-    """Wait for all nodes; when one has failed, the others end by themselves, or are ended."""
+def _wait(nodes: Sequence[subprocess.Popen[str]]) -> tuple[list[int], int | None]:
+    """Wait for all nodes; when one has failed, the others end by themselves, or are ended.
+
+    Returns:
+        The exit codes, and which node failed first.
+    """
     deadline: float | None = None
-    while None in [node.poll() for node in nodes]:
-        failed = [node.returncode for node in nodes if node.returncode]
-        if failed and deadline is None:
-            deadline = time.monotonic() + (0 if _SSH_FAILED in failed else _FAREWELL_S)
+    first: int | None = None
+    while True:
+        codes = [node.poll() for node in nodes]
+        if first is None and any(codes):
+            first = next(rank for rank, code in enumerate(codes) if code)
+            deadline = time.monotonic() + (0 if codes[first] == _SSH_FAILED else _FAREWELL_S)
+        if None not in codes:
+            break
         if deadline is not None and time.monotonic() > deadline:
             for node in nodes:
                 if node.stdin is not None:
@@ -133,4 +141,4 @@ def _wait(nodes: Sequence[subprocess.Popen[str]]) -> list[int]:
                         node.stdin.close()
             deadline = time.monotonic() + _FAREWELL_S
         time.sleep(0.05)
-    return [node.returncode if node.returncode >= 0 else 128 + abs(node.returncode) for node in nodes]
+    return [code if code >= 0 else 128 - code for code in (node.wait() for node in nodes)], first

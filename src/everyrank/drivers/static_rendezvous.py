@@ -98,6 +98,7 @@ class StaticRendezvous(RendezvousHandler):
             store = meeting.connect(self._host, self._port, self._timeout_s, "node 0", _SETTINGS)
         store = PrefixStore(f"everyrank/{self._run_id}", store)
         meeting.check_alike(store, {"driver.nnodes": self._num_nodes})
+        meeting.check_interface(store, self._host)
         return store
 
     def _gather(self, store: Store) -> None:
