@@ -102,6 +102,7 @@ def test_two_ranks_under_torchrun_give_the_curve_of_one(
     single: Path, tmp_path: Path, clips: Path, write_options: Write
 ) -> None:
     options = tiny_options(clips, tmp_path, gpu_ids="auto", dist=False, use_static_graph=True)
+    options["datasets"]["train"]["dataloader_num_workers"] = 2
     done = _torchrun(2, SCRIPT, "--opt", str(write_options(options)))
     assert "dataloader_batch_size is 3 in total, 1 or 2 per rank" in done.stderr
     assert "PSNR VRT" in done.stdout
