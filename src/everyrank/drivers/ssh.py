@@ -102,7 +102,7 @@ def run(config: TorchrunConfig, launch_plan: LaunchPlan, request: LaunchRequest)
     if first is not None and codes[first] == _SSH_FAILED:
         host = config.hosts[first]
         raise DriverError(
-            f"driver.hosts names {host}, but ssh could not start anything there, or lost it (its own message is above). "
+            f"driver.hosts names {host}, but ssh could not start anything there, or lost it (it said why above). "
             f"To mend it: make `ssh -o BatchMode=yes {host} true` work from here, without a password; "
             "driver.ssh_args takes further options."
         )
