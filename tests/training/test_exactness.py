@@ -31,6 +31,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "optimizer_kwargs": {"lr": 0.01},
     },
     "rank0": {"num_epochs": 2, "validation": {"batch_size": 7, "on": "rank0", "metrics": {"error": tiny.mean_error}}},
+    "workers": {"num_epochs": 2, "num_workers": 1, "prefetch_factor": 3},
     # fewer samples than three ranks: some rank never has one
     "few": {"num_epochs": 4, "num_samples": 2},
     "torchmetrics": {
