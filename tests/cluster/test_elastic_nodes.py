@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -121,3 +122,39 @@ def test_a_node_with_another_limit_is_refused_and_the_job_goes_on(job: Job) -> N
     assert "node node0, which came first, has driver.max_nodes 3, but node node1 has 2" in other.output
     job.stop()
     assert job.nodes[0].wait() == 0, job.nodes[0].output
+
+
+@pytest.mark.slow
+def test_every_sample_is_trained_on_once_while_nodes_come_and_go(start_on: Start, tmp_path: Path) -> None:
+    """The trainer's own ledger, over a late joiner and a killed node: what was undone was done again, once."""
+    settings = (
+        *("driver=torchrun", "app=certify", "app.training.num_epochs=80", "app.data.kwargs.delay_s=0.004"),
+        *("app.training.checkpoint_every_steps=10", "driver.nproc_per_node=1", "driver.rdzv_id=my_job"),
+        *("driver.rdzv_backend=c10d", "driver.rdzv_endpoint=node0:29500", "driver.min_nodes=1", "driver.max_nodes=3"),
+    )
+    nodes = [start_on(0, *settings), start_on(1, *settings)]
+
+    def worlds() -> set[int]:
+        files = tmp_path.glob("outputs/*/ledger/step-*.jsonl")
+        return {json.loads(path.read_text().splitlines()[0])["world_size"] for path in files}
+
+    def explain() -> str:
+        return "\n".join(f"--- {node.name}\n{node.output}" for node in nodes)
+
+    wait_for(lambda: 2 in worlds(), 40, explain)
+    nodes.append(start_on(2, *settings))
+    wait_for(lambda: 3 in worlds(), 40, explain)
+    nodes[2].process.send_signal(signal.SIGKILL)
+    assert nodes[0].wait(90) == 0, explain()
+    assert nodes[1].wait() == 0, explain()
+
+    uses: Counter[tuple[int, int]] = Counter()
+    last_world = 0
+    for path in sorted(tmp_path.glob("outputs/*/ledger/step-*.jsonl")):
+        for line in path.read_text().splitlines():
+            entry = json.loads(line)
+            uses.update((entry["epoch"], sample) for sample in entry["samples"])
+            last_world = entry["world_size"]
+    assert set(uses.values()) == {1}
+    assert len(uses) == 80 * len({sample for _, sample in uses})
+    assert last_world == 2
