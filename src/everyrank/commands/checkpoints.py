@@ -31,7 +31,8 @@ def main(argv: Sequence[str]) -> int:
         written = datetime.fromtimestamp(info.path.stat().st_mtime).isoformat(sep=" ", timespec="seconds")
         size = f"{info.num_bytes / 2**20:.1f} MiB"
         table.add_row(str(info.step), metric, size, str(info.world_size or ""), written, state)
-    Console().print(table)
+    # Where the output is no terminal, nobody has a narrow one: a reason is not to be cut off.
+    Console(width=None if Console().is_terminal else 200).print(table)
     return EXIT_FAILURE if any(info.verified is False for info in infos) else EXIT_OK
 
 
