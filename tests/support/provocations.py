@@ -26,7 +26,7 @@ from everyrank.runtime.device import bind_device
 from everyrank.runtime.process_environment import ProcessEnvironment
 
 CUSTOM = ("driver=torchrun", "app=custom")
-_SAID: list[str] = []  # by the runs that several entries look at
+_SAID: dict[str, str] = {}  # by the runs that several entries look at
 _ROWS: dict[int, list[dict[str, Any]]] = {}  # history of the same training at several world sizes
 
 
@@ -47,7 +47,9 @@ class Provoker:
     # ---- one rank differs
 
     def one_rank_raised(self) -> str:
-        return self.run(*CUSTOM, "app._target_=probe_apps.RaisesOnRank", "+app.guilty=1", code=1)
+        if "raised" not in _SAID:
+            _SAID["raised"] = self.run(*CUSTOM, "app._target_=probe_apps.RaisesOnRank", "+app.guilty=1", code=1)
+        return _SAID["raised"]
 
     def one_rank_is_missing(self) -> str:
         return _failure(_skip_the_barrier)
@@ -75,8 +77,7 @@ class Provoker:
             with pytest.raises(dist.DistNetworkError) as plain:
                 dist.TCPStore("127.0.0.1", port, is_master=True)
             ours = self.run("driver=torchrun", f"driver.master_port={port}", "app=hello_dist", code=2)
-        free = self.run("driver=torchrun", "app=hello_dist", code=0)
-        assert "All 2 processes completed successfully!" in free
+        assert "All 2 processes completed successfully!" in self.one_folder_per_rank()
         return f"{plain.value}\n{ours}"
 
     def master_unreachable(self) -> str:
@@ -110,10 +111,11 @@ class Provoker:
         return str(error.value)
 
     def one_folder_per_rank(self) -> str:
-        told = self.run("driver=torchrun", "app=hello_dist", code=0)
-        assert len(list((self.folder / "outputs").iterdir())) == 1
-        assert not list(self.folder.rglob(".hydra"))
-        return told
+        if "greeted" not in _SAID:
+            _SAID["greeted"] = self.run("driver=torchrun", "app=hello_dist", code=0)
+            assert len(list((self.folder / "outputs").iterdir())) == 1
+            assert not list(self.folder.rglob(".hydra"))
+        return _SAID["greeted"]
 
     def wrong_key(self) -> str:
         return self.run("driver=torchrun", "driver.nproc=2", "app=hello_dist", code=2)
@@ -179,7 +181,7 @@ class Provoker:
         """What is said by a run on 2 ranks that is told to stop within an epoch, by the same command on 3 ranks after
         the newest checkpoint was damaged, and by ``everyrank checkpoints`` between the two. Done once for all entries.
         """
-        if not _SAID:
+        if "resumed" not in _SAID:
             stopped = self._train_certify("driver.nproc_per_node=2", code=75)
             newest = max(self.folder.glob("outputs/*/checkpoints/step-*"))
             with (newest / "model.safetensors").open("r+b") as file:
@@ -195,8 +197,8 @@ class Provoker:
                 for sample in entry["samples"]
             ]
             assert len(used) == len(set(used)) == 3 * 103, "each sample exactly once an epoch"
-            _SAID.extend([stopped, resumed, listed.stdout])
-        return _SAID[0], _SAID[1], _SAID[2]
+            _SAID.update(stopped=stopped, resumed=resumed, listed=listed.stdout)
+        return _SAID["stopped"], _SAID["resumed"], _SAID["listed"]
 
     def _trained(self, size: int) -> list[dict[str, Any]]:
         """The histories of each rank, trained once for all entries."""
