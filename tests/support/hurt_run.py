@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -27,6 +28,7 @@ from everyrank.errors import Preempted
 from everyrank.runtime.preemption import PreemptionWatch
 from everyrank.training.history import read_history
 
+ROOT = Path(__file__).resolve().parents[2]
 NUM_SAMPLES, NUM_EPOCHS, NUM_STEPS = 103, 3, 33
 WRITING, RENAMING = ("write", "fsync", "mkdir"), ("rename", "replace")
 
@@ -111,8 +113,8 @@ def send(harm: Harm) -> None:
         elif harm.victim == "group":
             os.killpg(os.getpgid(launcher().pid), number)
         else:
-            for process in [*launcher().children(recursive=True), launcher()]:
-                process.send_signal(number)
+            processes = [*launcher().children(recursive=True), launcher()]
+            subprocess.run(["kill", f"-{number}", *(str(process.pid) for process in processes)], check=True)
         deadline = time.monotonic() + 30
         while attempt == 0 and not (_watches and _watches[-1].noticed):
             assert time.monotonic() < deadline, f"{harm.name} did not arrive"
@@ -124,7 +126,8 @@ def send(harm: Harm) -> None:
 
 def launcher() -> psutil.Process:
     """The process that a user started."""
-    return next(p for p in reversed(psutil.Process().parents()) if any("run.py" in arg for arg in p.cmdline()))
+    above = reversed(psutil.Process().parents())
+    return next(process for process in above if process.cmdline()[1:2] == [str(ROOT / "run.py")])
 
 
 def apply_model(model: torch.nn.Module, batch: Any) -> torch.Tensor:
