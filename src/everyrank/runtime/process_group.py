@@ -273,8 +273,8 @@ def _let_groups_outlive_reducers(num_references: int) -> None:
     """Make models that outlive the group free their reducer before the group.
 
     A DistributedDataParallel that is freed after its group was destroyed may hold the group's last reference in its
-    C++ reducer. In torch 2.13 the reducer then destroys the gloo group while it holds the GIL and waits for a gloo thread
-    that wants the GIL: the process never ends. An attribute that is made last is freed last, and Python's own reference
+    C++ reducer. In torch 2.13 the reducer then destroys the gloo group while it holds the GIL, and waits for a gloo
+    thread that wants the GIL: the process never ends. An attribute that is made last is freed last, and Python's own reference
     to a group gives the GIL away.
 
     Args:
