@@ -102,7 +102,7 @@ class Checkpointer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._task.wait()
+        self._task.close()
         if kind is None:  # an error that is on its way already must not be hidden by the writer's, which is logged
             self.check()
 
@@ -213,8 +213,9 @@ class Checkpointer:
         self.check()
 
     def close(self) -> None:
-        """Wait as ``wait`` does. Nothing is lost without it, but an error would only be logged."""
-        self.wait()
+        """Wait as ``wait`` does, and end the thread. Nothing is lost without it, but an error would only be logged."""
+        self._task.close()
+        self.check()
 
     def latest(self) -> CheckpointInfo | None:
         """Return the newest checkpoint that is whole, or None; damaged ones are named in the log and skipped.

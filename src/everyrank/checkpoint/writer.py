@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import logging
 import os
+import queue
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -100,33 +102,54 @@ def _write_groups(temporary: Path, groups: Mapping[str, Group]) -> dict[str, Fil
 class BackgroundTask:
     """Runs one task at a time in a thread and keeps its error for whoever asks.
 
-    The threads are not daemons: the interpreter waits for the last one before it exits, so nothing is lost.
+    The thread stays for the next task: on a busy machine, starting one has been seen to take longer than the copy of
+    50 MB that a checkpoint waits for. It does not keep the interpreter from exiting, but an exit waits for its task.
     """
 
     def __init__(self) -> None:
+        self._tasks: queue.SimpleQueue[tuple[Callable[[], None], str] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
+        self._idle = threading.Event()
+        self._idle.set()
+        self._process = os.getpid()
         self._error: BaseException | None = None
 
     def start(self, task: Callable[[], None], *, name: str) -> None:
-        """Run ``task`` in a thread. The last one must have been waited for."""
-        assert self._thread is None
-        self._thread = threading.Thread(target=self._run, args=(task,), name=name)
-        self._thread.start()
+        """Run ``task`` in the thread. The last one must have been waited for."""
+        assert self._idle.is_set()
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="everyrank-checkpoint", daemon=True)
+            self._thread.start()
+            atexit.register(self.wait)
+        self._idle.clear()
+        self._tasks.put((task, name))
 
     def wait(self) -> None:
         """Wait until the task is done, whether it failed or not."""
+        if os.getpid() == self._process:  # a forked child has no such thread, and nothing to wait for
+            self._idle.wait()
+
+    def close(self) -> None:
+        """Wait for the task and end the thread. Another ``start`` makes a new one."""
+        self.wait()
         if self._thread is not None:
+            self._tasks.put(None)
             self._thread.join()
             self._thread = None
+            atexit.unregister(self.wait)
 
     def take_error(self) -> BaseException | None:
         """Return the error of a task that failed, once."""
         error, self._error = self._error, None
         return error
 
-    def _run(self, task: Callable[[], None]) -> None:
-        try:
-            task()
-        except BaseException as error:  # it belongs to the training thread, which asks for it
-            logger.error("%s failed: %s", threading.current_thread().name, error)
-            self._error = error
+    def _run(self) -> None:
+        while (item := self._tasks.get()) is not None:
+            task, name = item
+            try:
+                task()
+            except BaseException as error:  # it belongs to the training thread, which asks for it
+                logger.error("%s failed: %s", name, error)
+                self._error = error
+            del item, task  # they hold the memory of the copy
+            self._idle.set()
