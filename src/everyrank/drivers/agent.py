@@ -21,6 +21,8 @@ from everyrank.drivers.rank_files import error_file, log_file, read_error
 from everyrank.drivers.spec import EngineRun, RankFunction
 from everyrank.errors import EXIT_BAD_INPUT, EXIT_FAILURE, EXIT_OK, EXIT_PREEMPTED, ProcessGroupError
 
+# DistributedDataParallel and every optimizer import it when they are made, which is most of the time a restart takes.
+_NEEDED_BY_TRAINING = ("torch._dynamo",)
 SETTLE_S = 7.0  # a node that went away has been noticed by then (see elastic_rendezvous)
 
 
@@ -61,7 +63,8 @@ class ForkedRanks(PContext):
     def __init__(self, run: EngineRun, forkserver: Forkserver, stdio: tuple[int, int], **context: Any) -> None:
         super().__init__(**context)
         self._run = run
-        self._forkserver = forkserver
+        self._forkserver = forkserver.current
+        self._first_forkserver = forkserver
         self._stdio = stdio
         self._pids: dict[int, int] = {}
         self._first_failure_s: float | None = None
@@ -77,6 +80,8 @@ class ForkedRanks(PContext):
                 sys_path=list(self._run.sys_path),
             )
             self._pids[local_rank] = self._forkserver.fork(process, *self._stdio)
+        if self._run.max_restarts or self._run.min_nodes != self._run.max_nodes:
+            self._first_forkserver.warm_up((*_NEEDED_BY_TRAINING, *self._run.preload))
 
     def exit_codes(self) -> dict[int, int]:
         """Exit codes of the local ranks that have ended."""

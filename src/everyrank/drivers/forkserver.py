@@ -9,12 +9,15 @@ Not safe when a preloaded module starts threads or initialises CUDA while it is 
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import os
 import random
 import selectors
 import signal
 import socket
 import sys
+import threading
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -48,20 +51,54 @@ class Forkserver:
     """The engine's handle on its forkserver process."""
 
     def __init__(self) -> None:
-        self.exit_codes: dict[int, int] = {}
-        self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         engine_pid = os.getpid()
-        self.pid = os.fork()
-        if self.pid == 0:
-            self._channel.close()
+        pid = os.fork()
+        if pid == 0:
+            ours.close()
             _serve(theirs, engine_pid)
             os._exit(0)
         theirs.close()
+        self._connect(ours, pid)
+
+    def _connect(self, channel: socket.socket, pid: int) -> None:
+        self._channel, self.pid = channel, pid
+        self.exit_codes: dict[int, int] = {}
         self._new_pids: list[int] = []
+        self._successor: Forkserver | None = None
+        self._is_warm = False
+
+    def warm_up(self, modules: Sequence[str]) -> None:
+        """Prepare a second forkserver, which has imported these modules, for the ranks of a later attempt.
+
+        It is forked from this one and imports while the ranks of the present attempt run, so that nobody waits for it.
+        """
+        if self._successor is not None:
+            return
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        with theirs:
+            wire.send(self._channel, ("warm", tuple(modules)), [theirs.fileno()])
+        self._successor = Forkserver.__new__(Forkserver)
+        self._successor._connect(ours, self._next_pid())
+
+    @property
+    def current(self) -> Forkserver:
+        """The warm forkserver if there is one by now, else this one."""
+        if self._successor is not None:
+            try:
+                self._successor.wait(0)
+            except (EOFError, OSError):  # it must not be forked from, see _warm
+                return self
+            if self._successor._is_warm:
+                return self._successor
+        return self
 
     def fork(self, process: RankProcess, stdout: int, stderr: int) -> int:
         """Start a rank that writes to the given descriptors and return its pid."""
         wire.send(self._channel, ("fork", process), [stdout, stderr])
+        return self._next_pid()
+
+    def _next_pid(self) -> int:
         while not self._new_pids:
             self._read_one()
         return self._new_pids.pop()
@@ -84,11 +121,15 @@ class Forkserver:
         (kind, *rest), _ = wire.receive(self._channel)
         if kind == "pid":
             self._new_pids.append(rest[0])
+        elif kind == "warm":
+            self._is_warm = True
         else:
             self.exit_codes[rest[0]] = rest[1]
 
     def close(self) -> None:
         """End the forkserver (and with it any rank that is left)."""
+        if self._successor is not None:
+            self._successor._channel.close()
         self._channel.close()
         os.waitpid(self.pid, 0)
 
@@ -142,10 +183,30 @@ def _answer(channel: socket.socket, alive: set[int], private_fds: Sequence[int])
         channel.close()
         for fd in private_fds:
             os.close(fd)
+        if kind == "warm":
+            _warm(rest[0], socket.socket(fileno=fds[0]), server_pid)
         _become_rank(rest[0], fds, server_pid)
     alive.add(pid)
     wire.close_all(fds)
     wire.send(channel, ("pid", pid))
+
+
+def _warm(modules: Sequence[str], channel: socket.socket, server_pid: int) -> None:
+    """Be a forkserver that has imported modules; never returns."""
+    code = 1
+    try:
+        die_with_parent(server_pid)
+        for module in modules:
+            with contextlib.suppress(ImportError):
+                importlib.import_module(module)
+        # What has threads or an accelerator context cannot be forked: then ranks come from the first forkserver.
+        torch = sys.modules.get("torch")
+        if threading.active_count() == 1 and not (torch and torch.cuda.is_initialized()):
+            wire.send(channel, ("warm",))
+            _serve(channel, server_pid)
+        code = 0
+    finally:
+        os._exit(code)
 
 
 def _become_rank(process: RankProcess, fds: Sequence[int], server_pid: int) -> None:
