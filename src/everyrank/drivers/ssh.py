@@ -7,7 +7,6 @@ connected to this process: when this process ends, for whatever reason, the node
 from __future__ import annotations
 
 import contextlib
-import os
 import shlex
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from everyrank.drivers.cluster import SSH, exports, node_command, recorded_failu
 from everyrank.drivers.config import TorchrunConfig
 from everyrank.drivers.driver import LaunchPlan, LaunchRequest
 from everyrank.drivers.environment import rank_variables
+from everyrank.drivers.guarded import guarded
 from everyrank.drivers.network import DEFAULT_PORT
 from everyrank.drivers.rank_files import clear_errors
 from everyrank.drivers.signals import forwarded
@@ -83,8 +83,7 @@ def run(config: TorchrunConfig, launch_plan: LaunchPlan, request: LaunchRequest)
     env = dict(launch_plan.env)
     commands = [_command(config, request, env, rank) for rank in range(len(config.hosts))]
     nodes = [
-        subprocess.Popen(command, stdin=subprocess.PIPE, text=True, env=os.environ, process_group=0)
-        for command in commands
+        subprocess.Popen(guarded(command), stdin=subprocess.PIPE, text=True, process_group=0) for command in commands
     ]
 
     def send(signum: int) -> None:
