@@ -8,7 +8,8 @@
 
 The reference (``vrt_reference.py``) has explicit attention matrices and goes frame by frame. Each measurement runs in a
 process of its own: peak memory is the highest resident set over that before the first call (the allocator's peak on
-CUDA), time is the median of the calls after it. Both contenders have the same weights and give the same output.
+CUDA), time is the median of the calls after it (CPU time with one thread, so that what else runs does not count). Both
+contenders have the same weights and give the same output.
 """
 
 from __future__ import annotations
@@ -95,11 +96,12 @@ def measure(name: str, who: str, mode: str, args: argparse.Namespace) -> dict[st
     before = reset_peak(device)
     mean = call()
     peak = peak_mib(device) - before
+    clock = time.process_time if device.type == "cpu" and args.threads == 1 else time.perf_counter
     seconds = []
     for _ in range(args.repeats):
-        start = time.perf_counter()
+        start = clock()
         call()
-        seconds.append(time.perf_counter() - start)
+        seconds.append(clock() - start)
     result = {"seconds": statistics.median(seconds), "mib": peak, "mean": mean}
     if args.profile and who == "everyrank":
         result |= {f"part: {part}": share for part, share in profile(net, run, clip).items()}

@@ -26,24 +26,23 @@ def attend(q: Tensor, k: Tensor, v: Tensor, grid: WindowGrid, scale: float, bias
         (B, nD, nH, nW, heads, tokens, head_dim).
     """
     regions = list(grid.regions(spatial=bias is None, device=q.device))
+    if q.device.type == "cpu" and torch.is_grad_enabled() and q.requires_grad:
+        # the fused CPU kernel has no gradient for the bias, and the unfused path keeps every score
+        return chunked_attention(q, k, v, None if bias is None else bias.to(q.dtype), regions, scale)
     if len(regions) == 1:
         return _one_region(q, k, v, regions[0][1], scale, bias)
     out = torch.empty_like(q)
     for (d, h, w), mask in regions:
-        part = _one_region(q[:, d, h, w], k[:, d, h, w], v[:, d, h, w], mask, scale, bias)
-        out[:, d, h, w] = part
+        out[:, d, h, w] = _one_region(q[:, d, h, w], k[:, d, h, w], v[:, d, h, w], mask, scale, bias)
     return out
 
 
 def _one_region(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, bias: Tensor | None) -> Tensor:
     lead = q.shape[:4]
     q, k, v = (t.reshape(-1, *t.shape[4:]) for t in (q, k, v))
-    extra = mask.to(q) if mask is not None else None
+    extra = mask.to(q.dtype) if mask is not None else None
     if bias is not None:
         extra = bias.to(q.dtype) if extra is None else bias.to(q.dtype) + extra
-    if extra is not None and extra.requires_grad and q.device.type == "cpu":
-        # the fused CPU kernel has no gradient for the bias, and the unfused path keeps every score
-        return chunked_attention(q, k, v, extra, scale).view(*lead, *q.shape[1:])
     if extra is not None:
         extra = extra.view(1, -1, *extra.shape[-2:])
     return F.scaled_dot_product_attention(q, k, v, attn_mask=extra, scale=scale).view(*lead, *q.shape[1:])

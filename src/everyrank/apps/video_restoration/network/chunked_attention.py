@@ -1,62 +1,99 @@
-"""Attention with a trainable bias on the CPU, without keeping the scores.
+"""Attention in windows for training on the CPU, without keeping the scores.
 
-PyTorch's fused CPU kernel gives no gradient for an additive bias; the unfused path stores (windows, heads, tokens,
-tokens) numbers several times over. Here the forward pass stores the inputs alone; the backward pass computes the
-scores again, a few windows at a time, so that they stay in the cache.
+PyTorch's fused CPU kernel gives no gradient for an additive bias, and the unfused path stores (windows, heads, tokens,
+tokens) numbers several times over. Here the forward pass stores the inputs alone; the backward pass computes the scores
+again, a few windows at a time, so that they stay in the cache.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK_NUMBERS = 1 << 20  # scores alive at a time: 4 MiB of float32
 
+Region = tuple[tuple[slice, slice, slice], Tensor | None]
 
-def chunked_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
-    """``softmax(scale * q k^T + bias) v`` for q, k, v (windows, heads, tokens, head_dim) and one bias for all.
+
+def chunked_attention(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, regions: list[Region], scale: float
+) -> Tensor:
+    """``softmax(scale * q k^T + bias + mask) v`` in every window.
 
     Args:
-        q: Queries.
-        k: Keys.
-        v: Values.
-        bias: (heads, tokens, tokens), gets a gradient.
+        q: Queries (B, nD, nH, nW, heads, tokens, head_dim).
+        k: Keys, likewise.
+        v: Values, likewise.
+        bias: (heads, tokens, tokens) for all windows, gets a gradient; or None.
+        regions: Groups of windows and their masks, see ``WindowGrid.regions``.
         scale: Factor on the scores.
 
     Returns:
-        (windows, heads, tokens, head_dim).
+        The shape of ``q``.
     """
-    return _ChunkedAttention.apply(q, k, v, bias, scale)
+    return _ChunkedAttention.apply(q, k, v, bias, regions, scale)
+
+
+def _parts(x: Tensor, regions: list[Region]) -> Iterator[tuple[tuple[slice, ...], Tensor | None]]:
+    """Yield where the windows of each part are, and the part's mask; a part lies in one region and one clip."""
+    heads, tokens = x.shape[4:6]
+    rows = max(1, CHUNK_NUMBERS // (heads * tokens * tokens * max(1, x.shape[3])))
+    for (d, h, w), mask in regions:
+        top, bottom, _ = h.indices(x.shape[2])
+        for sample in range(x.shape[0]):
+            for depth in range(*d.indices(x.shape[1])):
+                for row in range(top, bottom, rows):
+                    where = (slice(sample, sample + 1), slice(depth, depth + 1), slice(row, min(row + rows, bottom)), w)
+                    yield where, mask
+
+
+def _weights(q: Tensor, k: Tensor, extra: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """Return the scaled queries and the attention weights of a part."""
+    scaled = q * scale
+    scores = torch.matmul(scaled, k.transpose(-1, -2))
+    if extra is not None:
+        scores += extra
+    return scaled, torch.softmax(scores, dim=-1)
+
+
+def _extra(bias: Tensor | None, mask: Tensor | None) -> Tensor | None:
+    if bias is None or mask is None:
+        return mask if bias is None else bias
+    return bias + mask
 
 
 class _ChunkedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
-        q, k, v, bias = q.contiguous(), k.contiguous(), v.contiguous(), bias.contiguous()
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, regions: list[Region], scale: float
+    ) -> Tensor:
+        if bias is not None:
+            bias = bias.contiguous()
+        regions = [(where, None if mask is None else mask.to(q.dtype)) for where, mask in regions]
         ctx.save_for_backward(q, k, v, bias)
-        ctx.scale = scale
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.unsqueeze(0), scale=scale)
+        ctx.regions, ctx.scale = regions, scale
+        out = q.new_empty(q.shape)
+        for at, mask in _parts(q, regions):
+            out[at] = torch.matmul(_weights(q[at], k[at], _extra(bias, mask), scale)[1], v[at])
+        return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, bias = ctx.saved_tensors
-        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        dbias = torch.zeros_like(bias)
-        heads, tokens = q.shape[1:3]
-        step = max(1, CHUNK_NUMBERS // (heads * tokens * tokens))
-        grad = grad.contiguous()
-        for start in range(0, q.shape[0], step):
-            part = slice(start, start + step)
-            scaled = q[part] * ctx.scale
-            weights = torch.softmax(torch.matmul(scaled, k[part].transpose(-1, -2)).add_(bias), dim=-1)
-            dv[part] = torch.matmul(weights.transpose(-1, -2), grad[part])
-            dweights = torch.matmul(grad[part], v[part].transpose(-1, -2))
+        dq, dk, dv = (t.new_empty(t.shape) for t in (q, k, v))
+        dbias = None if bias is None else torch.zeros_like(bias)
+        for at, mask in _parts(q, ctx.regions):
+            keys, upper = k[at], grad[at]
+            scaled, weights = _weights(q[at], keys, _extra(bias, mask), ctx.scale)
+            dv[at] = torch.matmul(weights.transpose(-1, -2), upper)
+            dweights = torch.matmul(upper, v[at].transpose(-1, -2))
             dscores = torch._softmax_backward_data(dweights, weights, -1, weights.dtype)
-            dbias += dscores.sum(0)
-            dq[part] = torch.matmul(dscores, k[part]).mul_(ctx.scale)
-            dk[part] = torch.matmul(dscores.transpose(-1, -2), scaled)
-        return dq, dk, dv, dbias, None
+            if dbias is not None:
+                dbias += dscores.sum((0, 1, 2, 3))
+            dq[at] = torch.matmul(dscores, keys).mul_(ctx.scale)
+            dk[at] = torch.matmul(dscores.transpose(-1, -2), scaled)
+        return dq, dk, dv, dbias, None, None

@@ -27,7 +27,7 @@ class FlowLevel(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (reference, warped neighbour, flow so far) (N, 8, H, W) to a correction (N, 2, H, W)."""
-        return self.basic_module(x)
+        return self.basic_module(x.contiguous(memory_format=torch.channels_last))
 
 
 class SpyNet(nn.Module):
