@@ -6,9 +6,11 @@ checkpoints and ledgers are written. Nothing of everyrank is replaced.
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -173,7 +175,7 @@ def train(run: Path, harm: Harm | None = None, dropout: float = 0.0, changes: Ma
     app["data"]["kwargs"]["delay_s"] = 0.0
     app.update(apply_model="hurt_run.apply_model")
     app["model"] = {"type": "hurt_run.network", "kwargs": {"dropout": dropout}}
-    app["training"].update(log_every_steps=1, checkpoint_every_steps=2, **(changes or {}))
+    app["training"].update({"log_every_steps": 1, "checkpoint_every_steps": 2, **(changes or {})})
     app["name"] = "hurt"
     cfg = OmegaConf.create(
         {"app": app, "distributed": {"timeout_s": 60.0, "device": "cpu"}, "run": {"dir": str(run)}, "resume": "auto"}
@@ -192,3 +194,26 @@ def train(run: Path, harm: Harm | None = None, dropout: float = 0.0, changes: Ma
 def newest_step(run: Path) -> int:
     """The step of the newest checkpoint by name."""
     return max((int(path.name[5:13]) for path in (run / "checkpoints").glob("step-*")), default=0)
+
+
+def train_on_a_stuck_disk(run: Path, changes: Mapping[str, Any]) -> Any:
+    """Train; rank 0's first flush of a checkpoint returns only when training has come to the last step before the next.
+
+    Returns:
+        Whether it came there while the flush was stuck, and what ``train`` returns.
+    """
+    came, num_calls, fsync = threading.Event(), itertools.count(1), os.fsync
+    released: list[bool] = []
+
+    def stuck(descriptor: int) -> None:
+        if threading.current_thread() is not threading.main_thread() and not released:
+            released.append(came.wait(20))
+        fsync(descriptor)
+
+    def at_call() -> None:
+        if next(num_calls) == 2 * changes["checkpoint_every_steps"]:
+            came.set()
+
+    os.fsync = stuck
+    _at_call["training"] = at_call
+    return released, train(run, changes=changes)
