@@ -130,6 +130,19 @@ def test_a_run_that_was_killed_is_told_as_far_as_it_came(tmp_path: Path) -> None
     assert "YES" in page.text
 
 
+def test_the_rows_of_video_restoration_are_drawn_too(tmp_path: Path) -> None:
+    rows = [{"iteration": n, "loss": 0.5 / n, "lr": 0.1} for n in (20, 40)]
+    rows.append({"iteration": 40, "validation": {"psnr": 27.8, "bicubic_psnr": 27.6}})  # type: ignore[dict-item]
+    (tmp_path / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "options.json").write_text('{"task": "demo"}')
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "side_by_side.png").write_bytes(_PNG)
+    page = read(tmp_path)
+    for text in ("psnr", "bicubic_psnr", "27.8", '"task": "demo"', "images/side_by_side.png"):
+        assert text in page.text
+    assert sum(tag == "svg" for tag, _ in page.tags) == 4, "loss, lr and both PSNRs"
+
+
 @pytest.mark.parametrize("inside", [{"config.yaml": "a: 1"}, {"logs/rank-3.log": "last words"}])
 def test_any_one_sign_of_a_run_is_enough(tmp_path: Path, inside: dict[str, str]) -> None:
     for name, text in inside.items():

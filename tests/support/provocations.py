@@ -141,8 +141,11 @@ class Provoker:
             assert mine["loss"] == pytest.approx(theirs["loss"], abs=1e-10)
         return json.dumps(two["training"][-1])
 
-    def global_batch_changed(self) -> str:
-        return _failure(_train, str(self.folder / "both"), batch_size=5)
+    def two_batch_sizes(self) -> str:
+        with pytest.raises(UserError) as error:
+            _train(str(self.folder / "both"), batch_size=5)
+        assert not (self.folder / "both").exists()
+        return str(error.value)
 
     def no_parallel_section(self) -> str:
         return _failure(_train, str(self.folder / "bare"), parallel=None)

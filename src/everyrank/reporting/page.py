@@ -84,7 +84,7 @@ def _result(facts: RunFacts) -> str:
 
 def _curves(facts: RunFacts) -> str:
     steps = [row for row in facts.rows if row.get("kind", "step") == "step"]
-    epochs = _of_kind(facts, "epoch")
+    epochs = [*_of_kind(facts, "epoch"), *_of_kind(facts, "validation")]
     charts = [
         (
             "loss",

@@ -22,6 +22,8 @@ _SIGNS_OF_A_RUN = ("config.yaml", "run.yaml", "history.jsonl", "result.json", "c
 _LOG_NAME = re.compile(r"rank-(\d+)\.log")
 _IMAGE_TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg"}
 _MAX_IMAGE_BYTES = 8 << 20
+_MAX_IMAGES = 12
+_CONFIGS = ("run.yaml", "config.yaml", "options.json")
 _TAIL_BYTES = 64 << 10
 
 
@@ -92,7 +94,7 @@ def read_run(folder: Path, num_log_lines: int = 40) -> RunFacts:
     checkpoints, versions = _read_checkpoints(folder / "checkpoints")
     return RunFacts(
         folder=folder,
-        configs={name: _text(folder / name) for name in ("run.yaml", "config.yaml") if (folder / name).is_file()},
+        configs={name: _text(folder / name) for name in _CONFIGS if (folder / name).is_file()},
         rows=tuple(rows),
         result=_read_result(folder / "result.json", problems),
         checkpoints=checkpoints,
@@ -127,7 +129,16 @@ def _json_lines(path: Path, problems: list[str]) -> list[Row]:
 
 
 def _read_rows(path: Path, problems: list[str]) -> list[Row]:
-    return _json_lines(path, problems) if path.is_file() else []
+    return [_flat(row) for row in _json_lines(path, problems)] if path.is_file() else []
+
+
+def _flat(row: Row) -> Row:
+    """Bring a nested ``validation`` mapping, as video restoration records it, to the names of the trainer's rows."""
+    nested = row.get("validation")
+    if not isinstance(nested, dict):
+        return row
+    rest = {name: value for name, value in row.items() if name != "validation"}
+    return {"kind": "validation", **rest, **{f"val_{name}": value for name, value in nested.items()}}
 
 
 def _read_result(path: Path, problems: list[str]) -> Any:
@@ -168,8 +179,8 @@ def _read_logs(folder: Path, num_lines: int) -> dict[int, tuple[str, ...]]:
 
 
 def _read_images(folder: Path, problems: list[str]) -> tuple[tuple[str, str, bytes], ...]:
-    images = []
-    for path in sorted(folder.iterdir()):
+    images: list[tuple[str, str, bytes]] = []
+    for path in [*sorted(folder.iterdir()), *sorted((folder / "images").glob("*"))]:
         kind = _IMAGE_TYPES.get(path.suffix.lower())
         # The page draws the curves itself.
         if kind is None or path.name == "curves.png" or not path.is_file():
@@ -177,7 +188,10 @@ def _read_images(folder: Path, problems: list[str]) -> tuple[tuple[str, str, byt
         if path.stat().st_size > _MAX_IMAGE_BYTES:
             problems.append(f"{path.name}: left out, larger than {_MAX_IMAGE_BYTES >> 20} MiB")
             continue
-        images.append((path.name, kind, path.read_bytes()))
+        if len(images) == _MAX_IMAGES:
+            problems.append(f"only the first {_MAX_IMAGES} pictures are shown")
+            break
+        images.append((str(path.relative_to(folder)), kind, path.read_bytes()))
     return tuple(images)
 
 
