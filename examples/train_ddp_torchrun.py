@@ -10,12 +10,14 @@ Plain ``python examples/train_ddp_torchrun.py`` trains in one process.
 
 import argparse
 import os
+import sys
 from pathlib import Path
 
 import yaml
 from train_ddp_standalone import CONFIG, SpiralNet, accuracy, compute_loss, spirals
 
 from everyrank import TrainerDDP, cleanup_ddp, get_loader, initialize_ddp
+from everyrank.errors import Preempted
 
 __all__ = ["SpiralNet", "accuracy", "compute_loss"]  # named by the configuration as __main__.<name>
 
@@ -45,4 +47,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except Preempted as stopped:  # a signal came; a checkpoint is saved, and the same command goes on from it
+        sys.exit(stopped.exit_code)
