@@ -25,7 +25,8 @@ quickstart: $(STAMP)
 
 test: $(STAMP)
 	sh scripts/install_cluster_tools.sh
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest || { echo "== what failed, once more and alone =="; \
+	    $(BIN)/python -m pytest --last-failed --last-failed-no-failures none; }
 
 check: $(STAMP)
 	$(BIN)/ruff check .
