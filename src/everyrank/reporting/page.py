@@ -15,6 +15,7 @@ from everyrank.reporting.style import STYLE
 # The browser enforces what the page promises: nothing is fetched and no script runs, whatever a log line says.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 _X_NAMES = ("step", "iteration")
+_BASELINE = "val_bicubic_"  # video restoration's baseline, to be seen beside the network
 _NOT_DRAWN = {*_X_NAMES, "epoch", "num_samples", "val_num_samples", "seconds", "num_skipped"}
 
 
@@ -85,25 +86,25 @@ def _result(facts: RunFacts) -> str:
 def _curves(facts: RunFacts) -> str:
     steps = [row for row in facts.rows if row.get("kind", "step") == "step"]
     epochs = [*_of_kind(facts, "epoch"), *_of_kind(facts, "validation")]
-    charts = [
-        (
-            "loss",
-            [
-                Line(name="training, each step", points=_points(steps, "loss"), style="faint"),
-                Line(name="training, epoch mean", points=_points(epochs, "train_loss")),
-                Line(name="validation", points=_points(epochs, "val_loss"), style="held-out"),
-            ],
-        )
-    ]
+    means = _points(epochs, "train_loss")
+    charts = {
+        "loss": [
+            Line(name="training, each step", points=_points(steps, "loss"), style="faint" if means else "train"),
+            Line(name="training, epoch mean", points=means),
+            Line(name="validation", points=_points(epochs, "val_loss"), style="held-out"),
+        ]
+    }
     drawn = {*_NOT_DRAWN, "loss", "train_loss", "val_loss", "val_loss_std"}
     others = [name for row in (*epochs, *steps) for name, value in row.items() if is_number(value)]
     for name in dict.fromkeys(other for other in others if other not in drawn):
         rows = epochs if any(name in row for row in epochs) else steps
-        style = "held-out" if name.startswith("val_") else "train"
-        charts.append((name.removeprefix("val_"), [Line(name=name, points=_points(rows, name), style=style)]))
+        title, is_baseline = name.removeprefix("val_"), name.startswith(_BASELINE)
+        style = "held-out" if name.startswith("val_") and not is_baseline else "train"
+        line = Line(name=name, points=_points(rows, name), style=style)
+        charts.setdefault(title.removeprefix("bicubic_") if is_baseline else title, []).append(line)
     boxes = [
         f'<div class="chart"><h3>{escape(title)}</h3>{svg}{legend(lines)}</div>'
-        for title, lines in charts
+        for title, lines in charts.items()
         if (svg := draw(lines, "optimizer step", title))
     ]
     return f'<div class="charts">{"".join(boxes)}</div>' if boxes else ""
@@ -144,7 +145,7 @@ def _checkpoints(facts: RunFacts) -> str:
         [
             f"{info.step:,}",
             "" if info.metric is None else _number(info.metric),
-            f"{info.num_bytes / 2**20:.1f} MiB",
+            _size(info.num_bytes),
             str(info.world_size or ""),
             "verified" if info.verified else f"DAMAGED: {info.reason}",
         ]
@@ -207,6 +208,10 @@ def _cell(text: str) -> str:
 
 def _pre(text: str) -> str:
     return f'<div class="scroll tall"><pre>{escape(text)}</pre></div>'
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:.1f} MiB" if num_bytes >= 2**20 else f"{num_bytes / 2**10:.1f} KiB"
 
 
 def _number(value: Any) -> str:

@@ -23,7 +23,7 @@ h3 { font-size: 14px; margin: 14px 0 4px; color: var(--soft); font-weight: 600; 
 .line { fill: none; stroke-width: 1.8; stroke-linejoin: round; } .line.train { stroke: var(--train); }
 .line.held-out { stroke: var(--held); } .line.faint { stroke: var(--train); stroke-width: 1; opacity: .3; }
 .dot.train { fill: var(--train); } .dot.held-out { fill: var(--held); }
-.key { font-size: 12.5px; color: var(--soft); margin-right: 14px; }
+.key { font-size: 12.5px; color: var(--soft); margin-right: 14px; white-space: nowrap; display: inline-block; }
 .key::before { content: ""; display: inline-block; width: 14px; height: 3px; margin-right: 6px; vertical-align: middle;
   background: var(--train); }
 .key.held-out::before { background: var(--held); } .key.faint::before { opacity: .35; }
