@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 from pathlib import Path
@@ -13,6 +14,8 @@ from everyrank.checkpoint.folder import checkpoint_paths, describe
 from everyrank.checkpoint.reading import group_names, read_group
 from everyrank.checkpoint.tensor_file import SUFFIX
 from everyrank.errors import CheckpointError, UserError, did_you_mean
+
+logger = logging.getLogger(__name__)
 
 _PICKLED = (".pth", ".pt")
 
@@ -66,6 +69,10 @@ def _find(source: Path) -> Path:
     for candidate in reversed(candidates):
         info = describe(candidate, verify=True)
         if info.verified:
+            for reason in reasons:
+                logger.warning("skipping the damaged checkpoint %s", reason)
+            if reasons:
+                logger.warning("exporting %s instead", candidate)
             return candidate
         reasons.append(f"{candidate}: {info.reason}")
     raise CheckpointError("There is no whole checkpoint to export. Found:\n  " + "\n  ".join(reasons))
