@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
-import subprocess
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ import pytest
 from hurt_run import NUM_EPOCHS, NUM_SAMPLES, NUM_STEPS, Harm
 
 import everyrank
+from campaign.starting import Start, start_command
 from everyrank.certification.evidence import Evidence
 
 PRELOAD = ("everyrank.apps.train", "hurt_run", "torch._dynamo")
@@ -80,9 +79,6 @@ def test_one_rank(tmp_path: Path, uninterrupted: Evidence, num_workers: int) -> 
         check_finished(run, uninterrupted, stopped, num_workers)
 
 
-Start = Callable[..., subprocess.Popen[str]]
-
-
 def check_from_the_command_line(
     start_cli: Start, folder: Path, uninterrupted: Evidence, victim: str, workers: dict[str, int]
 ) -> None:
@@ -128,18 +124,3 @@ def test_ctrl_c_twice_ends_at_once(start_cli: Start, tmp_path: Path) -> None:
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130, output
     assert not list((tmp_path / "run").glob("stopped-*"))
-
-
-def start_command(start_cli: Start, harm: Harm, run: Path, num_workers: int = 0) -> subprocess.Popen[str]:
-    return start_cli(
-        "driver=torchrun",
-        "app=certify",
-        "app._target_=hurt_run.Hurt",
-        "app.apply_model=hurt_run.apply_model",
-        "app.model.type=hurt_run.network",
-        "app.data.kwargs.delay_s=0",
-        f"+app.training.num_workers={num_workers}",
-        "+app.training.log_every_steps=1",
-        f"run.dir={run}",
-        harm.as_override(),
-    )

@@ -156,7 +156,7 @@ class Hurt(Train):
         with open_dict(cfg.app):
             cfg.app.pop("harm", None)
         rank = everyrank.detect().rank
-        if harm is not None and Harm(**harm).rank == rank:
+        if harm is not None and Harm(**harm).rank == rank and everyrank.detect().restart_count == 0:
             arm(Harm(**harm))
         try:
             return super().run(cfg)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -223,6 +224,10 @@ class RankAgent(LocalElasticAgent):
             # Starting again mends neither a preemption (the machine is going) nor a mistake in the configuration.
             if codes & {EXIT_PREEMPTED, EXIT_BAD_INPUT}:
                 self._remaining_restarts = 0
+            elif self._remaining_restarts > 0:
+                ended_by_us = getattr(self._pcontext, "ended_by_us", ())
+                innocent = {worker.global_rank for worker in worker_group.workers if worker.local_rank in ended_by_us}
+                _tell_restart(result, innocent, self._attempt() + 1)
         return result
 
     def _others_came_or_went(self, codes: set[int]) -> bool:
@@ -257,3 +262,15 @@ class RankAgent(LocalElasticAgent):
         # If nodes only come in, all ranks are well and can save first.
         well = worker_group.state == WorkerState.HEALTHY and not getattr(worker_group.spec.rdzv_handler, "num_gone", 0)
         self._shutdown(timeout=int(self._run.shutdown_timeout_s) if well else self._short_patience_s)
+
+
+def _tell_restart(result: RunResult, ended_by_us: set[int], attempt: int) -> None:
+    """Say who failed: otherwise a run that recovers by itself would keep its trouble to itself."""
+    ends = {rank: failure.exitcode for rank, failure in result.failures.items() if rank not in ended_by_us}
+    # Whoever was killed is the one to name; the others then lost contact.
+    guilty = {rank: code for rank, code in ends.items() if code < 0} or ends
+    named = ", ".join(
+        f"rank {rank} ({'killed by ' + signal.Signals(-code).name if code < 0 else f'exit code {code}'})"
+        for rank, code in sorted(guilty.items())
+    )
+    print(f"notice: {named} failed; all ranks start again (restart {attempt})", file=sys.stderr, flush=True)
