@@ -98,6 +98,7 @@ def test_one_process_trains_validates_and_writes_legacy_checkpoints(single: Path
     assert not torch.equal(frozen, trained)  # trained from the third iteration on
 
 
+@pytest.mark.slow
 def test_two_ranks_under_torchrun_give_the_curve_of_one(
     single: Path, tmp_path: Path, clips: Path, write_options: Write
 ) -> None:
@@ -116,6 +117,7 @@ def test_two_ranks_under_torchrun_give_the_curve_of_one(
     assert scores[0]["validation"] == pytest.approx(scores[1]["validation"], abs=1e-2)
 
 
+@pytest.mark.slow
 def test_a_run_in_two_parts_is_bitwise_the_whole_one(
     single: Path, tmp_path: Path, clips: Path, write_options: Write
 ) -> None:
@@ -226,6 +228,7 @@ def test_bad_json_ends_with_exit_code_2(tmp_path: Path, capsys: pytest.CaptureFi
     assert "line 3, column 3" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_told_to_stop_saves_and_goes_on(tmp_path: Path, clips: Path, write_options: Write) -> None:
     options = tiny_options(clips, tmp_path)
     options["train"] |= {"total_iter": 500, "checkpoint_save": 0}

@@ -86,7 +86,7 @@ def test_output_is_that_of_explicit_matrices_and_loops_over_frames(name: str) ->
         torch.testing.assert_close(net(clip), reference.forward(net, clip), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["four neighbours", "frame interpolation"])
+@pytest.mark.parametrize("name", [pytest.param("four neighbours", marks=pytest.mark.slow), "frame interpolation"])
 def test_gradients_are_those_of_explicit_matrices_and_loops_over_frames(name: str) -> None:
     net, clip = _filled(name)
     net.double()

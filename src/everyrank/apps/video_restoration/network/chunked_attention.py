@@ -50,15 +50,6 @@ def _parts(x: Tensor, regions: list[Region]) -> Iterator[tuple[tuple[slice, ...]
                     yield where, mask
 
 
-def _weights(q: Tensor, k: Tensor, extra: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    """Return the scaled queries and the attention weights of a part."""
-    scaled = q * scale
-    scores = torch.matmul(scaled, k.transpose(-1, -2))
-    if extra is not None:
-        scores += extra
-    return scaled, torch.softmax(scores, dim=-1)
-
-
 def _extra(bias: Tensor | None, mask: Tensor | None) -> Tensor | None:
     if bias is None or mask is None:
         return mask if bias is None else bias
@@ -73,27 +64,44 @@ class _ChunkedAttention(torch.autograd.Function):
         if bias is not None:
             bias = bias.contiguous()
         regions = [(where, None if mask is None else mask.to(q.dtype)) for where, mask in regions]
-        ctx.save_for_backward(q, k, v, bias)
         ctx.regions, ctx.scale = regions, scale
-        out = q.new_empty(q.shape)
-        for at, mask in _parts(q, regions):
-            out[at] = torch.matmul(_weights(q[at], k[at], _extra(bias, mask), scale)[1], v[at])
+        scaled, k, v = (q * scale).contiguous(), k.contiguous(), v.contiguous()
+        out, log_sum = torch.empty_like(scaled), scaled.new_empty((*scaled.shape[:-1], 1))
+        for at, mask in _parts(scaled, regions):
+            scores = torch.matmul(scaled[at], k[at].transpose(-1, -2))
+            extra = _extra(bias, mask)
+            if extra is not None:
+                scores += extra
+            top = scores.amax(-1, keepdim=True)
+            total = scores.sub_(top).exp_().sum(-1, keepdim=True)
+            out[at] = torch.matmul(scores, v[at]).div_(total)
+            log_sum[at] = total.log_().add_(top)
+        ctx.save_for_backward(scaled, k, v, bias, out, log_sum)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, bias = ctx.saved_tensors
-        dq, dk, dv = (t.new_empty(t.shape) for t in (q, k, v))
+        scaled, k, v, bias, out, log_sum = ctx.saved_tensors
+        grad = grad.contiguous()
+        dq, dk, dv = (torch.empty_like(t) for t in (scaled, k, v))
         dbias = None if bias is None else torch.zeros_like(bias)
-        for at, mask in _parts(q, ctx.regions):
-            keys, upper = k[at], grad[at]
-            scaled, weights = _weights(q[at], keys, _extra(bias, mask), ctx.scale)
-            dv[at] = torch.matmul(weights.transpose(-1, -2), upper)
-            dweights = torch.matmul(upper, v[at].transpose(-1, -2))
-            dscores = torch._softmax_backward_data(dweights, weights, -1, weights.dtype)
+        # What softmax and its derivative subtract from a row rides along as one more channel of the products:
+        # weights = exp(q k - log_sum), dscores = weights (grad v - grad out).
+        one = torch.ones_like(log_sum)
+        q_row, k_row = torch.cat((scaled, -log_sum), -1), torch.cat((k, one), -1)
+        grad_row, v_row = torch.cat((grad, -(grad * out).sum(-1, keepdim=True)), -1), torch.cat((v, one), -1)
+        for at, mask in _parts(scaled, ctx.regions):
+            weights = torch.matmul(q_row[at], k_row[at].transpose(-1, -2))
+            extra = _extra(bias, mask)
+            if extra is not None:
+                weights += extra
+            weights.exp_()
+            dscores = torch.matmul(grad_row[at], v_row[at].transpose(-1, -2)).mul_(weights)
             if dbias is not None:
                 dbias += dscores.sum((0, 1, 2, 3))
-            dq[at] = torch.matmul(dscores, keys).mul_(ctx.scale)
-            dk[at] = torch.matmul(dscores.transpose(-1, -2), scaled)
+            dq[at] = torch.matmul(dscores, k[at]).mul_(ctx.scale)
+            # (channels x tokens) products are twice as fast as (tokens x tokens transposed) ones
+            dk[at] = torch.matmul(scaled[at].transpose(-1, -2), dscores).transpose(-1, -2)
+            dv[at] = torch.matmul(grad[at].transpose(-1, -2), weights).transpose(-1, -2)
         return dq, dk, dv, dbias, None, None
