@@ -65,7 +65,7 @@ def export(path: Path | str, out: Path | str, *, group: str = "model") -> Path:
 
 def _find(source: Path) -> Path:
     candidates = checkpoint_paths(source) or checkpoint_paths(source / "checkpoints") or [source]
-    reasons = []
+    reasons: list[str] = []
     for candidate in reversed(candidates):
         info = describe(candidate, verify=True)
         if info.verified:
