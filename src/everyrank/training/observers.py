@@ -7,7 +7,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from everyrank.data.sampler import GlobalBatchSampler
 from everyrank.runtime.logs import get_logger
+from everyrank.runtime.world import World
 from everyrank.training.config import TrainerConfig, plain_config
 from everyrank.training.history import Row
 from everyrank.training.loop import Position
@@ -33,6 +35,22 @@ class Observers:
         self._config, self._run, self._is_main, self._progress = config, run, is_main, progress
         self._first_step = first_step
         self._sinks: list[Sink] = []
+
+    @classmethod
+    def of(
+        cls, config: TrainerConfig, run: Path, world: World, sampler: GlobalBatchSampler, first_step: int
+    ) -> Observers:
+        """Return the observers of a run that trains on the sampler's batches, from ``first_step`` on."""
+        training = config.training
+        progress = Progress(
+            training.progress,
+            num_epochs=training.num_epochs,
+            steps_per_epoch=-(-len(sampler) // training.accumulation_steps),
+            samples_per_step=sampler.global_batch_size * training.accumulation_steps,
+            world_size=world.size,
+            first_step=first_step,
+        )
+        return cls(config, run, world.is_main, progress, first_step)
 
     def __enter__(self) -> Observers:
         if self._is_main:

@@ -28,7 +28,6 @@ from everyrank.training.observers import Observers
 from everyrank.training.parallel import send_buffers, wrap
 from everyrank.training.persistence import Persistence
 from everyrank.training.placement import make_run_folder, notice_differences, resolve_device, resolve_world
-from everyrank.training.progress import Progress
 from everyrank.training.pruning import has_trial, report_and_prune
 from everyrank.training.reload import load_model
 from everyrank.training.seeding import restore_rng, seed_rank
@@ -105,6 +104,7 @@ class TrainerDDP:
         self._judge = Judge(self.config, self.world, self.early_stopping)
         self._position = Position()
         self._stopped_early = False
+        self._sync_every = 1
         self._train_loader: Any = None
         self._loaders: tuple[Any, Any, Any] | None = None
         self._watch: PreemptionWatch | None = None
@@ -191,7 +191,8 @@ class TrainerDDP:
         self._train_loader = train_loader
         self._start_from_here(train_loader)
         is_trial = has_trial(self.world, trial)
-        observers = self._make_observers(train_loader)
+        sampler = sampler_of(train_loader, "the training loader")
+        observers = Observers.of(self.config, self.run, self.world, sampler, self.step)
         signal_name = None
         with ExitStack() as stack:
             stack.enter_context(observers)
@@ -260,11 +261,13 @@ class TrainerDDP:
             at_sync=at_sync,
             save=lambda: self._save(None),
         )
+        loop.sync_every = self._sync_every  # what an earlier call has found
         self.model.train()
         num_epochs = min(training.num_epochs, until_epoch if until_epoch is not None else training.num_epochs)
         while self._position.epoch < num_epochs and not self._stopped_early:
             started = time.monotonic()
             loop.run(train_loader)
+            self._sync_every = loop.sync_every
             result = self._validate(val_loader, loop.sync_every)
             row = self._end_epoch(result, time.monotonic() - started)
             observers.epoch(row)
@@ -397,15 +400,3 @@ class TrainerDDP:
             self.early_stopping.load_state_dict(saved.state["early_stopping"])
         if self.world.is_main:
             logger.info("Resuming from %s: epoch %d, step %d", saved.path, self.epoch, self.step)
-
-    def _make_observers(self, train_loader: Any) -> Observers:
-        training, sampler = self.config.training, sampler_of(train_loader, "the training loader")
-        progress = Progress(
-            training.progress,
-            num_epochs=training.num_epochs,
-            steps_per_epoch=-(-len(sampler) // training.accumulation_steps),
-            samples_per_step=sampler.global_batch_size * training.accumulation_steps,
-            world_size=self.world.size,
-            first_step=self.step,
-        )
-        return Observers(self.config, self.run, self.world.is_main, progress, self.step)
