@@ -22,6 +22,9 @@ _EXPORTS = {
     "GNNModel": "models.gnn",
     "GlobalBatchSampler": "data.sampler",
     "GlobalOrder": "data.order",
+    "GlobalSampler": "data.per_sample",
+    "Preempted": "errors",
+    "PreemptionWatch": "runtime.preemption",
     "ProcessEnvironment": "runtime.environment",
     "RankFailedError": "errors",
     "TrainerDDP": "training.trainer",
@@ -68,12 +71,14 @@ if TYPE_CHECKING:  # for type checkers and editors, which do not follow __getatt
     from everyrank.checkpoint.checkpointer import Checkpointer as Checkpointer
     from everyrank.config.yaml_loader import get_loader as get_loader
     from everyrank.data.order import GlobalOrder as GlobalOrder
+    from everyrank.data.per_sample import GlobalSampler as GlobalSampler
     from everyrank.data.sampler import GlobalBatchSampler as GlobalBatchSampler
     from everyrank.drivers.function import launch as launch
     from everyrank.errors import BarrierTimeoutError as BarrierTimeoutError
     from everyrank.errors import CheckpointError as CheckpointError
     from everyrank.errors import ConfigError as ConfigError
     from everyrank.errors import EveryrankError as EveryrankError
+    from everyrank.errors import Preempted as Preempted
     from everyrank.errors import RankFailedError as RankFailedError
     from everyrank.errors import UserError as UserError
     from everyrank.models.gnn import GNNModel as GNNModel
@@ -89,6 +94,7 @@ if TYPE_CHECKING:  # for type checkers and editors, which do not follow __getatt
     from everyrank.runtime.environment import detect as detect
     from everyrank.runtime.logs import get_logger as get_logger
     from everyrank.runtime.logs import setup_logging as setup_logging
+    from everyrank.runtime.preemption import PreemptionWatch as PreemptionWatch
     from everyrank.runtime.process_group import cleanup_ddp as cleanup_ddp
     from everyrank.runtime.process_group import current_world as current_world
     from everyrank.runtime.process_group import initialize_ddp as initialize_ddp

@@ -134,19 +134,30 @@ def _with_composed(argv: list[str], task: Callable[[DictConfig], Any]) -> None:
 
     from everyrank.compose_errors import explain
 
+    mistakes: list[UserError] = []
+
+    def attempt(cfg: DictConfig) -> Any:
+        try:
+            return task(cfg)
+        except UserError as mistake:  # Hydra would print a line of its own about it
+            mistakes.append(mistake)
+            return None
+
     previous = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     # The variables of an environment have names of the user's own, which Hydra's struct mode would refuse.
     sys.argv = ["everyrank run", *(f"++{arg}" if arg.startswith("env.variables.") else arg for arg in argv)]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors instead of printing them with exit code 1
     conf = os.path.join(os.path.dirname(os.path.abspath(__file__)), "conf")
     try:
-        hydra.main(version_base="1.3", config_path=conf, config_name="config")(task)()
+        hydra.main(version_base="1.3", config_path=conf, config_name="config")(attempt)()
     except (HydraException, OmegaConfBaseException) as error:
         raise explain(error) from error
     finally:
         sys.argv = previous[0]
         if previous[1] is None:
             del os.environ["HYDRA_FULL_ERROR"]
+    if mistakes:
+        raise mistakes[0]
 
 
 def _fail(message: str) -> int:

@@ -6,6 +6,7 @@ import ast
 import importlib
 import importlib.util
 import os
+import signal
 import sys
 from dataclasses import replace
 from typing import Any
@@ -162,8 +163,10 @@ def _finish(outcome: Outcome, folder: RunFolder) -> tuple[int, Any]:
         print(f"preempted: a checkpoint is saved in {folder.path}; the same command goes on from it", file=sys.stderr)
     elif code == EXIT_BAD_INPUT and outcome.message:
         raise UserError(outcome.message)
+    elif outcome.signum is not None and code != EXIT_OK:
+        print(f"ended by {signal.Signals(outcome.signum).name}; no rank is left", file=sys.stderr)
     elif code != EXIT_OK:
-        print(describe(outcome) or f"ended by signal {outcome.signum}", file=sys.stderr)
+        print(describe(outcome), file=sys.stderr)
     return code, folder.result() if code == EXIT_OK else None
 
 

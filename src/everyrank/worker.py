@@ -21,6 +21,7 @@ from everyrank.drivers.rank_files import error_file, log_file
 from everyrank.errors import (
     EXIT_BAD_INPUT,
     EXIT_FAILURE,
+    EXIT_INTERRUPTED,
     EXIT_OK,
     EXIT_PREEMPTED,
     ConfigError,
@@ -87,7 +88,9 @@ def run_app(cfg: DictConfig) -> tuple[int, Any]:
 
 def _guarded_run(cfg: DictConfig, rank: int, log_dir: str) -> tuple[int, Any]:
     from everyrank.runtime.logs import setup_logging
+    from everyrank.runtime.stack_dump import register_stack_dump
 
+    register_stack_dump(file=sys.__stderr__)  # kill -QUIT PID shows where a rank is, also inside a collective
     setup_logging(rank, cfg.run.get("log_level"), log_file(log_dir, rank))
     try:
         result = load_app(cfg.app._target_).run(cfg)
@@ -95,6 +98,8 @@ def _guarded_run(cfg: DictConfig, rank: int, log_dir: str) -> tuple[int, Any]:
         if rank == 0:
             print(f"{preempted}", file=sys.stderr)
         return EXIT_PREEMPTED, None
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED, None  # an app without a PreemptionWatch: the launching process says it, once
     except UserError as error:
         return _report(error, rank, log_dir, EXIT_BAD_INPUT), None
     except Exception as error:

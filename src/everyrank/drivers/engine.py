@@ -137,7 +137,9 @@ def _import_torch() -> None:
     import torch.distributed.elastic.agent.server.local_elastic_agent  # noqa: F401
 
     # The agent's running commentary repeats, rank by rank, what the outcome says once.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def _preloading_forkserver(modules: tuple[str, ...]) -> Any:

@@ -274,8 +274,8 @@ def _let_groups_outlive_reducers(num_references: int) -> None:
 
     A DistributedDataParallel that is freed after its group was destroyed may hold the group's last reference in its
     C++ reducer. In torch 2.13 the reducer then destroys the gloo group while it holds the GIL, and waits for a gloo
-    thread that wants the GIL: the process never ends. An attribute that is made last is freed last, and Python's own reference
-    to a group gives the GIL away.
+    thread that wants the GIL: the process never ends. An attribute that is made last is freed last, and Python's own
+    reference to a group gives the GIL away.
 
     Args:
         num_references: How many references the group had when it was joined: without more there is no such model, and
