@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from everyrank.checkpoint.checkpointer import LoadedCheckpoint
 from everyrank.data.split import split_dataset
 from everyrank.errors import ConfigError, DataError, Preempted
 from everyrank.runtime.logs import get_logger
@@ -112,7 +113,7 @@ class TrainerDDP:
         self._persistence = Persistence(self.run, self.world, training, self.device)
         self._resume_from = self._persistence.loaded
         if self._resume_from is not None:
-            self._restore()
+            self._restore(self._resume_from)
         else:
             self.history.load_state_dict({"num_rows": 0, "epochs": []})
 
@@ -341,8 +342,7 @@ class TrainerDDP:
             raise told from error
 
     def _stop_if_signalled(self) -> None:
-        signal_name = self._watch.agreed() if self._watch is not None else None
-        if signal_name is not None:
+        if self._watch is not None and (signal_name := self._watch.agreed()) is not None:
             raise SignalNoticed(signal_name)
 
     def _start_from_here(self, train_loader: Any) -> None:
@@ -381,10 +381,8 @@ class TrainerDDP:
         )
         self._persistence.save(self.step, tensors, state, metric)
 
-    def _restore(self) -> None:
+    def _restore(self, saved: LoadedCheckpoint) -> None:
         """Go back to the checkpoint, all but the cursor and the randomness, which wait for the start of training."""
-        saved = self._resume_from
-        assert saved is not None
         self._position = unpack(
             saved,
             module=self.module,
