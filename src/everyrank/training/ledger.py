@@ -76,6 +76,8 @@ class Ledger:
         if not self.world.is_main:
             return
         for path in sorted(self.folder.iterdir()):
+            if path.suffix == ".tmp":
+                path.unlink()  # cut off by a kill while it was written
             if _NAME.fullmatch(path.name) is None:
                 continue
             if _step_of(path) > step:
