@@ -1,10 +1,9 @@
-"""Progress, trackers, the history file, the figure and the report."""
+"""Progress, trackers, the history file and the figure."""
 
 from __future__ import annotations
 
 import sys
 import types
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,9 @@ import pytest
 import tiny
 
 from everyrank import TrainerDDP
-from everyrank.errors import ConfigError, DataError
+from everyrank.errors import ConfigError
 from everyrank.training.history import History, read_history
 from everyrank.training.progress import Progress, format_seconds
-from everyrank.training.report import write_report
 
 
 class Recorder:
@@ -136,24 +134,3 @@ def test_the_history_forgets_what_came_after_a_checkpoint(tmp_path: Path) -> Non
     resumed = History(path)
     resumed.load_state_dict(state)
     assert read_history(path) == [{"kind": "step", "step": 1, "loss": None}]
-
-
-def test_the_report_is_one_whole_page(tmp_path: Path) -> None:
-    trainer = train(tmp_path / "<run>", num_epochs=2)
-    trainer.run_test(trainer.prepare_dataloaders(train_dataset=tiny.make_data(8), test_dataset=tiny.make_data(8))[2])
-    page = write_report(tmp_path / "<run>").read_text(encoding="utf-8")
-    links = []
-
-    class Reader(HTMLParser):
-        def handle_starttag(self, tag: str, attrs: Any) -> None:
-            links.extend(value for name, value in attrs if name in ("src", "href"))
-
-    Reader().feed(page)
-    assert len(links) == 1
-    assert links[0].startswith("data:image/png;base64,")
-    assert "<h1>&lt;run&gt;</h1>" in page
-    assert "2 epochs, 4 optimizer steps" in page
-    assert "step-00000004" in page
-    assert "num_epochs: 2" in page
-    with pytest.raises(DataError, match=r"has no history.jsonl"):
-        write_report(tmp_path)

@@ -18,7 +18,6 @@ _EXPORTS = {
     "load_model": "reload",
     "read_config": "config",
     "read_ledger": "ledger",
-    "write_report": "report",
 }
 
 __all__ = list(_EXPORTS)
