@@ -11,16 +11,22 @@ from everyrank.config.schema import field, section
 class RunConfig:
     """``run``: where a run lives and how much it says."""
 
-    name: str | None = field(default=None, doc="Name of the run's folder; null: the app's name and a hash of its settings.")
+    name: str | None = field(
+        default=None, doc="Name of the run's folder; null: the app's name and a hash of its settings."
+    )
     dir: str | None = field(default=None, doc="The run's folder; null: <env.output_dir>/<run.name>.")
-    log_level: str | None = field(default=None, doc="Level of the console log; null: INFO on rank 0, WARNING elsewhere.")
+    log_level: str | None = field(
+        default=None, doc="Level of the console log; null: INFO on rank 0, WARNING elsewhere."
+    )
 
 
 @section
 class DistributedConfig:
     """``distributed``: how the processes join."""
 
-    backend: Literal["auto", "nccl", "gloo", "mpi"] = field(default="auto", doc="nccl on CUDA and gloo otherwise, if auto.")
+    backend: Literal["auto", "nccl", "gloo", "mpi"] = field(
+        default="auto", doc="nccl on CUDA and gloo otherwise, if auto."
+    )
     init_method: str = field(default="env://", doc="env://, file:///path on a shared disk, or tcp://host:port.")
     timeout_s: float = field(default=600.0, gt=0, doc="Seconds until joining, or a collective, gives up.")
     device: str = field(default="auto", doc="auto, cpu or cuda.")
