@@ -96,10 +96,11 @@ def arm(harm: Harm) -> None:
             original(args[0], args[1][: len(args[1]) // 2])  # torn in the middle
         if not harm.after:
             send(harm)
-        result = original(*args, **kwargs)
-        if harm.after:
-            send(harm)
-        return result
+        try:
+            return original(*args, **kwargs)
+        finally:
+            if harm.after:  # also where the call fails, such as mkdir of a folder that is there
+                send(harm)
 
     setattr(owner, name, hurt)
 
