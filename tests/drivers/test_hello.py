@@ -55,12 +55,13 @@ def test_every_driver_greets_from_every_rank(
         assert f"[Rank {rank}/{world_size}] Hello from distributed PyTorch!" in text
 
 
-def test_message_is_configurable_and_multirun_runs_each(run_cli: RunCli) -> None:
+def test_message_is_configurable_and_multirun_runs_each(run_cli: RunCli, tmp_path: Path) -> None:
     done = run_cli("-m", "driver=torchrun", "driver.nproc_per_node=1,2", "app=hello_dist", "app.message=Salut")
     assert done.returncode == 0, done.stderr
     for world_size in (1, 2):
         printed = done.stdout.splitlines()
         assert [line for line in expected_lines(world_size, "Salut") if line not in printed] == []
+    assert [path.name for path in tmp_path.iterdir()] == ["outputs"]
 
 
 def test_a_wrong_sum_is_a_failure(run_cli: RunCli, tmp_path: Path) -> None:
