@@ -43,7 +43,7 @@ def launch_config(cfg: DictConfig) -> tuple[int, Any]:
     final = OmegaConf.create(resolved)
     if foreign is not None and not driver_config.dry_run:
         print(f"notice: driver={_chosen(driver)} is not used: {foreign}", file=sys.stderr)
-        return _run_here(final, folder, env.variables, write=False)
+        return _run_here(final, folder, env.variables)
     request = _request(final, folder, env, distributed, described)
     plan = driver_class(driver_config).plan(request)
     print(plan.render(with_files=driver_config.dry_run), flush=True)
@@ -52,7 +52,7 @@ def launch_config(cfg: DictConfig) -> tuple[int, Any]:
     with folder.held():
         _write_files(plan)
         if plan.driver == "local" and request.command is None:
-            return _run_here(final, folder, {**env.variables, **plan.env}, write=False)
+            return _run_here(final, folder, {**env.variables, **plan.env})
         return _finish(driver_class(driver_config).run(plan, request), folder)
 
 
@@ -140,7 +140,7 @@ def _foreign_world() -> str | None:
     )
 
 
-def _run_here(final: DictConfig, folder: RunFolder, variables: Any, write: bool) -> tuple[int, Any]:
+def _run_here(final: DictConfig, folder: RunFolder, variables: Any) -> tuple[int, Any]:
     from everyrank.worker import run_app
 
     os.makedirs(folder.path, exist_ok=True)

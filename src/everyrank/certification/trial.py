@@ -8,7 +8,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from everyrank.certification.launchers import Launcher
@@ -35,7 +35,6 @@ class Trial:
     fault: str = ""
     num_faults: int = 0
     extra: tuple[str, ...] = ()
-    environment: dict[str, str] = field(default_factory=dict)
 
     @property
     def title(self) -> str:
@@ -68,7 +67,7 @@ def carry_out(trial: Trial, run: Path, overrides: Sequence[str], chance: random.
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, "OMP_NUM_THREADS": "1", **trial.environment},
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
                 start_new_session=True,
             )
             try:
