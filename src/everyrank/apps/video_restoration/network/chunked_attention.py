@@ -7,6 +7,7 @@ again, a few windows at a time, so that they stay in the cache.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 CHUNK_NUMBERS = 1 << 20  # scores alive at a time: 4 MiB of float32
+LOG2_E = math.log2(math.e)
 
 Region = tuple[tuple[slice, slice, slice], Tensor | None]
 
@@ -50,10 +52,13 @@ def _parts(x: Tensor, regions: list[Region]) -> Iterator[tuple[tuple[slice, ...]
                     yield where, mask
 
 
-def _extra(bias: Tensor | None, mask: Tensor | None) -> Tensor | None:
+def _in_bits(bias: Tensor | None, mask: Tensor | None) -> Tensor | None:
+    """What is added to the scores, for powers of two instead of e."""
     if bias is None or mask is None:
-        return mask if bias is None else bias
-    return bias + mask
+        extra = mask if bias is None else bias
+    else:
+        extra = bias + mask
+    return None if extra is None else extra * LOG2_E
 
 
 class _ChunkedAttention(torch.autograd.Function):
@@ -61,47 +66,43 @@ class _ChunkedAttention(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, regions: list[Region], scale: float
     ) -> Tensor:
-        if bias is not None:
-            bias = bias.contiguous()
-        regions = [(where, None if mask is None else mask.to(q.dtype)) for where, mask in regions]
-        ctx.regions, ctx.scale = regions, scale
-        scaled, k, v = (q * scale).contiguous(), k.contiguous(), v.contiguous()
+        regions = [(where, _in_bits(bias, None if mask is None else mask.to(q.dtype))) for where, mask in regions]
+        ctx.regions, ctx.scale, ctx.has_bias = regions, scale, bias is not None
+        scaled, k_t = (q * (scale * LOG2_E)).contiguous(), k.mT.contiguous()
+        v_t = torch.cat((v.mT, torch.ones_like(v[..., :1]).mT), -2)
         out, log_sum = torch.empty_like(scaled), scaled.new_empty((*scaled.shape[:-1], 1))
-        for at, mask in _parts(scaled, regions):
-            scores = torch.matmul(scaled[at], k[at].transpose(-1, -2))
-            extra = _extra(bias, mask)
+        for at, extra in _parts(scaled, regions):
+            scores = torch.matmul(scaled[at], k_t[at])
             if extra is not None:
                 scores += extra
             top = scores.amax(-1, keepdim=True)
-            total = scores.sub_(top).exp_().sum(-1, keepdim=True)
-            out[at] = torch.matmul(scores, v[at]).div_(total)
-            log_sum[at] = total.log_().add_(top)
-        ctx.save_for_backward(scaled, k, v, bias, out, log_sum)
+            weighted = torch.matmul(v_t[at], scores.sub_(top).exp2_().mT)
+            total = weighted[..., -1:, :]
+            out[at] = weighted[..., :-1, :].div_(total).mT
+            log_sum[at] = total.log2_().mT.add_(top)
+        ctx.save_for_backward(scaled, k_t, v_t, out, log_sum)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        scaled, k, v, bias, out, log_sum = ctx.saved_tensors
-        grad = grad.contiguous()
-        dq, dk, dv = (torch.empty_like(t) for t in (scaled, k, v))
-        dbias = None if bias is None else torch.zeros_like(bias)
+        scaled, k_t, v_t, out, log_sum = ctx.saved_tensors
+        dq, dk, dv = (torch.empty_like(grad) for _ in range(3))
+        dbias = grad.new_zeros(grad.shape[4:6] + grad.shape[5:6]) if ctx.has_bias else None
         # What softmax and its derivative subtract from a row rides along as one more channel of the products:
-        # weights = exp(q k - log_sum), dscores = weights (grad v - grad out).
-        one = torch.ones_like(log_sum)
-        q_row, k_row = torch.cat((scaled, -log_sum), -1), torch.cat((k, one), -1)
-        grad_row, v_row = torch.cat((grad, -(grad * out).sum(-1, keepdim=True)), -1), torch.cat((v, one), -1)
-        for at, mask in _parts(scaled, ctx.regions):
-            weights = torch.matmul(q_row[at], k_row[at].transpose(-1, -2))
-            extra = _extra(bias, mask)
+        # weights = 2 ** (q k - log_sum), dscores = weights (grad v - grad out).
+        grad_row = torch.cat((grad, -(grad * out).sum(-1, keepdim=True)), -1)
+        q_row, k_row = torch.cat((scaled, -log_sum), -1), torch.cat((k_t, v_t[..., -1:, :]), -2)
+        q_t, grad_t = scaled.mT.contiguous(), grad.mT.contiguous()
+        for at, extra in _parts(scaled, ctx.regions):
+            weights = torch.matmul(q_row[at], k_row[at])
             if extra is not None:
                 weights += extra
-            weights.exp_()
-            dscores = torch.matmul(grad_row[at], v_row[at].transpose(-1, -2)).mul_(weights)
+            weights.exp2_()
+            dscores = torch.matmul(grad_row[at], v_t[at]).mul_(weights)
             if dbias is not None:
                 dbias += dscores.sum((0, 1, 2, 3))
-            dq[at] = torch.matmul(dscores, k[at]).mul_(ctx.scale)
-            # (channels x tokens) products are twice as fast as (tokens x tokens transposed) ones
-            dk[at] = torch.matmul(scaled[at].transpose(-1, -2), dscores).transpose(-1, -2)
-            dv[at] = torch.matmul(grad[at].transpose(-1, -2), weights).transpose(-1, -2)
+            dq[at] = torch.matmul(k_t[at], dscores.mT).mul_(ctx.scale).mT
+            dk[at] = torch.matmul(q_t[at], dscores).mul_(1 / LOG2_E).mT
+            dv[at] = torch.matmul(grad_t[at], weights).mT
         return dq, dk, dv, dbias, None, None
