@@ -23,9 +23,10 @@ SMALL = (
 )
 
 
-def trainer_config(**training: object) -> object:
+def trainer_config(parallel: dict[str, object] | None = None, **training: object) -> object:
     return read_config(
         {
+            "parallel": parallel or {},
             "criterion": "torch.nn.functional.mse_loss",
             "model": {"type": "torch.nn.Linear", "args": [4, 1]},
             "training": {"path": "unused", "num_epochs": 3, "optimizer_kwargs": {"lr": 0.1}, **training},
@@ -105,3 +106,16 @@ def test_shares_and_steps_add_up(
     assert low * world_size <= used <= high * world_size
     assert high - low <= batches, "a rank has at most one sample more than another in each batch"
     assert numbers.sent_per_step == 2 * (world_size - 1) * 5 * 4 // world_size  # a Linear(4, 1) in float32
+
+
+def test_local_updates_travel_now_and_then_and_every_optimizer_is_saved() -> None:
+    local = {"every": 16, "compress": "bf16", "outer_optimizer": {}}
+    plain, apart = (
+        compute(trainer_config(parallel, global_batch_size=8), 100, 4)  # type: ignore[arg-type]
+        for parallel in ({}, {"local_updates": local})
+    )
+    assert (plain.sent_every, apart.sent_every) == (1, 16)
+    assert apart.sent_per_step == plain.sent_per_step // 2
+    weights = 5 * 4
+    momentum = weights
+    assert apart.checkpoint_bytes == weights + momentum + 4 * (plain.checkpoint_bytes - weights)

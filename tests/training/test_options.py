@@ -22,7 +22,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "fp16": {"mixed_precision": "fp16"},
     "hook_bf16": {"parallel": {"comm_hook": "bf16"}},
     "hook_fp16": {"parallel": {"comm_hook": "fp16"}},
-    "powersgd": {"parallel": {"comm_hook": "powersgd", "powersgd_rank": 2, "powersgd_start_step": 4}},
+    "powersgd": {"parallel": {"comm_hook": "powersgd", "powersgd_rank": 1, "powersgd_start_step": 4}},
     "sync_batchnorm": {"parallel": {"sync_batchnorm": True}},
     "output_device": {"parallel": {"output_device": 0}},
 }
@@ -50,7 +50,7 @@ def test_options_on_two_ranks(tmp_path: Path) -> None:
 
 
 def test_options_are_resumed(tmp_path: Path) -> None:
-    names = ("fsdp2_accumulated", "accumulated", "fp16")
+    names = ("fsdp2_accumulated", "accumulated", "fp16", "powersgd")
     variants = {name: VARIANTS[name] for name in names}
     resumed = everyrank.launch(tiny.resume_options, tmp_path / "resumed", variants, nproc_per_node=2)
     whole = everyrank.launch(tiny.train_options, tmp_path / "whole", variants, nproc_per_node=2)

@@ -25,7 +25,7 @@ from everyrank.checkpoint.objects import Stateful, put_states, take_states
 from everyrank.checkpoint.reading import LoadedCheckpoint, read_checkpoint
 from everyrank.checkpoint.retention import Retention
 from everyrank.checkpoint.rng import capture_rng, restore_rng
-from everyrank.checkpoint.shards import MARK, Layout, is_spread, local_parts, shard_name
+from everyrank.checkpoint.shards import MARK, OWN, Layout, is_spread, local_parts, own_name, shard_name
 from everyrank.checkpoint.snapshot import Snapshot, whole_tensors
 from everyrank.checkpoint.writer import BackgroundTask, Job, write_checkpoint, write_parts
 from everyrank.errors import CheckpointError
@@ -114,6 +114,7 @@ class Checkpointer:
         state: Mapping[str, Any],
         rank_state: Mapping[str, Any],
         metric: float | None = None,
+        own_tensors: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         """Save a checkpoint. All ranks call it at the same step.
 
@@ -126,6 +127,8 @@ class Checkpointer:
             state: What else is common to all ranks; rank 0's is saved. Plain values, see ``encode_json``.
             rank_state: This rank's own state, such as its random generators. Plain values.
             metric: Value that ``keep_best`` ranks by.
+            own_tensors: What this rank holds by itself. Each rank writes its own, into a folder that all ranks share.
+                None, on all ranks, if no rank has any.
 
         Raises:
             CheckpointError: On all ranks, if the last checkpoint could not be written or this one cannot be taken.
@@ -137,10 +140,12 @@ class Checkpointer:
         try:
             self._check_names(tensors)
             groups, layout = self._own_groups(tensors)
+            if own_tensors:
+                groups[own_name(self.world.rank)] = dict(own_tensors)
             encoded = encode_json(dict(rank_state))
         except CheckpointError as error:
             problem = problem or str(error)
-        reports = gather_objects((problem, encoded, layout, new_token()))
+        reports = gather_objects((problem, encoded, layout, new_token(), bool(own_tensors)))
         self._raise_first([report[0] for report in reports])
         job = None
         try:
@@ -155,16 +160,18 @@ class Checkpointer:
                 metric=None if metric is None else float(metric),
                 world_size=self.world.size,
                 token=reports[0][3],
-                partners=tuple(rank for rank, report in enumerate(reports) if rank and any(report[2].values())),
+                partners=tuple(
+                    rank for rank, report in enumerate(reports) if rank and (any(report[2].values()) or report[4])
+                ),
             )
         except CheckpointError as error:
             problem = str(error)
-        self._agree(problem)
+        self._agree(problem, everywhere=self.sharded or own_tensors is not None)
         if job is not None and (self.world.is_main or self.world.rank in job.partners):
             self._task.start(lambda: self._write(job), name=f"writing checkpoint {step}")
         if not self.background:
             self._task.wait()
-            self._agree(self._failure())
+            self._agree(self._failure(), everywhere=self.sharded or own_tensors is not None)
 
     def _own_groups(self, tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> tuple[Tensors, Layout]:
         """Return the tensors that this rank writes, by file, and where its parts of spread ones belong."""
@@ -191,9 +198,9 @@ class Checkpointer:
         else:
             write_parts(self.folder, job, self.world.rank)
 
-    def _agree(self, problem: str | None) -> None:
+    def _agree(self, problem: str | None, *, everywhere: bool) -> None:
         """Raise on all ranks if one has a problem. Where only rank 0 writes, only it can have one."""
-        self._raise_first(gather_objects(problem) if self.sharded else [broadcast_decision(problem)])
+        self._raise_first(gather_objects(problem) if everywhere else [broadcast_decision(problem)])
 
     def check(self) -> None:
         """Raise the writer's error, if it has had one. Not collective and without waiting: cheap enough for every step.
@@ -304,10 +311,10 @@ class Checkpointer:
 
     def _check_names(self, groups: Mapping[str, object]) -> None:
         for name in groups:
-            if not _GROUP_NAME.fullmatch(name) or MARK in name:
+            if not _GROUP_NAME.fullmatch(name) or MARK in name or name.startswith(OWN):
                 raise CheckpointError(
                     f"The group of tensors {name!r} cannot be a file's name. Use letters, digits, '_', '-' and '.', "
-                    f"and not {MARK!r}."
+                    f"not {MARK!r}, and not {OWN!r} at the start."
                 )
 
     def _raise_first(self, problems: list[str | None]) -> None:

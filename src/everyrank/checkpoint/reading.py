@@ -11,7 +11,7 @@ import torch
 
 from everyrank.checkpoint.encoding import decode_json
 from everyrank.checkpoint.manifest import Manifest, read_manifest
-from everyrank.checkpoint.shards import MARK, Layout, read_whole
+from everyrank.checkpoint.shards import MARK, OWN, Layout, own_name, read_whole
 from everyrank.checkpoint.tensor_file import SUFFIX, read_tensors
 from everyrank.checkpoint.writer import STATE
 from everyrank.errors import CheckpointError
@@ -29,6 +29,7 @@ class LoadedCheckpoint:
         world_size: Number of ranks that took it.
         metric: Value it is ranked by, or None.
         path: Its folder.
+        own_ranks: The ranks that saved tensors of their own.
     """
 
     step: int
@@ -38,6 +39,17 @@ class LoadedCheckpoint:
     world_size: int
     metric: float | None
     path: Path
+    own_ranks: frozenset[int] = frozenset()
+
+    def own_tensors(self, rank: int) -> dict[str, torch.Tensor]:
+        """Read the tensors that a rank held by itself; empty if it had none, or they were not saved.
+
+        Raises:
+            CheckpointError: If there were some, but their file is not here or is damaged.
+        """
+        if rank not in self.own_ranks:
+            return {}
+        return read_tensors(self.path / (own_name(rank) + SUFFIX))
 
 
 def read_checkpoint(path: Path) -> LoadedCheckpoint:
@@ -56,6 +68,7 @@ def read_checkpoint(path: Path) -> LoadedCheckpoint:
         world_size=manifest.world_size,
         metric=manifest.metric,
         path=path,
+        own_ranks=frozenset(rank for rank in range(manifest.world_size) if own_name(rank) + SUFFIX in manifest.files),
     )
 
 
@@ -88,7 +101,8 @@ def _read_texts(path: Path) -> tuple[Manifest, dict[str, Any]]:
 
 def _groups(manifest: Manifest, layouts: list[Layout]) -> list[str]:
     stems = [name.removesuffix(SUFFIX) for name in manifest.files if name.endswith(SUFFIX)]
-    return sorted({stem for stem in stems if MARK not in stem} | {group for layout in layouts for group in layout})
+    whole = {stem for stem in stems if MARK not in stem and not stem.startswith(OWN)}
+    return sorted(whole | {group for layout in layouts for group in layout})
 
 
 def _read_group(path: Path, group: str, manifest: Manifest, layouts: list[Layout]) -> dict[str, torch.Tensor]:

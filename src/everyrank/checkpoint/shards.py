@@ -23,6 +23,7 @@ Layout = dict[str, dict[str, list[list[int]]]]
 """For each group and each tensor's name: the global shape, and the offset of one rank's part."""
 
 MARK = ".shard-"
+OWN = "own.rank-"
 _POLL_S = 0.005
 _AFTER_END_S = 10.0  # how long a writer waits for another rank once its own training has ended
 
@@ -30,6 +31,11 @@ _AFTER_END_S = 10.0  # how long a writer waits for another rank once its own tra
 def shard_name(group: str, rank: int) -> str:
     """Return the name, without suffix, of the file that holds a rank's parts of a group."""
     return f"{group}{MARK}{rank:05d}"
+
+
+def own_name(rank: int) -> str:
+    """Return the name, without suffix, of the file of what a rank holds by itself."""
+    return f"{OWN}{rank:05d}"
 
 
 def is_spread(tensor: torch.Tensor) -> bool:

@@ -116,7 +116,8 @@ def describe(numbers: Any) -> list[str]:
             else "from {:.4g} over at most {:.4g} to {:.4g}".format(*n.learning_rates)
         ),
         f"parameters: {n.num_parameters:,}",
-        f"sent by each rank and step: {_bytes(n.sent_per_step)} (ring all-reduce of {_bytes(n.gradient_bytes)})",
+        f"sent by each rank {'and step' if n.sent_every == 1 else f'every {n.sent_every} steps'}: "
+        f"{_bytes(n.sent_per_step)} (ring all-reduce of {_bytes(n.gradient_bytes)})",
         f"checkpoints: {_range((len(n.checkpoint_steps), n.most_checkpoints))} of {_bytes(n.checkpoint_bytes)} each, "
         f"at most {n.num_kept} kept ({_bytes(n.num_kept * n.checkpoint_bytes)})",
     ]

@@ -12,6 +12,8 @@ from everyrank.data.sampler import GlobalBatchSampler
 from everyrank.data.split import split_sizes
 from everyrank.training.build import build_optimizer, build_scheduler
 from everyrank.training.config import TrainerConfig
+from everyrank.training.config_parallel import ParallelConfig
+from everyrank.training.local_updates import build_outer_optimizer
 from everyrank.training.step import DTYPES
 
 MOST_SIMULATED = 200_000  # scheduler steps that are walked through, a few microseconds each
@@ -35,10 +37,12 @@ class Numbers:
         num_steps: Optimizer steps of the run.
         learning_rates: First, largest and last learning rate; None where the schedule waits for results.
         num_parameters: Trainable parameters.
-        gradient_bytes: Bytes of the gradients as they travel, once.
-        sent_per_step: Bytes each rank sends in a step: ``2 (n - 1) / n`` of the gradients, by a ring all-reduce
-            (Patarasuk and Yuan, 2009).
-        checkpoint_bytes: Tensors of one checkpoint: weights, their average, optimizer state.
+        gradient_bytes: Bytes of the gradients (of the updates, if they are local) as they travel, once.
+        sent_every: Optimizer steps from one time they travel to the next; 1 without local updates.
+        sent_per_step: Bytes each rank then sends: ``2 (n - 1) / n`` of them, by a ring all-reduce (Patarasuk and Yuan,
+            2009).
+        checkpoint_bytes: Tensors of one checkpoint: weights, their average, optimizer state (with local updates every
+            rank's, and the outer one's).
         checkpoint_steps: Steps after which a checkpoint is written in any case.
         most_checkpoints: Checkpoints if validation finds each epoch better than those before, which saves it too.
         num_kept: Checkpoints that are kept at the end.
@@ -57,6 +61,7 @@ class Numbers:
     learning_rates: tuple[float, float, float] | None
     num_parameters: int
     gradient_bytes: int
+    sent_every: int
     sent_per_step: int
     checkpoint_bytes: int
     checkpoint_steps: tuple[int, ...]
@@ -81,8 +86,10 @@ def compute(config: TrainerConfig, num_samples: int, world_size: int) -> Numbers
     num_steps = steps_per_epoch * training.num_epochs
     module = _skeleton(config)
     parameters = [p for p in module.parameters() if p.requires_grad]
-    hook = config.parallel.comm_hook if config.parallel is not None else None
-    gradient_bytes = sum(p.numel() * _BYTES_ON_THE_WIRE.get(hook or "", p.element_size()) for p in parameters)
+    parallel = config.parallel if config.parallel is not None else ParallelConfig()
+    local = parallel.local_updates
+    narrow = parallel.comm_hook if local is None else local.compress
+    gradient_bytes = sum(p.numel() * _BYTES_ON_THE_WIRE.get(narrow or "", p.element_size()) for p in parameters)
     steps = _checkpoint_steps(config, steps_per_epoch, num_steps)
     kept = {step for step in steps if training.keep_every and step % training.keep_every == 0}
     return Numbers(
@@ -99,8 +106,9 @@ def compute(config: TrainerConfig, num_samples: int, world_size: int) -> Numbers
         learning_rates=_learning_rates(config, steps_per_epoch, num_steps),
         num_parameters=sum(p.numel() for p in parameters),
         gradient_bytes=gradient_bytes,
+        sent_every=local.every if local is not None else 1,
         sent_per_step=2 * (world_size - 1) * gradient_bytes // world_size,
-        checkpoint_bytes=_checkpoint_bytes(config, module),
+        checkpoint_bytes=_checkpoint_bytes(config, module, world_size if local is not None else 1),
         checkpoint_steps=steps,
         most_checkpoints=len({*steps, *_epoch_ends(config, steps_per_epoch, 1 if num_validation else None)}),
         num_kept=training.keep_last + training.keep_best + len(kept),
@@ -163,19 +171,23 @@ def _learning_rates(config: TrainerConfig, steps_per_epoch: int, num_steps: int)
     return first, max(rates), rates[-1]
 
 
-def _checkpoint_bytes(config: TrainerConfig, module: nn.Module) -> int:
+def _checkpoint_bytes(config: TrainerConfig, module: nn.Module, num_optimizers: int) -> int:
     """Bytes of the tensors of one checkpoint; the optimizer makes its state in a step on gradients of nothing."""
     weights = sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
     averages = sum(p.numel() * p.element_size() for p in module.parameters()) if config.training.ema else 0
-    optimizer: Any = build_optimizer(module, config.training)
+    moments = num_optimizers * _state_bytes(build_optimizer(module, config.training), module)
+    local = config.parallel.local_updates if config.parallel is not None else None
+    outer = build_outer_optimizer(list(module.parameters()), local.outer_optimizer) if local is not None else None
+    return weights + averages + moments + (_state_bytes(outer, module) if outer is not None else 0)
+
+
+def _state_bytes(optimizer: Any, module: nn.Module) -> int:
     for parameter in module.parameters():
         if parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
-    moments = 0
-    for state in optimizer.state.values():
-        moments += sum(v.numel() * v.element_size() for v in state.values() if isinstance(v, torch.Tensor))
-    return weights + averages + moments
+    tensors = [v for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def _checkpoint_steps(config: TrainerConfig, steps_per_epoch: int, num_steps: int) -> tuple[int, ...]:

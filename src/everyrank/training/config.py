@@ -261,6 +261,7 @@ def _contradictions(config: TrainerConfig) -> list[str]:
             "data.split: its three numbers must not be negative.",
         ),
     ]
+    rules += _against_local_updates(parallel)
     for name in ("training", "validation", "testing"):
         part = getattr(config, name)
         rules.append(
@@ -271,3 +272,30 @@ def _contradictions(config: TrainerConfig) -> list[str]:
             )
         )
     return [message for broken, message in rules if broken] + config.model.problems()
+
+
+def _against_local_updates(parallel: ParallelConfig | None) -> list[tuple[bool, str]]:
+    """Return what does not go with ``parallel.local_updates``: what would send something in each step."""
+    if parallel is None or parallel.local_updates is None:
+        return []
+    return [
+        (
+            parallel.strategy == "fsdp2",
+            "parallel.local_updates: every rank needs a whole model, but parallel.strategy is 'fsdp2'; use 'ddp'.",
+        ),
+        (
+            parallel.comm_hook is not None,
+            f"parallel.comm_hook: found {parallel.comm_hook!r}, but with parallel.local_updates no gradients travel; "
+            "leave it null, and set parallel.local_updates.compress to 'bf16' to send less.",
+        ),
+        (
+            parallel.sync_batchnorm,
+            "parallel.sync_batchnorm: found true, but it sends statistics in each step, which parallel.local_updates "
+            "is there to avoid; set it to false, or use layers without batch statistics (LayerNorm, GroupNorm).",
+        ),
+        (
+            parallel.static_graph or parallel.find_unused_parameters,
+            "parallel.static_graph and parallel.find_unused_parameters: they are DDP's, which parallel.local_updates "
+            "does without; leave them out.",
+        ),
+    ]

@@ -2,9 +2,44 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from everyrank.config.schema import Bool, Float, Int, field, section
+from everyrank.config.resolve import import_object
+from everyrank.config.schema import Bool, Float, Int, ObjectRef, field, section
+
+
+@section
+class OuterOptimizerConfig:
+    """What applies the mean of the ranks' updates (DiLoCo); the optimizer of ``training`` is then the inner one."""
+
+    type: ObjectRef = field(
+        factory=lambda: import_object("torch.optim.SGD"), doc="The optimizer's class. Default: torch.optim.SGD."
+    )
+    args: list[Any] = field(factory=list, doc="Positional arguments after the parameters.")
+    kwargs: dict[str, Any] = field(
+        factory=lambda: {"lr": 0.7, "momentum": 0.9, "nesterov": True},
+        doc="Keyword arguments. The default is DiLoCo's: SGD with Nesterov momentum.",
+    )
+
+
+@section
+class LocalUpdatesConfig:
+    """Optimizer steps of each rank on its own, for ranks that are joined by a slow network.
+
+    Nothing is sent between two meetings of the ranks. At a meeting the parameters are averaged (local SGD), or an
+    outer optimizer is given the mean of the ranks' updates (DiLoCo, arXiv:2311.08105).
+    """
+
+    every: Int = field(default=32, ge=1, doc="Optimizer steps from one meeting to the next.")
+    start_step: Int = field(
+        default=0, ge=0, doc="Optimizer steps at the start of the run in which gradients are averaged, as in DDP."
+    )
+    outer_optimizer: OuterOptimizerConfig | None = field(
+        default=None, doc="null: average the parameters. `{}`: SGD with Nesterov momentum, as in DiLoCo."
+    )
+    compress: Literal["bf16"] | None = field(
+        default=None, doc="Send the updates in bfloat16, half the bytes; null sends them as they are."
+    )
 
 
 @section
@@ -63,4 +98,9 @@ class ParallelConfig:
         default=1000,
         ge=2,
         doc="Optimizer steps with exact gradients before PowerSGD begins (it is unstable in early training).",
+    )
+    local_updates: LocalUpdatesConfig | None = field(
+        default=None,
+        doc="Let each rank take optimizer steps on its own and bring the ranks together now and then; null shares the "
+        "gradients of every step. **The result then depends on the number of ranks.**",
     )

@@ -30,10 +30,11 @@ class WeightAverage:
         self._averages = list(self.average.values())
         self._weights = [parameter.detach() for parameter in self._parameters.values()]
 
-    def update(self) -> None:
-        """Take in the weights of one more optimizer step."""
-        self.num_updates += 1
-        weight = 1.0 if self.num_updates <= self.config.start_step else 1.0 - self.config.decay
+    def update(self, num_steps: int = 1) -> None:
+        """Take in the weights of one more optimizer step, or those after several steps in place of each of theirs."""
+        self.num_updates += num_steps
+        decay = self.config.decay if num_steps == 1 else self.config.decay**num_steps
+        weight = 1.0 if self.num_updates <= self.config.start_step else 1.0 - decay
         torch._foreach_lerp_(self._averages, self._weights, weight)
 
     @contextmanager

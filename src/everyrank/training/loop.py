@@ -2,8 +2,8 @@
 
 A step itself does nothing but train. What costs a collective, a wait for the device or a file (losses of all ranks,
 finiteness, history, progress, the cursor, signals) happens at *sync points*: every half second or so, and wherever a
-checkpoint is due. Rank 0 measures how long steps take; its measurement travels with the losses, so that all ranks place
-the next sync point at the same step.
+checkpoint is due; with local updates, where the ranks meet. Rank 0 measures how long steps take; its measurement
+travels with the losses, so that all ranks place the next sync point at the same step.
 """
 
 from __future__ import annotations
@@ -148,12 +148,16 @@ class EpochLoop:
             return
         steps, losses = list(self._steps), torch.stack(self._losses).double()
         elapsed_s = time.monotonic() - self._since_s if self.world.is_main else 0.0
-        shared = reduce_sum(torch.cat([losses, losses.new_tensor([elapsed_s])])).tolist()
-        means = [total / self.world.size for total in shared[:-1]]
+        # With local updates each rank skips for itself; otherwise all have skipped the same steps.
+        skips = [float(step.skipped) for step in steps] if self.step.local is not None else []
+        shared = reduce_sum(torch.cat([losses, losses.new_tensor([elapsed_s, *skips])])).tolist()
+        means = [total / self.world.size for total in shared[: len(steps)]]
         if not all(math.isfinite(mean) for mean in means):
             self._not_finite(sampler, losses.tolist(), means)
         rows = []
-        for step, mean in zip(steps, means, strict=True):
+        num_skips = shared[len(steps) + 1 :] or [step.skipped for step in steps]
+        for step, mean, num_skip in zip(steps, means, num_skips, strict=True):
+            step.skipped = bool(num_skip)
             self._record(sampler, step, mean)
             if step.lr is not None:
                 rows.append((step.number, mean, float(step.lr)))
@@ -163,7 +167,9 @@ class EpochLoop:
         sampler.commit(sum(step.num_batches for step in steps))
         self._losses.clear()
         self._steps.clear()
-        self._place_next(shared[-1] / len(steps))
+        self._place_next(shared[len(steps)] / len(steps))
+        if self.step.local is not None and self.step.local.is_due(self.position.step):
+            self.step.local.meet()
         every = self.config.checkpoint_every_steps
         if every is not None and self.position.step % every == 0:
             self._save()
@@ -201,6 +207,8 @@ class EpochLoop:
         """Return the step of the next sync point, the same on all ranks."""
         step, every = self.position.step, self.config.checkpoint_every_steps
         wanted = step + self.sync_every
+        if self.step.local is not None:
+            wanted = self.step.local.next_sync(step, wanted)
         return wanted if every is None else min(wanted, step - step % every + every)
 
     def _place_next(self, step_s: float) -> None:

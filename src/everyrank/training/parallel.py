@@ -16,6 +16,9 @@ from everyrank.errors import ConfigError
 from everyrank.runtime.world import World
 from everyrank.training.compression import mean_in_bfloat16, mean_in_float16
 from everyrank.training.config_parallel import ParallelConfig
+from everyrank.training.powersgd import PowerSGD, mean_by_powersgd
+
+_POWERSGD = "_everyrank_powersgd"
 
 
 def prepare_module(module: nn.Module, config: ParallelConfig | None, world: World, device: torch.device) -> nn.Module:
@@ -35,13 +38,16 @@ def prepare_module(module: nn.Module, config: ParallelConfig | None, world: Worl
 
 
 def wrap(module: nn.Module, config: ParallelConfig | None, world: World, device: torch.device) -> nn.Module:
-    """Return the module that the step calls: ``module`` itself at world size 1, otherwise under DDP or FSDP2.
+    """Return the module that the step calls: under DDP or FSDP2, or ``module`` itself at world size 1 and where no
+    gradients travel (local updates).
 
     Raises:
         ConfigError: If an option does not fit the device.
     """
     if config is None or (not world.is_distributed and config.strategy == "ddp"):
         return module
+    if config.local_updates is not None:
+        return module  # gradients stay on their rank
     if config.strategy == "fsdp2":
         return shard(module, world, device)
     if config.output_device is not None and device.type != "cuda":
@@ -94,6 +100,11 @@ def shard(module: nn.Module, world: World, device: torch.device) -> nn.Module:
     return module
 
 
+def powersgd_of(model: nn.Module) -> PowerSGD | None:
+    """Return the PowerSGD hook of a wrapped model, or None."""
+    return model.__dict__.get(_POWERSGD)
+
+
 def is_sharded(module: nn.Module) -> bool:
     """Tell whether ``shard`` was applied to ``module``."""
     return hasattr(module, "set_requires_gradient_sync")
@@ -132,13 +143,8 @@ def _register_hook(model: DistributedDataParallel, config: ParallelConfig) -> No
     if config.comm_hook is None:
         return
     if config.comm_hook == "powersgd":
-        from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
-
-        state = powerSGD_hook.PowerSGDState(
-            process_group=None,
-            matrix_approximation_rank=config.powersgd_rank,
-            start_powerSGD_iter=config.powersgd_start_step,
-        )
-        model.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
+        hook = PowerSGD(model.module, config)
+        model.register_comm_hook(hook, mean_by_powersgd)
+        model.__dict__[_POWERSGD] = hook
         return
     model.register_comm_hook(None, mean_in_bfloat16 if config.comm_hook == "bf16" else mean_in_float16)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from everyrank.checkpoint.checkpointer import Checkpointer, LoadedCheckpoint
-from everyrank.checkpoint.folder import list_checkpoints
+from everyrank.checkpoint.folder import list_checkpoints, new_token
+from everyrank.runtime.collectives import barrier, broadcast_decision, gather_objects
 from everyrank.runtime.logs import get_logger
 from everyrank.runtime.world import World
 from everyrank.training.config import TrainingConfig
@@ -58,15 +60,54 @@ class Persistence:
             ledger = self.ledger
             on_main(world, lambda: ledger.resume(self._last_saved))
 
-    def save(self, step: int, tensors: Mapping[str, Any], state: Mapping[str, Any], metric: float | None) -> None:
-        """Save a checkpoint; it is written in the background. Collective."""
+    def save(
+        self,
+        step: int,
+        tensors: Mapping[str, Any],
+        state: Mapping[str, Any],
+        metric: float | None,
+        own: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
+        """Save a checkpoint; it is written in the background. Collective.
+
+        Args:
+            step: Optimizer steps done.
+            tensors: Groups of tensors that are the same on all ranks.
+            state: What else is.
+            metric: The value it is ranked by.
+            own: What this rank holds by itself; None if no rank holds any.
+        """
+        if own is not None and not self._is_shared:
+            own = None
         if self.ledger is not None:
             self.ledger.write_pending(step)
         rank_state = {"rng": capture_rng(self._device)}
-        self.checkpointer.save(step, tensors=tensors, state=state, rank_state=rank_state, metric=metric)
+        self.checkpointer.save(
+            step, tensors=tensors, state=state, rank_state=rank_state, metric=metric, own_tensors=own
+        )
         if self.ledger is not None:
             self.ledger.confirm(self._last_saved)  # save() has waited for the one before to be on disk
         self._last_saved = step
+
+    @cached_property
+    def _is_shared(self) -> bool:
+        """Whether all ranks see rank 0's folder, so that each can write into a checkpoint. Collective."""
+        folder = self.checkpointer.folder
+        mark = folder / f".shared-{broadcast_decision(new_token())}"
+        if self._world.is_main:
+            mark.touch()
+        barrier()
+        is_shared = all(gather_objects(mark.exists()))
+        if self._world.is_main:
+            mark.unlink()
+            if not is_shared:
+                logger.warning(
+                    "%s is not shared by all ranks, so checkpoints hold rank 0's state alone of what each rank has of "
+                    "its own (optimizer states with local updates, PowerSGD's errors). Runs go on from them, but not "
+                    "bitwise. Put training.path on a file system that all nodes share.",
+                    folder,
+                )
+        return is_shared
 
     def finish(self) -> None:
         """Wait until the last checkpoint is on disk. Collective."""

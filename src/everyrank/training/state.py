@@ -12,9 +12,13 @@ from torch import Tensor, nn
 from everyrank.checkpoint.checkpointer import LoadedCheckpoint
 from everyrank.checkpoint.encoding import flatten_state, unflatten_state
 from everyrank.errors import CheckpointError
+from everyrank.runtime.world import World
 from everyrank.training.ema import WeightAverage
+from everyrank.training.local_updates import LocalUpdates
 from everyrank.training.loop import Position
+from everyrank.training.own_state import OwnStates
 from everyrank.training.parallel import is_sharded
+from everyrank.training.powersgd import PowerSGD
 
 
 def model_tensors(module: nn.Module) -> tuple[dict[str, Tensor], Any]:
@@ -53,13 +57,15 @@ def optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> tu
     return flatten_state(optimizer.state_dict())
 
 
-def load_optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer, loaded: LoadedCheckpoint) -> None:
+def load_optimizer_state(
+    module: nn.Module, optimizer: torch.optim.Optimizer, loaded: LoadedCheckpoint, own: OwnStates
+) -> None:
     """Put a checkpoint's optimizer state back.
 
     Raises:
         CheckpointError: If it does not fit.
     """
-    state = unflatten_state(loaded.tensors.get("optimizer", {}), loaded.state["optimizer"])
+    state = own.optimizer_state()
     try:
         if is_sharded(module):
             from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
@@ -82,6 +88,8 @@ def pack(
     scaler: Any,
     ema: WeightAverage | None,
     position: Position,
+    powersgd: PowerSGD | None,
+    local: LocalUpdates | None,
     extra: Mapping[str, Any],
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """Return the groups of tensors and the common state of a checkpoint. Collective for a sharded model."""
@@ -100,6 +108,10 @@ def pack(
         tensors["scaler"], state["scaler"] = flatten_state(scaler.state_dict())
     if ema is not None:
         tensors["ema"], state["ema"] = dict(ema.average), {"num_updates": ema.num_updates}
+    if powersgd is not None:
+        tensors["powersgd"], state["powersgd"] = flatten_state(powersgd.common_state())
+    if local is not None:
+        tensors["outer"], state["outer"] = local.state()
     return {name: group for name, group in tensors.items() if group}, state
 
 
@@ -111,22 +123,33 @@ def unpack(
     scheduler: Any,
     scaler: Any,
     ema: WeightAverage | None,
+    powersgd: PowerSGD | None,
+    local: LocalUpdates | None,
+    world: World,
 ) -> Position:
     """Put a checkpoint back into the parts of a run, and return the position.
 
     Raises:
         CheckpointError: If the model or the optimizer does not fit.
     """
+    own = OwnStates(loaded, world, keep=local is not None)
+    position = Position(**loaded.state["position"])
     load_model_state(module, loaded)
-    load_optimizer_state(module, optimizer, loaded)
+    load_optimizer_state(module, optimizer, loaded, own)
     for name, part in (("scheduler", scheduler), ("scaler", scaler)):
         if part is not None and name in loaded.state:
-            part.load_state_dict(unflatten_state(loaded.tensors.get(name, {}), loaded.state[name]))
+            common = unflatten_state(loaded.tensors.get(name, {}), loaded.state[name])
+            part.load_state_dict(own.mine.get(name, common) if local is not None else common)
+    if powersgd is not None and "powersgd" in loaded.state:
+        common = unflatten_state(loaded.tensors.get("powersgd", {}), loaded.state["powersgd"])
+        powersgd.load(common, own.powersgd_errors())
+    if local is not None:
+        local.load(loaded, position.step)
     if ema is not None:
         # A run without an average gives one that starts at its weights.
         source = loaded.tensors.get("ema") or {name: loaded.tensors["model"][name] for name in ema.average}
         ema.load(source, loaded.state.get("ema", {}).get("num_updates", 0))
-    return Position(**loaded.state["position"])
+    return position
 
 
 def _plain_state(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ global batches of the step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from everyrank.errors import ConfigError
 from everyrank.training.batch import make_apply, make_mover
-from everyrank.training.config import TrainingConfig
+from everyrank.training.config import TrainerConfig, TrainingConfig
 from everyrank.training.ema import WeightAverage
+from everyrank.training.local_updates import LocalUpdates
 from everyrank.training.parallel import without_sync
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -37,6 +38,7 @@ class TrainStep:
         device: Where the model is.
         scheduler: A scheduler to step after each optimizer step, or None.
         ema: A weight average to update after each optimizer step, or None.
+        local: Local updates, or None.
     """
 
     def __init__(
@@ -50,7 +52,9 @@ class TrainStep:
         device: torch.device,
         scheduler: Any = None,
         ema: WeightAverage | None = None,
+        local: LocalUpdates | None = None,
     ) -> None:
+        self.local = local
         self.model, self.module, self.optimizer = model, module, optimizer
         self.criterion, self.apply_model = criterion, apply_model
         self.config, self.device, self.scheduler, self.ema = config, device, scheduler, ema
@@ -65,7 +69,7 @@ class TrainStep:
         self._move = make_mover(device, DTYPES[config.dtype] if config.dtype else None)
         self._autocast = AUTOCAST[config.mixed_precision] if config.mixed_precision else None
         self._is_plain = not any(
-            (config.mixed_precision, config.clip_grad_norm, config.clip_grad_value, scheduler, ema, self._move)
+            (config.mixed_precision, config.clip_grad_norm, config.clip_grad_value, scheduler, ema, self._move, local)
         ) and (config.nan_policy != "skip")
         self._checked = False
 
@@ -156,18 +160,24 @@ class TrainStep:
         return loss.detach()
 
     def _update(self) -> None:
-        config = self.config
+        config, local = self.config, self.local
+        if local is not None:
+            local.before_step(self._parameters)
+        is_apart = local is not None and local.is_apart
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         if config.clip_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_(self._parameters, config.clip_grad_norm)
         if config.clip_grad_value is not None:
             torch.nn.utils.clip_grad_value_(self._parameters, config.clip_grad_value)
-        if self._step_optimizer():
-            if self.scheduler is not None:
-                self.scheduler.step()
-            if self.ema is not None:
-                self.ema.update()
+        is_done = self._step_optimizer()
+        # A rank on its own cannot ask whether the others have skipped this step: learning rates go on all the same.
+        if self.scheduler is not None and (is_done or is_apart):
+            self.scheduler.step()
+        if self.ema is not None and is_done and not is_apart:
+            self.ema.update()
+        if local is not None:
+            local.after_step()
         self._zero_grad()
 
     def _step_optimizer(self) -> bool:
@@ -184,7 +194,8 @@ class TrainStep:
         return not self.skipped
 
     def _gradients_are_finite(self) -> bool:
-        # Gradients are the same on every rank by now, so every rank comes to the same answer without asking.
+        # Gradients are the same on every rank by now, so every rank comes to the same answer without asking; with local
+        # updates they are its own, and so is the answer.
         gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
@@ -199,3 +210,25 @@ class _Chain(Iterator[Any]):
 
     def __next__(self) -> Any:
         return self._first.pop() if self._first else next(self._rest)
+
+
+def step_at_epoch_end(scheduler: Any, config: TrainerConfig, values: Mapping[str, float]) -> None:
+    """Step a scheduler whose ``interval`` is ``epoch``; nothing for the others.
+
+    Args:
+        scheduler: The scheduler, or None.
+        config: The whole configuration.
+        values: The epoch's numbers.
+
+    Raises:
+        ConfigError: If the metric that ``ReduceLROnPlateau`` is to be given is not among them.
+    """
+    section = config.training.scheduler
+    if section is None or section.interval != "epoch":
+        return
+    if not isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+        scheduler.step()
+    elif section.metric in values:
+        scheduler.step(values[section.metric])
+    elif config.validation.every == 1 or not section.metric.startswith("val_"):
+        raise ConfigError(f"training.scheduler.metric is {section.metric!r}, but the run has {', '.join(values)}.")

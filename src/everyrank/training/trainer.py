@@ -8,11 +8,9 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from everyrank.checkpoint.checkpointer import LoadedCheckpoint
 from everyrank.data.split import split_dataset
-from everyrank.errors import ConfigError, DataError, Preempted
+from everyrank.errors import DataError, Preempted
 from everyrank.runtime.logs import get_logger
 from everyrank.runtime.preemption import PreemptionWatch
 from everyrank.runtime.world import World
@@ -24,16 +22,18 @@ from everyrank.training.evaluation import DefaultValidator, EvaluationResult
 from everyrank.training.failures import SignalNoticed, explain
 from everyrank.training.history import History, Row
 from everyrank.training.loaders import num_samples, prepare_loaders, sampler_of
+from everyrank.training.local_updates import make_local_updates
 from everyrank.training.loop import EpochLoop, Position
 from everyrank.training.observers import Observers
-from everyrank.training.parallel import send_buffers, wrap
+from everyrank.training.own_state import pack_own
+from everyrank.training.parallel import powersgd_of, send_buffers, wrap
 from everyrank.training.persistence import Persistence
 from everyrank.training.placement import make_run_folder, notice_differences, resolve_device, resolve_world
 from everyrank.training.pruning import has_trial, report_and_prune
 from everyrank.training.reload import load_model
 from everyrank.training.seeding import restore_rng, seed_rank
 from everyrank.training.state import pack, unpack
-from everyrank.training.step import TrainStep
+from everyrank.training.step import TrainStep, step_at_epoch_end
 
 logger = get_logger("training")
 
@@ -88,6 +88,7 @@ class TrainerDDP:
         self.optimizer = build.build_optimizer(self.module, training)
         self.scheduler = build.build_scheduler(self.optimizer, training.scheduler)
         self.ema = WeightAverage(self.module, training.ema) if training.ema else None
+        self._local = make_local_updates(self.module, self.config.parallel, self.world, self.ema)
         self.run = make_run_folder(self.config, self.world)  # only now: what is wrong above leaves no file behind
         self.history = History(self.run / "history.jsonl" if self.world.is_main else None)
         by_step = training.scheduler is not None and training.scheduler.interval == "step"
@@ -101,6 +102,7 @@ class TrainerDDP:
             self.device,
             scheduler=self.scheduler if by_step else None,
             ema=self.ema,
+            local=self._local,
         )
         self._judge = Judge(self.config, self.world, self.early_stopping)
         self._position = Position()
@@ -207,6 +209,7 @@ class TrainerDDP:
             except SignalNoticed as noticed:
                 signal_name = str(noticed)
                 self._save(None)
+            self._meet()
             self._persistence.finish()
         if signal_name is not None:
             raise Preempted(
@@ -301,8 +304,7 @@ class TrainerDDP:
             done = f"{position.epoch + 1}/{training.num_epochs}"
             logger.info("Epoch %s: train_loss=%.4g, %.1f s", done, position.mean_loss, seconds)
         verdict = self._judge.decide(position.epoch, values, validated=result is not None)
-        if training.scheduler is not None and training.scheduler.interval == "epoch":
-            self._step_scheduler(values)
+        step_at_epoch_end(self.scheduler, self.config, values)
         self.history.add_epoch(row)
         position.epoch += 1
         position.loss_sum, position.num_samples = 0.0, 0
@@ -313,20 +315,12 @@ class TrainerDDP:
             self._save(values.get(training.best_metric))
         return row
 
-    def _step_scheduler(self, values: Mapping[str, float]) -> None:
-        section = self.config.training.scheduler
-        assert section is not None
-        if not isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-            self.scheduler.step()
-        elif section.metric in values:
-            self.scheduler.step(values[section.metric])
-        elif self.config.validation.every == 1 or not section.metric.startswith("val_"):
-            raise ConfigError(f"training.scheduler.metric is {section.metric!r}, but the run has {', '.join(values)}.")
-
     def _evaluate(
         self, evaluator: DefaultValidator, loader: Any, between_batches: Callable[[], None] | None
     ) -> EvaluationResult:
-        send_buffers(self.module, self.world)
+        if self._local is None:
+            send_buffers(self.module, self.world)
+        self._meet()
         averaged: AbstractContextManager[None] = nullcontext()
         if self.ema is not None and self.ema.config.evaluate:
             averaged = self.ema.in_place_of_weights()
@@ -341,7 +335,14 @@ class TrainerDDP:
                 raise
             raise told from error
 
+    def _meet(self) -> None:
+        """With local updates, make one model of the ranks' before anything else than training is done with it."""
+        if self._local is not None:
+            self._local.meet()
+
     def _stop_if_signalled(self) -> None:
+        if self._local is not None and self._local.num_apart:
+            return  # a checkpoint here would be a meeting that the uninterrupted run does not have
         if self._watch is not None and (signal_name := self._watch.agreed()) is not None:
             raise SignalNoticed(signal_name)
 
@@ -361,15 +362,24 @@ class TrainerDDP:
         else:
             seed_rank(self.config.training.seed, self.world.rank, self.step)
 
+    def _parts(self) -> dict[str, Any]:
+        """Return what a checkpoint is made of, besides numbers."""
+        return {
+            "module": self.module,
+            "optimizer": self.optimizer,
+            "scheduler": self.scheduler,
+            "scaler": self._step.scaler,
+            "ema": self.ema,
+            "powersgd": powersgd_of(self.model),
+            "local": self._local,
+        }
+
     def _save(self, metric: float | None) -> None:
+        self._meet()
         self.history.flush()
         stopping = self.early_stopping
         tensors, state = pack(
-            module=self.module,
-            optimizer=self.optimizer,
-            scheduler=self.scheduler,
-            scaler=self._step.scaler,
-            ema=self.ema,
+            **self._parts(),
             position=self._position,
             extra={
                 "sampler": sampler_of(self._train_loader, "the training loader").state_dict(),
@@ -379,18 +389,12 @@ class TrainerDDP:
                 "early_stopping": stopping.state_dict() if stopping is not None else None,
             },
         )
-        self._persistence.save(self.step, tensors, state, metric)
+        own = pack_own(self.world.rank, **self._parts())
+        self._persistence.save(self.step, tensors, state, metric, own)
 
     def _restore(self, saved: LoadedCheckpoint) -> None:
         """Go back to the checkpoint, all but the cursor and the randomness, which wait for the start of training."""
-        self._position = unpack(
-            saved,
-            module=self.module,
-            optimizer=self.optimizer,
-            scheduler=self.scheduler,
-            scaler=self._step.scaler,
-            ema=self.ema,
-        )
+        self._position = unpack(saved, world=self.world, **self._parts())
         self._judge.best, self._stopped_early = saved.state["best"], saved.state["stopped_early"]
         self.global_batch_size = int(saved.state["sampler"]["global_batch_size"])
         self.history.load_state_dict(saved.state["history"])
