@@ -9,8 +9,8 @@ from everyrank.drivers.cluster import found_launchers
 from everyrank.drivers.cluster_config import MpiConfig, SlurmConfig
 from everyrank.drivers.config import TorchrunConfig
 from everyrank.drivers.driver import LaunchPlan, LaunchRequest
+from everyrank.drivers.endpoint import split_endpoint
 from everyrank.drivers.mpi import MpiDriver
-from everyrank.drivers.network import split_endpoint
 from everyrank.drivers.slurm import SlurmDriver
 from everyrank.drivers.torchrun import TorchrunDriver
 from everyrank.errors import DriverError

@@ -85,4 +85,4 @@ def test_the_route_to_the_master_picks_the_interface(start: Start) -> None:
 def test_a_master_that_is_not_there_is_named_at_the_timeout(start: Start) -> None:
     kind, message = json.loads(start(1, "10.77.1.99", 2).communicate(timeout=60)[0])
     assert kind == "RendezvousError"
-    assert "could not reach the master at 10.77.1.99:29500 within 2 s" in message
+    assert "could not reach the master at 10.77.1.99:29500 within 2 s (" in message

@@ -16,15 +16,16 @@ from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 from everyrank.drivers.agent import ForkedRanks, RankAgent
 from everyrank.drivers.elastic_rendezvous import ElasticRendezvous
+from everyrank.drivers.endpoint import split_endpoint
 from everyrank.drivers.entry import call_entry
 from everyrank.drivers.forkserver import Forkserver
 from everyrank.drivers.guarded import guarded
-from everyrank.drivers.network import address_towards, interface_of, split_endpoint
 from everyrank.drivers.rank_files import error_file, existing, log_file, read_error
 from everyrank.drivers.rendezvous import LoopbackRendezvous
 from everyrank.drivers.spec import EngineRun, Outcome, RankFailure, RankFunction
 from everyrank.drivers.static_rendezvous import StaticRendezvous
 from everyrank.errors import ProcessGroupError, UserError
+from everyrank.interfaces import address_towards, interface_with
 from everyrank.lifetime import die_with_parent
 
 _HANDLED = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
@@ -141,7 +142,8 @@ def _rendezvous(run: EngineRun) -> RendezvousHandler:
 
 def _name_interface(host: str) -> None:
     """Tell gloo and NCCL, in outside programs, which interface leads to the other nodes (ours find it in join)."""
-    interface = interface_of(address_towards(host))
+    address = address_towards(host)
+    interface = interface_with(address) if address else None
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         if interface not in (None, "lo") and not os.environ.get(name):
             os.environ[name] = str(interface)

@@ -34,8 +34,8 @@ from torch.distributed.elastic.rendezvous.dynamic_rendezvous import (
 )
 
 from everyrank.drivers import meeting
-from everyrank.drivers.network import address_towards, is_this_machine
 from everyrank.errors import ProcessGroupError, RendezvousError
+from everyrank.interfaces import address_towards, is_this_host, why_unreachable
 
 # torch waits 30 s for further nodes and 15 s for a silent one. Two missed keep-alives of a second were seen to split a
 # job in two; four were not.
@@ -121,11 +121,11 @@ class ElasticRendezvous(RendezvousHandler):
     def _open(self) -> DynamicRendezvousHandler:
         os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # its sharing strands late joiners; ours replaces it
         store: Store | None = None
-        if is_this_machine(self._host):
+        if is_this_host(self._host):
             try:
                 store = meeting.host_store(meeting.listen(self._port, "the port of driver.rdzv_endpoint"))
             except RendezvousError as error:
-                if meeting.reachable(self._host, self._port):
+                if why_unreachable(self._host, self._port):
                     raise
                 del error  # another node of this run, on this same machine, may have it: then it answers below
         if store is None:
@@ -207,7 +207,7 @@ class ElasticRendezvous(RendezvousHandler):
             if self.num_nodes_waiting():
                 return True
             time.sleep(0.05)
-        if meeting.reachable(self._host, self._port):
+        if why_unreachable(self._host, self._port):
             raise self._lost()
         return False
 
@@ -250,7 +250,7 @@ class ElasticRendezvous(RendezvousHandler):
             self._watch = None
 
     def _lost(self) -> ProcessGroupError:
-        reason = meeting.reachable(self._host, self._port)
+        reason = why_unreachable(self._host, self._port)
         return ProcessGroupError(
             f"this node ({socket.gethostname()}) has lost the meeting place at {self._endpoint}"
             f"{f' ({reason})' if reason else ''}; without it the nodes cannot agree on who takes part, so this one "
@@ -270,7 +270,7 @@ class _Contact:
         if now < self._next_s:
             return
         self._next_s = now + 2
-        reason = meeting.reachable(self._host, self._port)
+        reason = why_unreachable(self._host, self._port)
         if not reason:
             self._last_s = time.monotonic()
         elif time.monotonic() - self._last_s > _CONTACT_S:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import platform
 import socket
 import sys
@@ -21,8 +22,8 @@ import torch
 from torch.distributed import DistError, Store, TCPStore
 
 from everyrank import __version__
-from everyrank.drivers.network import wrong_interface
 from everyrank.errors import RendezvousError
+from everyrank.interfaces import address_towards, is_loopback_address, why_unreachable, wrong_interface
 
 T = TypeVar("T")
 
@@ -59,21 +60,6 @@ def wait_until(arrived: Callable[[], bool], timeout_s: float, describe: Callable
     return True
 
 
-def reachable(host: str, port: int) -> str:
-    """Why nothing answers at ``host:port``, or an empty string."""
-    try:
-        socket.create_connection((host, port), timeout=_PROBE_S).close()
-    except socket.gaierror:
-        return f"the name {host} does not resolve here"
-    except TimeoutError:
-        return "no answer: the host is down, or a firewall drops the packets"
-    except ConnectionRefusedError:
-        return "connection refused: the host is up, but nothing listens on that port"
-    except OSError as error:
-        return str(error.strerror or error)
-    return ""
-
-
 def connect(host: str, port: int, timeout_s: float, whose: str, settings: str) -> TCPStore:
     """Connect to a store that another node hosts, waiting until it is there.
 
@@ -91,7 +77,7 @@ def connect(host: str, port: int, timeout_s: float, whose: str, settings: str) -
 
     def answers() -> bool:
         nonlocal reason
-        reason = reachable(host, port)
+        reason = why_unreachable(host, port)
         return not reason
 
     if not wait_until(answers, timeout_s, lambda: f"waiting for {whose} at {host}:{port} ({reason})"):
@@ -182,7 +168,9 @@ def check_interface(store: Store, host: str) -> None:
     Raises:
         RendezvousError: It does not exist, or leads nowhere; also told under the key ``misfit``.
     """
-    problem = wrong_interface(host)
+    here = address_towards(host)
+    on_one_machine = here is None or is_loopback_address(here)
+    problem = wrong_interface(os.environ, None if on_one_machine else host)
     if problem:
         store.set(MISFIT, problem)
         raise RendezvousError(problem)

@@ -16,9 +16,9 @@ from collections.abc import Sequence
 from everyrank.drivers.cluster import SSH, exports, node_command, recorded_failures
 from everyrank.drivers.config import TorchrunConfig
 from everyrank.drivers.driver import LaunchPlan, LaunchRequest
+from everyrank.drivers.endpoint import DEFAULT_PORT
 from everyrank.drivers.environment import rank_variables
 from everyrank.drivers.guarded import guarded
-from everyrank.drivers.network import DEFAULT_PORT
 from everyrank.drivers.rank_files import clear_errors
 from everyrank.drivers.signals import forwarded
 from everyrank.drivers.spec import Outcome, RankFailure

@@ -15,8 +15,8 @@ from torch.distributed import DistError, PrefixStore, Store, TCPStore
 from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousInfo, RendezvousStoreInfo
 
 from everyrank.drivers import meeting
-from everyrank.drivers.network import is_this_machine
 from everyrank.errors import RendezvousError
+from everyrank.interfaces import is_this_host, why_unreachable
 
 _SETTINGS = "driver.master_addr and driver.master_port"
 _LOOK_S = 1.0  # between two looks at whether another node has begun a new attempt
@@ -87,7 +87,7 @@ class StaticRendezvous(RendezvousHandler):
 
     def _open(self) -> Store:
         if self._node_rank == 0:
-            if not is_this_machine(self._host):
+            if not is_this_host(self._host):
                 print(
                     f"notice: driver.node_rank=0 is set here, but driver.master_addr={self._host} is no address of "
                     f"this machine ({socket.gethostname()}); node 0 is the one that the others reach at that address",
@@ -175,7 +175,7 @@ class StaticRendezvous(RendezvousHandler):
 
     def _moved_on(self) -> int:
         # On a link that was cut, asking the store would wait for ever: ask whether it can be reached first.
-        if self._store is None or (self._node_rank != 0 and meeting.reachable(self._host, self._port)):
+        if self._store is None or (self._node_rank != 0 and why_unreachable(self._host, self._port)):
             return 0
         try:
             return int(int(self._store.get("round")) > self._round)

@@ -8,9 +8,9 @@ import sys
 from everyrank.drivers import engine_pool, ssh
 from everyrank.drivers.config import TorchrunConfig
 from everyrank.drivers.driver import LaunchPlan, LaunchRequest
+from everyrank.drivers.endpoint import split_endpoint
 from everyrank.drivers.environment import SUPERVISED, rank_variables
 from everyrank.drivers.machine import resolve_nproc
-from everyrank.drivers.network import split_endpoint
 from everyrank.drivers.ports import check_port_is_free
 from everyrank.drivers.spec import EngineRun, Outcome, RankCommand, RankFunction, Rendezvous
 from everyrank.errors import DriverError, did_you_mean

@@ -25,6 +25,7 @@ from everyrank.runtime.environment import (
     is_loopback_name,
 )
 from everyrank.runtime.membership import Membership, get_membership, set_membership
+from everyrank.runtime.mistakes import told_plainly
 from everyrank.runtime.network import choose_interfaces
 from everyrank.runtime.process_environment import ProcessEnvironment
 from everyrank.runtime.rendezvous import master_of_url
@@ -74,20 +75,25 @@ def join(
     Raises:
         LaunchEnvironmentError: The launcher's variables are half-set or contradict each other.
         ConfigError: The device or backend does not exist here.
-        RendezvousError: The master is unreachable, its port is taken, or ranks are missing at the timeout.
+        RendezvousError: The master is unreachable, its port is taken, ranks are missing at the timeout or do not fit
+            together, or GLOO_SOCKET_IFNAME names an interface that cannot carry the run.
         ProcessGroupError: This process is in a group already.
+
+    Of these the first three are a person's mistakes: a script that does not catch them ends with the message alone,
+    without a traceback, and exit code 2.
     """
-    url_addr, url_port = master_of_url(init_method)
-    environment = detect_with_arguments(
-        os.environ,
-        sys.argv,
-        rank=rank,
-        world_size=world_size,
-        local_rank=local_rank,
-        master_addr=url_addr or master_addr,
-        master_port=url_port or master_port,
-    )
-    world = _enter(environment, init_method, backend, timeout_s, device)
+    with told_plainly():
+        url_addr, url_port = master_of_url(init_method)
+        environment = detect_with_arguments(
+            os.environ,
+            sys.argv,
+            rank=rank,
+            world_size=world_size,
+            local_rank=local_rank,
+            master_addr=url_addr or master_addr,
+            master_port=url_port or master_port,
+        )
+        world = _enter(environment, init_method, backend, timeout_s, device)
     try:
         yield world
     except BaseException:
@@ -125,15 +131,16 @@ def initialize_ddp(
         ProcessGroupError: As :func:`join`.
     """
     left_default = master_addr == DEFAULT_MASTER_ADDR and str(master_port) == str(DEFAULT_MASTER_PORT)
-    environment = detect_with_arguments(
-        os.environ,
-        sys.argv,
-        rank=rank,
-        world_size=worldsize,
-        master_addr=None if left_default else master_addr,
-        master_port=None if left_default else master_port,
-    )
-    return _enter(environment, "env://", backend, timeout_s, "auto")
+    with told_plainly():
+        environment = detect_with_arguments(
+            os.environ,
+            sys.argv,
+            rank=rank,
+            world_size=worldsize,
+            master_addr=None if left_default else master_addr,
+            master_port=None if left_default else master_port,
+        )
+        return _enter(environment, "env://", backend, timeout_s, "auto")
 
 
 def cleanup_ddp() -> None:

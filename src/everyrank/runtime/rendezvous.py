@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import socket
 import threading
+import time
 from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -16,10 +17,12 @@ from urllib.parse import urlsplit
 import torch.distributed as dist
 
 from everyrank.errors import ConfigError, RendezvousError
-from everyrank.runtime.network import is_this_host
+from everyrank.interfaces import is_this_host, why_unreachable
 from everyrank.runtime.process_environment import ProcessEnvironment, environment_error
 
 _LISTEN_BACKLOG = 4096
+_PROBE_S = 2.0
+_SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 0.01, 0.1
 _GRACE_S = 2.0  # torch keeps its own timeout where it can; ours is for where it cannot
 
 
@@ -36,6 +39,10 @@ class Meeting:
     store: dist.Store
     host: tuple[str, int] | None
     endpoint: str
+
+
+class _NoAnswer(TimeoutError):
+    """Nothing answers where the master should be."""
 
 
 def open_meeting(
@@ -112,9 +119,10 @@ def _open_tcp(host: str, port: int, environment: ProcessEnvironment, timeout_s: 
     try:
         client = _connect(host, port, timeout_s, options)
     except (dist.DistError, RuntimeError, TimeoutError, ValueError) as error:
+        reason = str(error) if isinstance(error, _NoAnswer) else "something answers, but it is no store of torch's"
         raise RendezvousError(
-            f"rank {environment.rank} could not reach the master at {endpoint} within {round(timeout_s, 1):g} s "
-            f"({environment.world_size} processes, launcher {environment.launcher}). To mend it: check that rank 0 "
+            f"rank {environment.rank} of {environment.world_size} (launcher {environment.launcher}) could not reach "
+            f"the master at {endpoint} within {round(timeout_s, 1):g} s ({reason}). To mend it: check that rank 0 "
             f"runs, that MASTER_ADDR={environment.master_addr} and MASTER_PORT={environment.master_port} are right on "
             "every node and that no firewall is between them, or raise timeout_s if rank 0 starts late."
         ) from error
@@ -122,7 +130,21 @@ def _open_tcp(host: str, port: int, environment: ProcessEnvironment, timeout_s: 
 
 
 def _connect(host: str, port: int, timeout_s: float, options: dict[str, Any]) -> dist.Store:
-    """Connect to the master's store; torch waits for ever for a server that accepts and then says nothing."""
+    """Connect to the master's store.
+
+    torch is asked when something answers at the address: until then it would wait in C++, and say why it gave up on
+    the standard error, in pages. For a server that accepts and then says nothing it would wait for ever.
+
+    Raises:
+        _NoAnswer: Nothing answers in time; its text is the reason.
+        Exception: Something answers, but not as a store.
+    """
+    deadline, pause_s = time.monotonic() + timeout_s, _SHORTEST_PAUSE_S
+    while reason := why_unreachable(host, port, min(_PROBE_S, max(deadline - time.monotonic(), _SHORTEST_PAUSE_S))):
+        if time.monotonic() + pause_s > deadline:
+            raise _NoAnswer(reason)
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
     done: Future[dist.Store] = Future()
 
     def connect() -> None:
@@ -132,7 +154,7 @@ def _connect(host: str, port: int, timeout_s: float, options: dict[str, Any]) ->
             done.set_exception(error)
 
     threading.Thread(target=connect, name="everyrank-connect", daemon=True).start()
-    return done.result(timeout_s + _GRACE_S)
+    return done.result(max(deadline - time.monotonic(), 0) + _GRACE_S)
 
 
 def _listen(port: int, *, loopback: bool) -> socket.socket:

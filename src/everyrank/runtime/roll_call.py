@@ -5,7 +5,7 @@ outlives a crash. Keys left in it lead to dead addresses. So rank 0 starts a *ge
 answers its one-time token; a rank of an earlier attempt cannot answer back. All later keys carry the generation.
 
 The roll call also finds what would otherwise be a hang or a riddle: ranks that do not come, worlds of different size,
-different versions, two ranks on one GPU.
+different versions, a network interface that does not exist, two ranks on one GPU.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import torch.distributed as dist
 
 from everyrank import __version__
 from everyrank.errors import RendezvousError
+from everyrank.interfaces import wrong_interface
 from everyrank.runtime.network import machine_identity
 from everyrank.runtime.process_environment import ProcessEnvironment
 from everyrank.runtime.rendezvous import Meeting, open_meeting
@@ -76,7 +77,8 @@ def meet(
     while True:
         meeting = open_meeting(environment, init_method, max(deadline - time.monotonic(), 0.1), environ)
         try:
-            return _call_the_roll(meeting, environment, deadline, timeout_s, gpu)
+            hello = _hello(environment, environ, gpu)
+            return _call_the_roll(meeting, environment, deadline, timeout_s, hello)
         except dist.DistNetworkError as error:
             # The server went away while it was talked to. Perhaps it was that of the group this program has just left,
             # and the new one on the same port is about to come.
@@ -84,13 +86,11 @@ def meet(
                 raise _no_roll_call(environment, timeout_s, meeting.endpoint) from error
 
 
-def _call_the_roll(
-    meeting: Meeting, environment: ProcessEnvironment, deadline: float, timeout_s: float, gpu: str
-) -> Gathering:
-    rank, endpoint = environment.rank, meeting.endpoint
-    token = secrets.token_hex(8)
-    hello = {
-        "token": token,
+def _hello(environment: ProcessEnvironment, environ: Mapping[str, str], gpu: str) -> dict[str, Any]:
+    """What this rank says of itself."""
+    master = environment.master_addr or "the other ranks"
+    return {
+        "token": secrets.token_hex(8),
         "world_size": environment.world_size,
         "place": f"pid {os.getpid()} on {socket.gethostname()}",
         "host": socket.gethostname(),
@@ -98,7 +98,15 @@ def _call_the_roll(
         "torch": torch.__version__,
         "everyrank": __version__,
         "gpu": gpu,
+        # Which of the two holds is known when all are here.
+        "wrong_interface": {"alone": wrong_interface(environ, None), "among others": wrong_interface(environ, master)},
     }
+
+
+def _call_the_roll(
+    meeting: Meeting, environment: ProcessEnvironment, deadline: float, timeout_s: float, hello: dict[str, Any]
+) -> Gathering:
+    rank, endpoint, token = environment.rank, meeting.endpoint, hello["token"]
     base = dist.PrefixStore("everyrank", meeting.store)
     try:
         if rank == 0:
@@ -181,12 +189,13 @@ def _gather_hellos(
         )
         return {"problem": problem, "num_here": len(hellos)}
     ordered = [hellos[rank] for rank in range(world_size)]
+    on_one_machine = len({hello["machine"] for hello in ordered}) == 1
     return {
-        "problem": _misfit(ordered),
+        "problem": _misfit(ordered, on_one_machine),
         "num_here": world_size,
         "places": [hello["place"] for hello in ordered],
         "main_host": own["host"],
-        "on_one_machine": len({hello["machine"] for hello in ordered}) == 1,
+        "on_one_machine": on_one_machine,
     }
 
 
@@ -197,7 +206,7 @@ def _wait_for_readers(store: dist.Store, generation: str, num_readers: int) -> N
         time.sleep(_SHORTEST_POLL_S)
 
 
-def _misfit(hellos: list[dict[str, Any]]) -> str:
+def _misfit(hellos: list[dict[str, Any]], on_one_machine: bool) -> str:
     """Return what keeps these processes from working together, or an empty string."""
     for field, name in (("world_size", "world size"), ("torch", "torch version"), ("everyrank", "everyrank version")):
         for rank, hello in enumerate(hellos):
@@ -206,6 +215,9 @@ def _misfit(hellos: list[dict[str, Any]]) -> str:
                     f"rank 0 ({hellos[0]['place']}) has {name} {hellos[0][field]}, but rank {rank} ({hello['place']}) "
                     f"has {hello[field]}. To mend it: start all processes with the same {name}."
                 )
+    wrong = (hello["wrong_interface"]["alone" if on_one_machine else "among others"] for hello in hellos)
+    if problem := next(filter(None, wrong), ""):
+        return str(problem)
     seen: dict[tuple[str, str], int] = {}
     for rank, hello in enumerate(hellos):
         gpu = (hello["machine"], hello["gpu"])
