@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from typing import Any
 
 from everyrank.drivers.cluster import RAY, rank_command, recorded_failures
@@ -14,8 +16,16 @@ from everyrank.drivers.cluster_config import RayConfig
 from everyrank.drivers.driver import LaunchPlan, LaunchRequest
 from everyrank.drivers.environment import rank_variables
 from everyrank.drivers.rank_files import clear_errors
+from everyrank.drivers.signals import forwarded
 from everyrank.drivers.spec import Outcome
 from everyrank.errors import DriverError
+from everyrank.interfaces import why_unreachable
+
+_RIGHT_ADDRESS = (
+    "Set the address that `ray start --head` printed, or auto on a node of the cluster; "
+    "leave it out to start a local Ray."
+)
+_PATIENCE_S = 5.0
 
 
 class RayDriver:
@@ -41,50 +51,70 @@ class RayDriver:
         )
 
     def run(self, plan: LaunchPlan, request: LaunchRequest) -> Outcome:
-        """Run the trainer to its end."""
+        """Run the trainer to its end.
+
+        Raises:
+            DriverError: There is no Ray, or ``driver.address`` is none of a cluster's.
+        """
         RAY.require()
+        address = self.config.address
+        if address is not None:
+            _check_address(address)
         clear_errors(request.log_dir)
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        if address is None:
+            # Ray listens on all addresses of a machine that may be part of a cluster. This one is not.
+            os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
         import ray
+
+        # Ray's own folder holds sockets, whose paths must be short, so it is not in the run's.
+        folder = None if address else tempfile.mkdtemp(prefix="ray-", dir="/tmp")
+        variables = {**plan.env, "PYTHONPATH": os.pathsep.join(os.path.abspath(p) for p in sys.path if p)}
+        try:
+            self._connect(ray, variables, folder)
+            with forwarded(_interrupt, lambda: _interrupt(signal.SIGINT)) as told:
+                try:
+                    return self._fit(plan, request)
+                except KeyboardInterrupt:
+                    return Outcome(signum=told.signum, world_size=self.config.num_workers)
+        finally:
+            ray.shutdown()
+            if folder is not None:
+                _remove(folder)
+
+    def _fit(self, plan: LaunchPlan, request: LaunchRequest) -> Outcome:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchTrainer
 
         from everyrank.drivers.ray_backend import MeetByVariables
 
         c = self.config
-        variables = {**plan.env, "PYTHONPATH": os.pathsep.join(os.path.abspath(p) for p in sys.path if p)}
-        # Ray's own folder holds sockets, whose paths must be short, so it is not in the run's.
-        folder = None if c.address else tempfile.mkdtemp(prefix="ray-", dir="/tmp")
+        trainer = TorchTrainer(
+            _train,
+            train_loop_config={
+                "config_file": request.config_file,
+                "cwd": request.cwd,
+                "program": list(plan.command) if request.command is not None else None,
+            },
+            torch_config=MeetByVariables(),
+            scaling_config=ScalingConfig(
+                num_workers=c.num_workers, use_gpu=c.use_gpu, resources_per_worker=self._resources()
+            ),
+            run_config=RunConfig(
+                name="ray",
+                storage_path=request.run_dir,
+                failure_config=FailureConfig(max_failures=c.max_failures),
+            ),
+        )
+        # Its own way to take Ctrl-C waits until all ranks have started, and does not come back to us.
+        trainer._register_sigint_handler = lambda controller: None
         try:
-            self._connect(ray, variables, folder)
-            trainer = TorchTrainer(
-                _train,
-                train_loop_config={
-                    "config_file": request.config_file,
-                    "cwd": request.cwd,
-                    "program": list(plan.command) if request.command is not None else None,
-                },
-                torch_config=MeetByVariables(),
-                scaling_config=ScalingConfig(
-                    num_workers=c.num_workers, use_gpu=c.use_gpu, resources_per_worker=self._resources()
-                ),
-                run_config=RunConfig(
-                    name="ray",
-                    storage_path=request.run_dir,
-                    failure_config=FailureConfig(max_failures=c.max_failures),
-                ),
-            )
-            try:
-                trainer.fit()
-            except Exception as error:
-                failures = recorded_failures(request.log_dir)
-                message = "" if failures else f"error: Ray Train: {error}"
-                return Outcome(failures=failures, message=message, world_size=c.num_workers)
-            return Outcome(world_size=c.num_workers)
-        finally:
-            ray.shutdown()
-            if folder is not None:
-                shutil.rmtree(folder, ignore_errors=True)
+            trainer.fit()
+        except Exception as error:
+            failures = recorded_failures(request.log_dir)
+            message = "" if failures else f"error: Ray Train: {error}"
+            return Outcome(failures=failures, message=message, world_size=c.num_workers)
+        return Outcome(world_size=c.num_workers)
 
     def _resources(self) -> dict[str, float]:
         resources = {"CPU": self.config.cpus_per_worker}
@@ -104,11 +134,42 @@ class RayDriver:
                     _node_ip_address="127.0.0.1",
                     _temp_dir=folder,
                 )
-        except (ConnectionError, ValueError) as error:
+        except (ConnectionError, ValueError, RuntimeError) as error:
             raise DriverError(
-                f"driver.address={c.address} was set, but no Ray cluster answers there: {error}. "
-                "Set the address that `ray start --head` printed, or leave it out to start a local one."
+                f"driver.address={c.address} was set, but no Ray cluster that takes this machine in answers there: "
+                f"{error}. {_RIGHT_ADDRESS} If the cluster asks for a token (what Ray wrote above says so), also set "
+                "RAY_AUTH_MODE=token."
             ) from error
+
+
+def _interrupt(signum: int) -> None:
+    raise KeyboardInterrupt(signal.Signals(signum).name)
+
+
+def _remove(folder: str) -> None:
+    """Remove Ray's folder; its last processes may still write to it for a moment."""
+    deadline = time.monotonic() + _PATIENCE_S
+    while os.path.exists(folder) and time.monotonic() < deadline:
+        shutil.rmtree(folder, ignore_errors=True)
+        time.sleep(0.05)
+
+
+def _check_address(address: str) -> None:
+    """Refuse what Ray would wait minutes for, or not run on.
+
+    Raises:
+        DriverError: The address is not ``auto`` or ``HOST:PORT``, or nothing answers there.
+    """
+    if address == "auto":
+        return  # Ray looks it up, at once
+    host, _, port = address.rpartition(":")
+    if "://" in address or not host or not port.isdigit():
+        raise DriverError(f"driver.address={address} was set; it is auto or HOST:PORT. {_RIGHT_ADDRESS}")
+    reason = why_unreachable(host.strip("[]"), int(port), _PATIENCE_S)
+    if reason:
+        raise DriverError(
+            f"driver.address={address} was set, but no Ray cluster answers there ({reason}). {_RIGHT_ADDRESS}"
+        )
 
 
 def _train(loop: dict[str, Any]) -> None:

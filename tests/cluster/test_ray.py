@@ -1,0 +1,117 @@
+"""Ray, started for real: a cluster of two hosts that runs already, and one of the run's own."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from cluster.hosts import Host
+from cluster.running import Running, wait_for
+from conftest import RunCli
+
+pytestmark = [
+    pytest.mark.cluster,
+    pytest.mark.skipif(
+        importlib.util.find_spec("ray") is None, reason="ray not installed (pip install 'everyrank[ray]')"
+    ),
+]
+Start = Callable[..., Running]
+QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}  # else Ray writes a token into the home folder
+FAST_END = {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "1"}
+
+
+@pytest.fixture(scope="module")
+def cluster(hosts: list[Host]) -> Iterator[str]:
+    """Address of a Ray cluster of node0 and node1, with one core each."""
+    folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/var/tmp"))  # a short path: a socket's name has an end
+    ray = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus=1"]
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("EVERYRANK_")} | QUIET | FAST_END
+    nodes: list[subprocess.Popen[bytes]] = []
+    logs = [folder / f"{host.name}.out" for host in hosts[:2]]
+
+    def start(node: int, *more: str) -> None:
+        with logs[node].open("w") as log:
+            command = [*ray, f"--node-ip-address={hosts[node].address}", *more]
+            nodes.append(subprocess.Popen(hosts[node].command(command), env=clean, stdout=log, stderr=log))
+
+        def explain() -> str:
+            return f"Ray did not start on node{node}:\n{logs[node].read_text()}"
+
+        wait_for(lambda: "Ray runtime started" in logs[node].read_text(), 60, explain)
+
+    try:
+        start(0, "--head", "--port=6379", "--include-dashboard=false", f"--temp-dir={folder}/head")
+        start(1, "--address=10.77.0.1:6379", f"--temp-dir={folder}/other")
+        yield "node0:6379"
+    finally:
+        for node in reversed(nodes):  # one after the other: a node that leaves says goodbye to the head
+            node.send_signal(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                node.wait(40)
+            node.kill()
+            node.wait()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.mark.parametrize(
+    ("address", "found"),
+    [
+        ("127.0.0.1:{closed}", "connection refused: the host is up, but nothing listens on that port"),
+        ("no-such-host.invalid:6379", "the name no-such-host.invalid does not resolve here"),
+        ("auto", "Could not find any running Ray instance"),
+        ("ray://127.0.0.1:10001", "it is auto or HOST:PORT"),
+        ("node0", "it is auto or HOST:PORT"),
+    ],
+)
+def test_an_address_without_a_cluster_is_named_at_once(run_cli: RunCli, address: str, found: str) -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        address = address.format(closed=closed.getsockname()[1])
+        done = run_cli("driver=ray", f"driver.address={address}", "app=hello_dist", timeout_s=60, env=QUIET)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert f"error: driver.address={address} was set" in done.stderr
+    assert found in done.stderr
+    assert "Set the address that `ray start --head` printed" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_a_cluster_runs_an_app_on_two_hosts(start_on: Start, cluster: str) -> None:
+    launch = start_on(0, "driver=ray", f"driver.address={cluster}", "app=hello_dist", env=QUIET)
+    assert launch.wait(100) == 0, launch.output
+    assert "[Rank 0] Sum of all ranks: 1" in launch.output
+    assert "launcher ray by" in launch.output
+    assert "network interface: eth0" in launch.output, "the two ranks are on one host"
+
+
+@pytest.mark.slow
+def test_a_ray_of_its_own_listens_on_loopback_only_and_names_the_guilty_rank(start_on: Start) -> None:
+    """On a host where nothing else listens."""
+    app = ("app=custom", "app._target_=elastic_apps.Listeners", "+app.guilty=1")
+    launch = start_on(2, "driver=ray", "driver.num_workers=2", *app, env=QUIET)
+    assert launch.wait(100) == 1, launch.output
+    assert "sum 1, somebody listens on 127.0.0.1\n" in launch.output
+    assert "error: rank 1 of 2 failed: LookupError: the sample 1 is missing" in launch.output
+
+
+@pytest.mark.nightly
+def test_ctrl_c_ends_it_and_leaves_nothing(start_on: Start, tmp_path: Path) -> None:
+    folder = tmp_path / "job"
+    folder.mkdir()
+    app = ("app=custom", "app._target_=elastic_apps.Loops", f"+app.folder={folder}")
+    launch = start_on(2, "driver=ray", "driver.num_workers=2", *app, env=QUIET)
+    wait_for(lambda: (folder / "world-0-2").exists(), 60, lambda: launch.output)
+    launch.process.send_signal(signal.SIGINT)
+    assert launch.wait() == 130, launch.output
+    assert "ended by SIGINT; no rank is left" in launch.output
