@@ -40,3 +40,12 @@ def test_wrong_settings(run_cli: RunCli) -> None:
     done = run_cli("app", program=CERTIFY)
     assert done.returncode == 2
     assert "write settings as key=value" in done.stderr
+
+
+def test_a_launcher_that_is_not_there_is_named(run_cli: RunCli) -> None:
+    done = run_cli("--launchers=sruun,python", program=CERTIFY, env={"PATH": ""})
+    assert done.returncode == 2
+    assert "--launchers=sruun was given, but it is no launcher that everyrank certifies. " in done.stderr
+    done = run_cli("--launchers=srun", program=CERTIFY, env={"PATH": ""})
+    assert done.returncode == 2
+    assert "--launchers=srun was given, but srun: not installed. This machine has driver=torchrun," in done.stderr

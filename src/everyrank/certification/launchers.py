@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from everyrank.errors import UserError, did_you_mean
+
 _RUN = ("-m", "everyrank", "run")
 
 
@@ -48,8 +50,33 @@ def find_launchers() -> tuple[list[Launcher], list[str]]:
             Launcher("driver=ray", lambda n, args: [*_python(), "driver=ray", f"driver.num_workers={n}", *args])
         )
     else:
-        missing.append("ray: not installed (pip install 'everyrank[ray]')")
+        missing.append("driver=ray: not installed (pip install 'everyrank[ray]')")
     return found, missing
+
+
+def choose_launchers(names: Sequence[str], found: Sequence[Launcher], missing: Sequence[str]) -> list[Launcher]:
+    """Return the launchers that were asked for.
+
+    Raises:
+        UserError: A name is unknown, or its launcher is not on this machine.
+    """
+    chosen = []
+    for name in (name.strip() for name in names):
+        if name in ("", "python"):
+            continue  # plain Python is what the others are compared with, in any case
+        launcher = next((launcher for launcher in found if launcher.name == name), None)
+        why_not = next((line for line in missing if line.split(":")[0] == name), None)
+        if launcher is None:
+            known = [launcher.name for launcher in found]
+            raise UserError(
+                f"--launchers={name} was given, but "
+                + (f"{why_not}. " if why_not else "it is no launcher that everyrank certifies. ")
+                + f"This machine has {', '.join(known)}.{did_you_mean(name, known)}"
+            )
+        chosen.append(launcher)
+    if not chosen:
+        raise UserError("--launchers was given without a name, such as --launchers=srun,mpirun.")
+    return chosen
 
 
 def plain_python() -> Launcher:

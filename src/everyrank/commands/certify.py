@@ -45,6 +45,11 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("overrides", nargs="*", default=[], help="app=NAME and settings, as for everyrank run")
     parser.add_argument("--seed", type=int, default=0, help="which steps and ranks are hit")
     parser.add_argument("--quick", action="store_true", help="kills and resizes under the torchrun driver only")
+    parser.add_argument(
+        "--launchers",
+        metavar="NAME,...",
+        help="only these, without kills and resizes: names of the certificate's first column, such as srun,mpirun",
+    )
     parser.add_argument("--keep", type=Path, help="keep the runs in this folder")
     arguments = parser.parse_args(argv)
     overrides = list(arguments.overrides)
@@ -52,9 +57,10 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"{' '.join(overrides)} was given; write settings as key=value, such as app=certify.")
     if not any(override.startswith("app=") for override in overrides):
         overrides.insert(0, "app=certify")
+    trials, missing = _trials(arguments.launchers, arguments.quick)
     folder = arguments.keep or Path(tempfile.mkdtemp(prefix="everyrank-certify-"))
     try:
-        verdicts, missing = _certify(folder, overrides, arguments.seed, arguments.quick)
+        verdicts = _certify(folder, overrides, arguments.seed, trials)
     except EveryrankError as error:
         print(f"error: no certificate: {error}", file=sys.stderr)
         return EXIT_FAILURE
@@ -65,9 +71,33 @@ def main(argv: Sequence[str]) -> int:
     return EXIT_OK if all(verdict.holds for verdict in verdicts) else EXIT_FAILURE
 
 
-def _certify(folder: Path, overrides: list[str], seed: int, quick: bool) -> tuple[list[Verdict], list[str]]:
+def _trials(names: str | None, quick: bool) -> tuple[list[Trial], list[str]]:
+    """What is to be run, and for each launcher that this machine lacks a line that says why.
+
+    Raises:
+        UserError: A launcher is asked for by a name that is unknown, or is not on this machine.
+    """
+    from everyrank.certification.launchers import choose_launchers, find_launchers
+    from everyrank.certification.trial import Trial
+
+    found, missing = find_launchers()
+    if names is not None:
+        return [Trial(launcher, (2,)) for launcher in choose_launchers(names.split(","), found, missing)], []
+    torchrun = found[0]
+    return [
+        *(Trial(launcher, (2,)) for launcher in (found[:1] if quick else found)),
+        Trial(torchrun, (2,), "SIGKILL rank", 2),
+        Trial(torchrun, (2,), "SIGKILL launcher", 1),
+        Trial(torchrun, (2,), "SIGTERM launcher", 1),
+        Trial(torchrun, (2,), "SIGTERM rank", 1),
+        Trial(replace(torchrun, name="torchrun, max_restarts=1"), (2,), "SIGKILL rank", 1, ("driver.max_restarts=1",)),
+        Trial(torchrun, (2, 1, 3, 2), "SIGKILL rank", 3),
+    ], missing
+
+
+def _certify(folder: Path, overrides: list[str], seed: int, trials: Sequence[Trial]) -> list[Verdict]:
     from everyrank.certification.evidence import Evidence
-    from everyrank.certification.launchers import find_launchers, plain_python
+    from everyrank.certification.launchers import plain_python
     from everyrank.certification.trial import Trial, carry_out
 
     chance = random.Random(seed)
@@ -75,20 +105,7 @@ def _certify(folder: Path, overrides: list[str], seed: int, quick: bool) -> tupl
     carry_out(Trial(plain_python(), (1,)), folder / "reference", overrides, chance)
     reference = Evidence.of(folder / "reference")
     verdicts = [_judge(Trial(plain_python(), (1,)), reference, reference, reference)]
-    found, missing = find_launchers()
     two: Evidence | None = None
-    trials = [] if quick else [Trial(launcher, (2,)) for launcher in found]
-    if quick:
-        trials.append(Trial(found[0], (2,)))
-    torchrun = found[0]
-    trials += [
-        Trial(torchrun, (2,), "SIGKILL rank", 2),
-        Trial(torchrun, (2,), "SIGKILL launcher", 1),
-        Trial(torchrun, (2,), "SIGTERM launcher", 1),
-        Trial(torchrun, (2,), "SIGTERM rank", 1),
-        Trial(replace(torchrun, name="torchrun, max_restarts=1"), (2,), "SIGKILL rank", 1, ("driver.max_restarts=1",)),
-        Trial(torchrun, (2, 1, 3, 2), "SIGKILL rank", 3),
-    ]
     for number, trial in enumerate(trials):
         print(f"{trial.launcher.name}, world size {trial.title}, {trial.faults} ...", flush=True)
         run = folder / f"trial-{number}"
@@ -102,7 +119,7 @@ def _certify(folder: Path, overrides: list[str], seed: int, quick: bool) -> tupl
         if two is None and trial.world_sizes == (2,):
             two = evidence
         verdicts.append(_judge(trial, evidence, reference, two or reference))
-    return verdicts, missing
+    return verdicts
 
 
 def _judge(trial: Trial, evidence: Evidence, reference: Evidence, same_size: Evidence) -> Verdict:
