@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -64,3 +65,20 @@ def test_the_nodes_end_with_the_command(start_on: Start, login: str, tmp_path: P
     launch.wait()
     gone = {psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD}
     wait_for(lambda: not any(r.is_running() and r.status() not in gone for r in ranks), 20, lambda: "ranks went on")
+
+
+@pytest.mark.skipif(shutil.which("mpirun") is None, reason="mpirun not installed (scripts/install_cluster_tools.sh)")
+def test_open_mpi_starts_ranks_on_all_hosts(start_on: Start, login: str) -> None:
+    """``driver=mpi driver.hosts=[...]``: ranks by host, their master is found, and a failure names the rank."""
+    config = login.removeprefix("driver.ssh_args=[-F,").removesuffix("]")
+    hosts = ("driver=mpi", "driver.hosts=[node0,node1]", f"driver.mpi_args=[--mca,plm_rsh_args,'-F {config}']")
+    launch = start_on(0, *hosts, "app=hello_dist", "driver.nproc_per_node=2", "run.log_level=INFO")
+    assert launch.wait() == 0, launch.output
+    assert "[Rank 0] Sum of all ranks: 6" in launch.output
+    for rank in range(4):
+        assert f"[Rank {rank}/4] Local rank: {rank % 2}" in launch.output
+    assert "network interface: eth0" in launch.output
+    app = ("app=custom", "app._target_=probe_apps.RaisesOnRank", "+app.guilty=1")
+    failing = start_on(0, *hosts, *app, "driver.nproc_per_node=1")
+    assert failing.wait() == 1, failing.output
+    assert "error: rank 1 of 2 failed: LookupError: the sample 1 is missing" in failing.output
