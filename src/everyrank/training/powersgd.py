@@ -59,6 +59,11 @@ class PowerSGD:
                 ]
                 self._collect(stale)
                 self._fill(index, parameters, bucket.buffer())
+            # The hook sends P and Q from callbacks. With several buckets under way these would come in another order on
+            # each rank, and gloo would mix them up. What is left to send is small, so a bucket waits for the last.
+            future = self._hook(self._state, bucket)
+            future.wait()
+            return future
         return self._hook(self._state, bucket)
 
     def common_state(self) -> dict[str, Any]:
