@@ -1,4 +1,4 @@
-"""What the drivers of clusters share: which launchers this machine has, and how a run that is elsewhere ended."""
+"""What the drivers of clusters share: the programs they need, and how a run that is elsewhere ended."""
 
 from __future__ import annotations
 
@@ -50,37 +50,9 @@ class Launcher:
 SLURM = Launcher(
     "slurm", "sbatch", False, "Slurm's client (Debian: slurm-client), or start from a login node that has it"
 )
-SRUN = Launcher("slurm", "srun", False, "Slurm's client (Debian: slurm-client), or start from a login node that has it")
 MPI = Launcher("mpi", "mpirun", False, "Open MPI (Debian: openmpi-bin), or load its module")
 RAY = Launcher("ray", "ray", True, "it with: pip install 'everyrank[ray]'")
 SSH = Launcher("torchrun", "ssh", False, "an SSH client (Debian: openssh-client)")
-KUBECTL = Launcher("kubernetes", "kubectl", False, "kubectl, or apply the manifest from a machine that has it")
-
-OUTSIDE = (SRUN, MPI, RAY)
-
-
-def found_launchers() -> list[str]:
-    """The launchers found on this machine, by the names users know.
-
-    Those of Python and torch are always there; ``srun`` counts only where it reaches a controller.
-    """
-    names = ["python", "spawn", "torchrun", "launch"]
-    if MPI.found:
-        names.append("mpirun")
-    if SRUN.found and _slurm_answers():
-        names.append("srun")
-    if RAY.found:
-        names.append("ray")
-    return names
-
-
-def _slurm_answers() -> bool:
-    import subprocess
-
-    try:
-        return subprocess.run(["sinfo", "--noheader"], capture_output=True, timeout=10, check=False).returncode == 0
-    except (OSError, subprocess.TimeoutExpired):
-        return False
 
 
 def recorded_failures(log_dir: str) -> tuple[RankFailure, ...]:

@@ -1,4 +1,4 @@
-"""Rendezvous for ranks that all live on this machine: nothing to configure, nothing beyond loopback."""
+"""What our rendezvous share, and the one for ranks that all live on this machine."""
 
 from __future__ import annotations
 
@@ -33,8 +33,34 @@ def listen_on_loopback(port: int = 0) -> socket.socket:
     return listener
 
 
-class LoopbackRendezvous(RendezvousHandler):
-    """One node, one agent: each round gets a fresh store that listens on 127.0.0.1 only.
+class FixedRendezvous(RendezvousHandler):
+    """A rendezvous of a fixed set of nodes: it never closes, and there is nobody to tell who leaves."""
+
+    _run_id: str
+
+    @property
+    def use_agent_store(self) -> bool:
+        """The ranks connect to a store that an agent holds: none of them listens."""
+        return True
+
+    def is_closed(self) -> bool:
+        """A fixed set of nodes never closes."""
+        return False
+
+    def set_closed(self) -> None:
+        """Nothing to tell."""
+
+    def get_run_id(self) -> str:
+        """The run's id."""
+        return self._run_id
+
+    def leave(self) -> None:
+        """Leave because this node was told to: nothing to tell a fixed set of nodes."""
+        self.shutdown()
+
+
+class LoopbackRendezvous(FixedRendezvous):
+    """One node, one agent, nothing to configure: each round gets a fresh store that listens on 127.0.0.1 only.
 
     A fresh store for each round is what makes restarts safe: torch 2.13 hands the ranks of a second attempt the first
     attempt's store, where they find the addresses of processes that are gone.
@@ -48,11 +74,6 @@ class LoopbackRendezvous(RendezvousHandler):
     def get_backend(self) -> str:
         """Name of the rendezvous backend."""
         return "loopback"
-
-    @property
-    def use_agent_store(self) -> bool:
-        """The ranks connect to the store that the agent holds: none of them listens."""
-        return True
 
     def next_rendezvous(self) -> RendezvousInfo:
         """Open a fresh store; this node is node 0 of 1."""
@@ -70,24 +91,9 @@ class LoopbackRendezvous(RendezvousHandler):
         )
         return RendezvousInfo(self._store, 0, 1, RendezvousStoreInfo(LOOPBACK, port))
 
-    def is_closed(self) -> bool:
-        """A rendezvous of one node never closes."""
-        return False
-
-    def set_closed(self) -> None:
-        """Nothing to tell: there is no other node."""
-
     def num_nodes_waiting(self) -> int:
         """No other node can join."""
         return 0
-
-    def get_run_id(self) -> str:
-        """The run's id."""
-        return self._run_id
-
-    def leave(self) -> None:
-        """Leave because this node was told to: there is no other node to tell."""
-        self.shutdown()
 
     def shutdown(self) -> bool:
         """Close the store."""

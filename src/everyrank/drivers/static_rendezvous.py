@@ -12,9 +12,10 @@ import time
 from datetime import timedelta
 
 from torch.distributed import DistError, PrefixStore, Store, TCPStore
-from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousInfo, RendezvousStoreInfo
+from torch.distributed.elastic.rendezvous import RendezvousInfo, RendezvousStoreInfo
 
 from everyrank.drivers import meeting
+from everyrank.drivers.rendezvous import FixedRendezvous
 from everyrank.errors import RendezvousError
 from everyrank.interfaces import is_this_host, why_unreachable
 
@@ -22,7 +23,7 @@ _SETTINGS = "driver.master_addr and driver.master_port"
 _LOOK_S = 1.0  # between two looks at whether another node has begun a new attempt
 
 
-class StaticRendezvous(RendezvousHandler):
+class StaticRendezvous(FixedRendezvous):
     """The rendezvous of one node.
 
     Args:
@@ -52,11 +53,6 @@ class StaticRendezvous(RendezvousHandler):
     def get_backend(self) -> str:
         """Name of the rendezvous backend."""
         return "static"
-
-    @property
-    def use_agent_store(self) -> bool:
-        """The ranks connect to a store that node 0's agent holds: none of them listens."""
-        return True
 
     def next_rendezvous(self) -> RendezvousInfo:
         """Meet the other nodes for the next attempt.
@@ -148,13 +144,6 @@ class StaticRendezvous(RendezvousHandler):
         store.wait(["port"], timedelta(seconds=self._timeout_s))
         return RendezvousStoreInfo(self._host, int(store.get("port")))
 
-    def is_closed(self) -> bool:
-        """A fixed set of nodes never closes."""
-        return False
-
-    def set_closed(self) -> None:
-        """Nothing to tell."""
-
     def num_nodes_waiting(self) -> int:
         """1 if another node has begun a new attempt, which this one must join; else 0."""
         now = time.monotonic()
@@ -181,14 +170,6 @@ class StaticRendezvous(RendezvousHandler):
             return int(int(self._store.get("round")) > self._round)
         except DistError:
             return 0
-
-    def get_run_id(self) -> str:
-        """The run's id."""
-        return self._run_id
-
-    def leave(self) -> None:
-        """Leave because this node was told to: nothing to tell a fixed set of nodes."""
-        self.shutdown()
 
     def shutdown(self) -> bool:
         """Close the stores."""
