@@ -12,6 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from conftest import RunCli
+from everyrank import cli
 from everyrank.commands.plan_numbers import compute
 from everyrank.data.split import split_sizes
 from everyrank.training.config import read_config
@@ -35,31 +36,38 @@ def trainer_config(parallel: dict[str, object] | None = None, **training: object
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_a_plan_says_what_the_run_then_does(run_cli: RunCli, tmp_path: Path, world_size: int) -> None:
+def test_a_plan_says_what_the_run_then_does(
+    run_cli: RunCli,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    world_size: int,
+) -> None:
     driver = ("driver=torchrun", f"driver.nproc_per_node={world_size}")
-    planned = run_cli(*driver, *SMALL, program=PLAN)
-    assert planned.returncode == 0, planned.stderr
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["plan", *driver, *SMALL]) == 0
+    planned = capsys.readouterr().out
     assert not (tmp_path / "outputs").exists(), "a plan writes nothing"
     done = run_cli(*driver, *SMALL)
     assert done.returncode == 0, done.stderr
     run = next(tmp_path.glob("outputs/causal_sets-*"))
 
-    per_epoch, steps = _numbers(planned.stdout, r"optimizer steps: (\S+) an epoch, (\S+) in all")
+    per_epoch, steps = _numbers(planned, r"optimizer steps: (\S+) an epoch, (\S+) in all")
     checkpoints = sorted(run.glob("checkpoints/step-*"))
     assert [int(path.name.removeprefix("step-")) for path in checkpoints] == [per_epoch, steps]
-    assert "checkpoints: 2 of" in planned.stdout
+    assert "checkpoints: 2 of" in planned
     rows = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
     rates = [row["lr"] for row in rows if "train_loss" in row]
-    last = re.search(r"learning rate: from 0.003 over at most 0.003 to (\S+)", planned.stdout)
+    last = re.search(r"learning rate: from 0.003 over at most 0.003 to (\S+)", planned)
     assert last is not None
     assert float(last.group(1)) == pytest.approx(rates[-1], rel=1e-3)
 
-    size, unit = re.search(r"checkpoints: 2 of (\S+) (\w+) each", planned.stdout).groups()  # type: ignore[union-attr]
+    size, unit = re.search(r"checkpoints: 2 of (\S+) (\w+) each", planned).groups()  # type: ignore[union-attr]
     tensors = sum(path.stat().st_size for path in checkpoints[0].glob("*.safetensors"))
     assert float(size) * {"KiB": 1024, "MiB": 1024**2}[unit] == pytest.approx(tensors, rel=0.25)
 
-    train = _numbers(planned.stdout, r"samples: (\S+) training")[0]
-    low, high = (_numbers(planned.stdout, r"samples on a rank and epoch: (\S+)(?: to (\S+))?") * 2)[:2]
+    train = _numbers(planned, r"samples: (\S+) training")[0]
+    low, high = (_numbers(planned, r"samples on a rank and epoch: (\S+)(?: to (\S+))?") * 2)[:2]
     assert low * world_size <= train <= high * world_size
 
 

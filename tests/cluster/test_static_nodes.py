@@ -77,7 +77,7 @@ def test_a_master_that_is_not_there_is_named(start_on: Start, hosts: list[Host])
         endpoint: start_on(
             1,
             *("driver=torchrun", "app=hello_dist", "driver.nnodes=2", "driver.node_rank=1"),
-            *(f"driver.master_addr={host}", f"driver.master_port={port}", "driver.rdzv_timeout_s=4"),
+            *(f"driver.master_addr={host}", f"driver.master_port={port}", "driver.rdzv_timeout_s=2"),
             f"run.name={host}-{port}",
         )
         for endpoint, (host, port, _) in cases.items()
@@ -85,15 +85,15 @@ def test_a_master_that_is_not_there_is_named(start_on: Start, hosts: list[Host])
     for endpoint, (_, _, found) in cases.items():
         node = running[endpoint]
         assert node.wait() == 2, node.output
-        assert f"node 0 could not be reached at {endpoint} within 4 s" in node.output
+        assert f"node 0 could not be reached at {endpoint} within 2 s" in node.output
         assert found in node.output
         assert "Traceback" not in node.output
 
 
 def test_a_node_that_does_not_come_is_named(start_on: Start) -> None:
-    node = start_on(0, *HELLO, "driver.node_rank=0", "driver.master_addr=node0", "driver.rdzv_timeout_s=3")
+    node = start_on(0, *HELLO, "driver.node_rank=0", "driver.master_addr=node0", "driver.rdzv_timeout_s=1")
     assert node.wait() == 2
-    assert "node 1 of 2 did not come to node0:29500 within 3 s" in node.output
+    assert "node 1 of 2 did not come to node0:29500 within 1 s" in node.output
 
 
 @pytest.mark.parametrize(

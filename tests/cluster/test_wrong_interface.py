@@ -51,22 +51,21 @@ def bare_interface(hosts: list[Host]) -> Iterator[str]:
     hosts[2].must("ip", "link", "del", "bare0")
 
 
-@pytest.mark.parametrize(
-    ("interface", "found"),
-    [
-        ("eth1", "there is no interface eth1 there, but lo, eth0. Did you mean 'eth0'?"),
-        ("lo", "the loopback leads to no other node."),
-        ("bare0", "the interface bare0 has no address there; lo, eth0 have."),
-    ],
-)
-def test_tasks_of_srun_on_two_nodes(
-    start_on: Start, slurm: dict[str, str], bare_interface: str, interface: str, found: str
-) -> None:
+def test_tasks_of_srun_on_two_nodes(start_on: Start, slurm: dict[str, str], bare_interface: str) -> None:
     """Set on node2 only, told by both tasks at once, which end with exit code 2."""
-    only_there = f'[ "$SLURM_NODEID" = 1 ] && export GLOO_SOCKET_IFNAME={interface}; exec "$0" -c "$1"'
-    tasks = start_on(0, *("-N2", "-n2", "bash", "-c", only_there, sys.executable, JOINS), program=("srun",), env=slurm)
-    assert tasks.wait() == 2, tasks.output
-    assert f"GLOO_SOCKET_IFNAME={interface} was set on node2, but {found}" in tasks.output
-    assert "To mend it: unset it (then eth0 is used, which leads to node1)" in tasks.output
-    assert "Traceback" not in tasks.output
-    assert "joined" not in tasks.output
+    steps = {}
+    for interface in ("eth1", "lo", bare_interface):
+        only_there = f'[ "$SLURM_NODEID" = 1 ] && export GLOO_SOCKET_IFNAME={interface}; exec "$0" -c "$1"'
+        task = ("bash", "-c", only_there, sys.executable, JOINS)
+        steps[interface] = start_on(0, "-N2", "-n2", *task, program=("srun",), env=slurm)
+    for interface, found in {
+        "eth1": "there is no interface eth1 there, but lo, eth0. Did you mean 'eth0'?",
+        "lo": "the loopback leads to no other node.",
+        bare_interface: "the interface bare0 has no address there; lo, eth0 have.",
+    }.items():
+        tasks = steps[interface]
+        assert tasks.wait() == 2, tasks.output
+        assert f"GLOO_SOCKET_IFNAME={interface} was set on node2, but {found}" in tasks.output
+        assert "To mend it: unset it (then eth0 is used, which leads to node1)" in tasks.output
+        assert "Traceback" not in tasks.output
+        assert "joined" not in tasks.output
