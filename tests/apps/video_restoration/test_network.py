@@ -13,7 +13,11 @@ import torch
 from safetensors import safe_open
 
 from everyrank.apps.video_restoration import VRT
-from everyrank.apps.video_restoration.network.deform import sampled_deform_conv2d
+from everyrank.apps.video_restoration.network import chunked_attention, chunked_deform, deform
+from everyrank.apps.video_restoration.network.attention import chunked, fused
+from everyrank.apps.video_restoration.network.deform import FlowGuidedDeformConv, sampled_deform_conv2d
+from everyrank.apps.video_restoration.network.heads import NUM_FEATURES, FrameConv, Upsample, enlarge
+from everyrank.apps.video_restoration.network.windows import Triple, WindowGrid
 from everyrank.errors import ConfigError, DataError
 
 HERE = Path(__file__).parent
@@ -193,3 +197,81 @@ def test_deformable_convolution_samples_as_defined(stacked: int) -> None:
         (x, offset, weight, mask),
         fast_mode=True,
     )
+
+
+def _gradients_agree(ours: torch.Tensor, theirs: torch.Tensor, leaves: list[torch.Tensor]) -> None:
+    """In float64: equal values, and equal gradients of one random weighting of them."""
+    torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-12)
+    weighting = torch.randn_like(ours)
+    for a, b in zip(*(torch.autograd.grad(out, leaves, weighting) for out in (ours, theirs)), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize("windows_at_a_time", [1, 3, 1000])
+@pytest.mark.parametrize("shift", [(0, 0, 0), (1, 2, 2)])
+@pytest.mark.parametrize("frames", [1, 2])
+def test_attention_in_chunks_is_that_of_the_fused_kernel(
+    monkeypatch: pytest.MonkeyPatch, frames: int, shift: Triple, windows_at_a_time: int
+) -> None:
+    torch.manual_seed(0)
+    grid = WindowGrid.of((4, 12, 16), (2, 4, 4), shift)
+    heads, tokens = 3, grid.volume // frames
+    monkeypatch.setattr(chunked_attention, "CHUNK_NUMBERS", windows_at_a_time * frames * heads * tokens**2)
+    # some scores are far from the others, by more than what 2 ** x of float32 can tell from zero
+    qkv = (4 * torch.randn(2, *grid.counts, grid.volume, 3, heads, 5, dtype=torch.float64)).requires_grad_()
+    bias = torch.randn(heads, tokens, tokens, dtype=torch.float64, requires_grad=True) if frames == 1 else None
+    regions = list(grid.regions(spatial=bias is None, device=torch.device("cpu")))
+    ours, theirs = (attend(qkv, bias, regions, 0.4, frames=frames) for attend in (chunked, fused))
+    _gradients_agree(ours, theirs, [qkv] if bias is None else [qkv, bias])
+
+
+def test_attention_of_half_precision_is_computed_in_full() -> None:
+    torch.manual_seed(0)
+    grid = WindowGrid.of((2, 8, 8), (2, 4, 4), (0, 2, 2))
+    qkv = torch.randn(1, *grid.counts, grid.volume, 3, 2, 6).bfloat16()
+    bias = torch.randn(2, grid.volume, grid.volume)
+    regions = list(grid.regions(spatial=False, device=torch.device("cpu")))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = chunked(qkv, bias, regions, 0.4, frames=1)
+    assert half.dtype == torch.bfloat16
+    full = chunked(qkv.float(), bias, regions, 0.4, frames=1)
+    torch.testing.assert_close(half, full.bfloat16(), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("neighbours", [1, 2, 3])
+@pytest.mark.parametrize("frames_at_a_time", [1, 2, 100])
+def test_alignment_in_chunks_is_that_of_whole_layers(
+    monkeypatch: pytest.MonkeyPatch, neighbours: int, frames_at_a_time: int
+) -> None:
+    torch.manual_seed(0)
+    n, dim, h, w = 5, 6, 7, 9
+    monkeypatch.setattr(chunked_deform, "CHUNK_NUMBERS", frames_at_a_time * neighbours * dim * 9 * h * w)
+    monkeypatch.setattr(deform, "has_torchvision", lambda: False)
+    layer = FlowGuidedDeformConv(dim, num_neighbours=neighbours, deformable_groups=6, max_residue=2.5).double()
+    for parameter in layer.conv_offset[-1].parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    sources, warped = (torch.randn(n, neighbours * dim, h, w, dtype=torch.float64, requires_grad=True) for _ in "ab")
+    current = torch.randn(n, dim, h, w, dtype=torch.float64, requires_grad=True)
+    flows = [(2 * torch.randn(n, 2, h, w, dtype=torch.float64)).requires_grad_() for _ in range(neighbours)]
+    ours = layer(sources, warped, current, flows)
+    raw = layer.conv_offset(torch.cat((warped, current, *flows), 1))
+    theirs = layer._sample(sources, raw, torch.cat(flows, 1))
+    _gradients_agree(ours, theirs, [sources, warped, current, *flows, *layer.parameters()])
+
+
+@pytest.mark.parametrize("scale", [2, 3, 4])
+def test_the_enlarging_head_is_its_layers_one_after_the_other(scale: int) -> None:
+    torch.manual_seed(0)
+    before, last = torch.nn.Sequential(FrameConv(5, NUM_FEATURES), torch.nn.LeakyReLU()), FrameConv(NUM_FEATURES, 3)
+    upsample = Upsample(scale, NUM_FEATURES)
+    for module in (before, upsample, last):
+        module.double()
+    x = torch.randn(2, 5, 8, 9, dtype=torch.float64, requires_grad=True)
+    y = before(x)
+    *convs, smooth = upsample.values()
+    for conv, factor in zip(convs, upsample.factors, strict=True):
+        y = torch.nn.functional.leaky_relu(torch.nn.functional.pixel_shuffle(conv(y), factor), 0.1)
+    parameters = [*before.parameters(), *upsample.parameters(), *last.parameters()]
+    _gradients_agree(enlarge(x, before, upsample, last), last(smooth(y)), [x, *parameters])
+    with torch.no_grad():
+        torch.testing.assert_close(enlarge(x, before, upsample, last), last(smooth(y)), atol=1e-12, rtol=1e-12)

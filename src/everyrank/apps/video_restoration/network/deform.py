@@ -6,14 +6,13 @@ import math
 from collections.abc import Sequence
 from functools import lru_cache
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from everyrank.apps.video_restoration.network.in_parts import in_parts
+from everyrank.apps.video_restoration.network.chunked_deform import chunked_deform
 from everyrank.apps.video_restoration.network.warping import normalise, precise, sample
-
-PART_NUMBERS = 1 << 20  # samples laid out at a time on the CPU: 4 MiB of float32
 
 
 @lru_cache(maxsize=1)
@@ -110,15 +109,25 @@ class FlowGuidedDeformConv(nn.Module):
         Returns:
             Aligned features (N, C, H, W).
         """
-        raw = self.conv_offset(torch.cat((warped, current, *flows), dim=1))
+        features = self.conv_offset[:-1](torch.cat((warped, current, *flows), dim=1))
         guide = torch.cat(list(flows), dim=1)
-        if not _in_parts(sources):
-            return self._sample(sources, raw, guide, self.weight, self.bias)
-        numbers = sources[0].numel() * 9  # sampled for one frame
-        step = max(1, PART_NUMBERS // numbers)
-        return in_parts(self._sample, (sources, raw, guide), (self.weight, self.bias), step)
+        last: Any = self.conv_offset[-1]
+        if sources.device.type == "cpu" and not has_torchvision():
+            with torch.autocast("cpu", enabled=False):
+                aligned = chunked_deform(
+                    precise(features),
+                    precise(sources),
+                    precise(guide),
+                    precise(last.weight),
+                    precise(last.bias),
+                    precise(self.weight),
+                    precise(self.bias),
+                    self.max_residue,
+                )
+            return aligned.to(sources.dtype)
+        return self._sample(sources, last(features), guide)
 
-    def _sample(self, sources: Tensor, raw: Tensor, guide: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def _sample(self, sources: Tensor, raw: Tensor, guide: Tensor) -> Tensor:
         """Convolve at the flows ``guide`` (N, 2 * neighbours, H, W) plus what ``raw`` says, weighted by its mask."""
         num_offsets = raw.shape[1] // 3 * 2
         residue = self.max_residue * torch.tanh(raw[:, :num_offsets])
@@ -127,9 +136,4 @@ class FlowGuidedDeformConv(nn.Module):
         around = guide.view(n, channels // 2, 1, 2, height, width).flip(3)
         offset = residue.view(n, channels // 2, -1, 2, height, width) + around
         mask = torch.sigmoid(raw[:, num_offsets:])
-        return deform_conv2d(sources, offset.view(n, num_offsets, height, width), weight, bias, mask)
-
-
-def _in_parts(x: Tensor) -> bool:
-    """Whether the samples are laid out in memory (on the CPU, where that is what costs) and not in a fused kernel."""
-    return x.device.type == "cpu" and not has_torchvision()
+        return deform_conv2d(sources, offset.view(n, num_offsets, height, width), self.weight, self.bias, mask)

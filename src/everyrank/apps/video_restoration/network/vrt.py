@@ -113,7 +113,7 @@ class VRT(nn.Module):
         self.conv_after_body = nn.Linear(embed_dims[-1], embed_dims[0])
         if not pa_frames:
             self.linear_fuse = nn.Conv2d(embed_dims[0] * img_size[0], NUM_FEATURES, 1)
-            self.conv_last: nn.Module = nn.Conv2d(NUM_FEATURES, out_chans, 7)
+            self.conv_last: Any = nn.Conv2d(NUM_FEATURES, out_chans, 7)
         elif upscale == 1:
             self.conv_last = FrameConv(embed_dims[0], out_chans)
         else:
