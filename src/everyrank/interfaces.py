@@ -81,6 +81,11 @@ def interface_with(address: str) -> str | None:
     return next((name for name, addresses in _interfaces().items() if wanted in addresses), None)
 
 
+def addresses_on(name: str) -> list[str]:
+    """Return the addresses of an interface, IPv4 first; empty if it has none, is not there, or not on Linux."""
+    return _interfaces().get(name, [])
+
+
 def is_loopback_address(address: str) -> bool:
     """Tell whether an IP address is the loopback's."""
     return address.startswith("127.") or address == "::1"

@@ -90,6 +90,29 @@ def test_a_master_that_is_not_there_is_named(start_on: Start, hosts: list[Host])
         assert "Traceback" not in node.output
 
 
+@pytest.mark.parametrize("closed", [0, 1])
+def test_a_firewall_that_lets_only_the_masters_port_through_is_told_by_all_ranks(
+    start_on: Start, hosts: list[Host], closed: int
+) -> None:
+    """At once, where gloo would wait five times the ten minutes of the timeout."""
+    hosts[closed].must(
+        "nft",
+        "table inet cut {\nchain in {\ntype filter hook input priority 0\niif lo accept\ntcp dport 29500 accept\n"
+        "tcp flags & (syn | ack) == syn drop\n}\n}\n",
+    )
+    nodes = [
+        start_on(rank, *HELLO, "driver.nproc_per_node=2", f"driver.node_rank={rank}", "driver.master_addr=node0")
+        for rank in (0, 1)
+    ]
+    for node in nodes:
+        assert node.wait() == 2, node.output
+        assert f"on node{1 - closed}) cannot reach rank {2 * closed} (pid" in node.output
+        assert f"at 10.77.0.{closed + 1}:" in node.output
+        assert "(no answer: the host is down, or a firewall drops the packets)" in node.output
+        assert "let TCP through between the nodes on all ports" in node.output
+        assert "Traceback" not in node.output
+
+
 def test_a_node_that_does_not_come_is_named(start_on: Start) -> None:
     node = start_on(0, *HELLO, "driver.node_rank=0", "driver.master_addr=node0", "driver.rdzv_timeout_s=1")
     assert node.wait() == 2

@@ -27,6 +27,7 @@ from everyrank.runtime.environment import (
 from everyrank.runtime.membership import Membership, get_membership, set_membership
 from everyrank.runtime.mistakes import told_plainly
 from everyrank.runtime.network import choose_interfaces
+from everyrank.runtime.paths import check_paths
 from everyrank.runtime.process_environment import ProcessEnvironment
 from everyrank.runtime.rendezvous import master_of_url
 from everyrank.runtime.roll_call import Gathering, meet
@@ -76,7 +77,7 @@ def join(
         LaunchEnvironmentError: The launcher's variables are half-set or contradict each other.
         ConfigError: The device or backend does not exist here.
         RendezvousError: The master is unreachable, its port is taken, ranks are missing at the timeout or do not fit
-            together, or GLOO_SOCKET_IFNAME names an interface that cannot carry the run.
+            together or cannot reach each other, or GLOO_SOCKET_IFNAME names an interface that cannot carry the run.
         ProcessGroupError: This process is in a group already.
 
     Of these the first three are a person's mistakes: a script that does not catch them ends with the message alone,
@@ -187,6 +188,8 @@ def _enter(
     gathering = meet(environment, init_method, timeout_s, os.environ, gpu)
     meeting, saved = gathering.meeting, _set_interfaces(gathering, environment, chosen)
     try:
+        interface = os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0]
+        check_paths(gathering.store, environment.rank, gathering.places, gathering.delegates, interface)
         _make_group(environment, chosen, bound, gathering.store, timeout_s)
     except BaseException:
         _restore(saved)

@@ -40,14 +40,19 @@ class Gathering:
         store: Key-value store of this attempt alone.
         places: For each rank where it runs, for messages: ``"pid 7 on node1"``.
         main_host: Host name of rank 0.
-        on_one_machine: Whether all are on one machine (and in one network namespace), so that loopback reaches all.
+        delegates: The first rank of each machine (or network namespace), so rank 0 first.
     """
 
     meeting: Meeting
     store: dist.Store
     places: list[str]
     main_host: str
-    on_one_machine: bool
+    delegates: list[int]
+
+    @property
+    def on_one_machine(self) -> bool:
+        """Whether all are on one machine (and in one network namespace), so that loopback reaches all."""
+        return len(self.delegates) == 1
 
 
 _SHORTEST_POLL_S, _LONGEST_POLL_S = 0.001, 0.05
@@ -135,7 +140,7 @@ def _call_the_roll(
         store=fresh,
         places=verdict["places"],
         main_host=verdict["main_host"],
-        on_one_machine=verdict["on_one_machine"],
+        delegates=verdict["delegates"],
     )
 
 
@@ -189,13 +194,14 @@ def _gather_hellos(
         )
         return {"problem": problem, "num_here": len(hellos)}
     ordered = [hellos[rank] for rank in range(world_size)]
-    on_one_machine = len({hello["machine"] for hello in ordered}) == 1
+    machines = [hello["machine"] for hello in ordered]
+    delegates = [machines.index(machine) for machine in dict.fromkeys(machines)]
     return {
-        "problem": _misfit(ordered, on_one_machine),
+        "problem": _misfit(ordered, on_one_machine=len(delegates) == 1),
         "num_here": world_size,
         "places": [hello["place"] for hello in ordered],
         "main_host": own["host"],
-        "on_one_machine": on_one_machine,
+        "delegates": delegates,
     }
 
 
@@ -206,7 +212,7 @@ def _wait_for_readers(store: dist.Store, generation: str, num_readers: int) -> N
         time.sleep(_SHORTEST_POLL_S)
 
 
-def _misfit(hellos: list[dict[str, Any]], on_one_machine: bool) -> str:
+def _misfit(hellos: list[dict[str, Any]], *, on_one_machine: bool) -> str:
     """Return what keeps these processes from working together, or an empty string."""
     for field, name in (("world_size", "world size"), ("torch", "torch version"), ("everyrank", "everyrank version")):
         for rank, hello in enumerate(hellos):
