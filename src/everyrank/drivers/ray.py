@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from everyrank.drivers.cluster import RAY, rank_command, recorded_failures
@@ -18,7 +21,7 @@ from everyrank.drivers.environment import rank_variables
 from everyrank.drivers.rank_files import clear_errors
 from everyrank.drivers.signals import forwarded
 from everyrank.drivers.spec import Outcome
-from everyrank.errors import DriverError
+from everyrank.errors import EXIT_BAD_INPUT, DriverError
 from everyrank.interfaces import why_unreachable
 
 _RIGHT_ADDRESS = (
@@ -26,6 +29,7 @@ _RIGHT_ADDRESS = (
     "leave it out to start a local Ray."
 )
 _PATIENCE_S = 5.0
+_JOINING_S = 30.0  # a cluster takes a node in within a second
 
 
 class RayDriver:
@@ -89,7 +93,7 @@ class RayDriver:
         from everyrank.drivers.ray_backend import MeetByVariables
 
         c = self.config
-        trainer = TorchTrainer(
+        trainer: Any = TorchTrainer(
             _train,
             train_loop_config={
                 "config_file": request.config_file,
@@ -125,16 +129,20 @@ class RayDriver:
         runtime_env = {"env_vars": variables}
         try:
             if c.address:
-                ray.init(address=c.address, runtime_env=runtime_env)
+                with _in_time(c.address):
+                    ray.init(address=c.address, runtime_env=runtime_env)
             else:
                 ray.init(
+                    address="local",  # whatever RAY_ADDRESS says
                     num_cpus=max(int(c.num_workers * c.cpus_per_worker + 1), 2),
                     include_dashboard=False,
                     runtime_env=runtime_env,
                     _node_ip_address="127.0.0.1",
                     _temp_dir=folder,
                 )
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
+            if c.address is None:
+                raise DriverError(f"a local Ray could not be started: {error}") from error
             raise DriverError(
                 f"driver.address={c.address} was set, but no Ray cluster that takes this machine in answers there: "
                 f"{error}. {_RIGHT_ADDRESS} If the cluster asks for a token (what Ray wrote above says so), also set "
@@ -144,6 +152,31 @@ class RayDriver:
 
 def _interrupt(signum: int) -> None:
     raise KeyboardInterrupt(signal.Signals(signum).name)
+
+
+@contextlib.contextmanager
+def _in_time(address: str) -> Iterator[None]:
+    """End the process where Ray would wait without end: for another program that listens at the address.
+
+    Ray waits in C++, where no exception and no signal reaches it; nothing has been started that would be left.
+    """
+
+    def give_up() -> None:
+        print(
+            f"error: driver.address={address} was set, but whatever listens there has not answered as Ray does for "
+            f"{_JOINING_S:g} s. {_RIGHT_ADDRESS}",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(EXIT_BAD_INPUT)
+
+    timer = threading.Timer(_JOINING_S, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _remove(folder: str) -> None:
