@@ -41,7 +41,7 @@ docs: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(STAMP)
-	for f in benchmarks/*.py; do $(BIN)/python $$f || exit 1; done
+	for f in benchmarks/*.py; do $(BIN)/python $$f || [ $$? = 2 ] || exit 1; done  # 2: it has said what it needs
 
 clean:
 	rm -rf $(VENV) outputs multirun site build dist

@@ -19,11 +19,15 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 NEEDED = ("ip", "nft", "nsenter", "unshare")
 
 
-def missing() -> str:
-    """Why there can be no hosts here, or an empty string."""
+def missing(*further: str) -> str:
+    """Why there can be no hosts here, or an empty string.
+
+    Args:
+        further: Programs that are needed besides, such as ``tc``.
+    """
     if os.name != "posix" or os.geteuid() != 0:
         return "network namespaces need root"
-    absent = [tool for tool in NEEDED if find_tool(tool) is None]
+    absent = [tool for tool in (*NEEDED, *further) if find_tool(tool) is None]
     if absent:
         return f"{', '.join(absent)} not installed (scripts/install_cluster_tools.sh installs them)"
     probe = subprocess.run(["unshare", "--net", "--uts", "--mount", "true"], capture_output=True, check=False)
@@ -77,6 +81,12 @@ class Host:
             start_new_session=True,
         )
 
+    def limit(self, rate_mbit: int) -> None:
+        """Let this host send no more than so many Mbit/s."""
+        tc = find_tool("tc")
+        assert tc is not None
+        self.must(tc, *f"qdisc replace dev eth0 root tbf rate {rate_mbit}mbit burst 64kb latency 100ms".split())
+
     def cut(self) -> None:
         """Lose every packet to and from this host, silently, as a pulled cable does."""
         self._filter(
@@ -93,8 +103,9 @@ class Host:
         self.must("nft", rules.replace("{ ", "{\n").replace("; ", ";\n").replace("}", "\n}\n"))
 
     def mend(self) -> None:
-        """Undo ``cut`` and ``drop``."""
+        """Undo ``cut``, ``drop`` and ``limit``."""
         self.run("nft", "delete table inet cut")
+        self.run(find_tool("tc") or "tc", "qdisc", "del", "dev", "eth0", "root")
 
 
 @contextlib.contextmanager
