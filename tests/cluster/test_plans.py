@@ -10,7 +10,7 @@ from everyrank.drivers.config import TorchrunConfig
 from everyrank.drivers.driver import LaunchPlan, LaunchRequest
 from everyrank.drivers.endpoint import split_endpoint
 from everyrank.drivers.mpi import MpiDriver
-from everyrank.drivers.slurm import SlurmDriver
+from everyrank.drivers.slurm import SlurmDriver, has_ended
 from everyrank.drivers.torchrun import TorchrunDriver
 from everyrank.errors import DriverError
 
@@ -63,6 +63,13 @@ def test_a_batch_script_of_one_task_a_rank_without_requeue() -> None:
     assert (
         "srun --kill-on-bad-exit=0 --wait=900 /env/bin/python -m everyrank.worker --config /runs/a/run.yaml" in script
     )
+
+
+@pytest.mark.parametrize("state", ["PENDING", "RUNNING", "COMPLETING", "SIGNALING", "REQUEUE_FED", "RESIZING"])
+def test_a_job_in_a_passing_state_is_followed_further(state: str) -> None:
+    """SIGNALING was once taken for the end, while Slurm told the ranks to leave."""
+    assert not has_ended(state)
+    assert has_ended("COMPLETED")
 
 
 def test_one_node_of_slurm_needs_no_master() -> None:

@@ -20,7 +20,12 @@ from everyrank.drivers.slurm_script import batch_script
 from everyrank.drivers.spec import Outcome, RankFailure
 from everyrank.errors import EXIT_FAILURE, EXIT_PREEMPTED, DriverError, did_you_mean
 
-_UNFINISHED = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "STOPPED")
+# Of the states in squeue's manual those from which a job does not come back. The others are many and may be brief, such
+# as SIGNALING.
+_ENDED = frozenset(
+    ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "LAUNCH_FAILED", "NODE_FAIL", "OUT_OF_MEMORY")
+    + ("PREEMPTED", "RECONFIG_FAIL", "REVOKED", "SPECIAL_EXIT", "TIMEOUT")
+)
 _PATIENCE_S = 60.0  # a controller that is restarted answers again by then
 
 
@@ -107,7 +112,7 @@ class SlurmDriver:
                 if (line := f"job {job}: {state} ({place})") != shown:
                     print(line, flush=True)
                     shown = line
-                if not state.startswith(_UNFINISHED):
+                if has_ended(state):
                     tail.show()
                     code, _, signum = facts.get("ExitCode", "0:0").partition(":")
                     return state, int(code) or (128 + int(signum) if signum not in ("", "0") else 0)
@@ -150,6 +155,11 @@ class _Tail:
             file.seek(self._at)
             yield file.read()
             self._at = file.tell()
+
+
+def has_ended(state: str) -> bool:
+    """Whether a job in this state of Slurm's has ended for good."""
+    return state.split("+")[0] in _ENDED
 
 
 def _job_facts(job: str) -> dict[str, str]:
