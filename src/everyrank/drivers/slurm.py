@@ -22,10 +22,10 @@ from everyrank.errors import EXIT_FAILURE, EXIT_PREEMPTED, DriverError, did_you_
 
 # Of the states in squeue's manual those from which a job does not come back. The others are many and may be brief, such
 # as SIGNALING.
-_ENDED = frozenset(
-    ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "LAUNCH_FAILED", "NODE_FAIL", "OUT_OF_MEMORY")
-    + ("PREEMPTED", "RECONFIG_FAIL", "REVOKED", "SPECIAL_EXIT", "TIMEOUT")
-)
+_ENDED = {
+    *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "LAUNCH_FAILED", "NODE_FAIL", "OUT_OF_MEMORY"),
+    *("PREEMPTED", "RECONFIG_FAIL", "REVOKED", "SPECIAL_EXIT", "TIMEOUT"),
+}
 _PATIENCE_S = 60.0  # a controller that is restarted answers again by then
 
 
