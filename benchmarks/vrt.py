@@ -8,8 +8,8 @@
 
 The reference (``vrt_reference.py``) has explicit attention matrices and goes frame by frame. Each measurement runs in a
 process of its own: peak memory is the highest resident set over that before the first call (the allocator's peak on
-CUDA), time is the median of the calls after it (CPU time with one thread, so that what else runs does not count). Both
-contenders have the same weights and give the same output.
+CUDA), time is the median of the calls after it (CPU time with one thread, so that what else runs does not count). The
+contenders take turns, and the medians of their turns are compared. Both have the same weights and give the same output.
 """
 
 from __future__ import annotations
@@ -134,6 +134,8 @@ def _status(key: str) -> float:
 
 def profile(net: nn.Module, run: Callable[[Tensor], Tensor], clip: Tensor) -> dict[str, float]:
     """Return the seconds of one forward pass by part; what is in no part is "rest"."""
+    from everyrank.apps.video_restoration.network import vrt
+
     parts = {
         "flow": lambda n: n == "spynet",
         "mutual attention": lambda n: n.endswith("residual_group1"),
@@ -141,7 +143,6 @@ def profile(net: nn.Module, run: Callable[[Tensor], Tensor], clip: Tensor) -> di
         "deformable convolution": lambda n: n.endswith("pa_deform"),
         "fusion": lambda n: n.endswith("pa_fuse"),
         "reshaping": lambda n: n.endswith("reshape"),
-        "head": lambda n: n in ("conv_before_upsample", "upsample", "conv_last"),
     }
     spent: dict[str, float] = defaultdict(float)
     started: dict[str, float] = {}
@@ -157,13 +158,32 @@ def profile(net: nn.Module, run: Callable[[Tensor], Tensor], clip: Tensor) -> di
                     spent[part] += time.perf_counter() - started[key]
 
                 hooks += [module.register_forward_pre_hook(begin), module.register_forward_hook(end)]
+    enlarge = vrt.enlarge  # the head is no module of its own
+
+    def timed(*tensors: Any) -> Tensor:
+        began = time.perf_counter()
+        out = enlarge(*tensors)
+        spent["head"] += time.perf_counter() - began
+        return out
+
+    vrt.enlarge = timed
     start = time.perf_counter()
     with torch.no_grad():
         run(clip)
     total = time.perf_counter() - start
+    vrt.enlarge = enlarge
     for hook in hooks:
         hook.remove()
     return {**spent, "rest": total - sum(spent.values())}
+
+
+def in_own_process(name: str, who: str, mode: str) -> dict[str, float]:
+    """Return :func:`measure` of one contender, made by a new process with the same command line."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--one", name, who, mode]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def main() -> None:
@@ -172,7 +192,8 @@ def main() -> None:
     parser.add_argument("--configs", nargs="+", choices=CONFIGS, default=["super_resolution", "deblurring"])
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--only", nargs="+", choices=WHO, default=list(WHO))
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="how often each contender has its turn")
+    parser.add_argument("--repeats", type=int, default=3, help="calls timed in one turn")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
@@ -187,12 +208,13 @@ def main() -> None:
     results: dict[str, dict[str, float]] = {}
     for name in args.configs:
         for mode in args.modes:
-            for who in args.only:
-                command = [sys.executable, __file__, *sys.argv[1:], "--one", name, who, mode]
-                done = subprocess.run(command, capture_output=True, text=True, check=False)
-                if done.returncode:
-                    sys.exit(done.stderr)
-                results[f"{name} {mode} {who}"] = found = json.loads(done.stdout.splitlines()[-1])
+            turns: dict[str, list[dict[str, float]]] = {who: [] for who in args.only}
+            for _ in range(args.rounds):
+                for who in args.only:
+                    turns[who].append(in_own_process(name, who, mode))
+            for who, found_each in turns.items():
+                found = {key: statistics.median(each[key] for each in found_each) for key in found_each[0]}
+                results[f"{name} {mode} {who}"] = found
                 print(f"{name:<17} {mode:<9} {who:<10} {found['seconds']:8.3f} s  {found['mib']:8.1f} MiB", flush=True)
                 for part in sorted((k for k in found if k.startswith("part")), key=lambda k: -found[k]):
                     print(f"    {part.removeprefix('part: '):<24} {found[part]:8.3f} s")

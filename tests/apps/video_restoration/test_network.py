@@ -210,15 +210,15 @@ def _gradients_agree(ours: torch.Tensor, theirs: torch.Tensor, leaves: list[torc
 @pytest.mark.parametrize("windows_at_a_time", [1, 3, 1000])
 @pytest.mark.parametrize("shift", [(0, 0, 0), (1, 2, 2)])
 @pytest.mark.parametrize("frames", [1, 2])
+@pytest.mark.parametrize("size", [pytest.param(1, id="small scores"), pytest.param(8, id="large scores")])
 def test_attention_in_chunks_is_that_of_the_fused_kernel(
-    monkeypatch: pytest.MonkeyPatch, frames: int, shift: Triple, windows_at_a_time: int
+    monkeypatch: pytest.MonkeyPatch, size: float, frames: int, shift: Triple, windows_at_a_time: int
 ) -> None:
     torch.manual_seed(0)
     grid = WindowGrid.of((4, 12, 16), (2, 4, 4), shift)
     heads, tokens = 3, grid.volume // frames
     monkeypatch.setattr(chunked_attention, "CHUNK_NUMBERS", windows_at_a_time * frames * heads * tokens**2)
-    # some scores are far from the others, by more than what 2 ** x of float32 can tell from zero
-    qkv = (4 * torch.randn(2, *grid.counts, grid.volume, 3, heads, 5, dtype=torch.float64)).requires_grad_()
+    qkv = (size * torch.randn(2, *grid.counts, grid.volume, 3, heads, 5, dtype=torch.float64)).requires_grad_()
     bias = torch.randn(heads, tokens, tokens, dtype=torch.float64, requires_grad=True) if frames == 1 else None
     regions = list(grid.regions(spatial=bias is None, device=torch.device("cpu")))
     ours, theirs = (attend(qkv, bias, regions, 0.4, frames=frames) for attend in (chunked, fused))
@@ -275,3 +275,16 @@ def test_the_enlarging_head_is_its_layers_one_after_the_other(scale: int) -> Non
     _gradients_agree(enlarge(x, before, upsample, last), last(smooth(y)), [x, *parameters])
     with torch.no_grad():
         torch.testing.assert_close(enlarge(x, before, upsample, last), last(smooth(y)), atol=1e-12, rtol=1e-12)
+
+
+def test_scores_too_large_for_plain_powers_of_two_are_shifted_first() -> None:
+    """In float32, where 2 ** 128 is infinite: scores of several hundred."""
+    torch.manual_seed(0)
+    grid = WindowGrid.of((2, 8, 8), (2, 4, 4), (0, 0, 0))
+    qkv = (20 * torch.randn(1, *grid.counts, grid.volume, 3, 2, 6)).requires_grad_()
+    regions = list(grid.regions(spatial=False, device=torch.device("cpu")))
+    bias = torch.zeros(2, grid.volume, grid.volume)
+    ours = chunked(qkv, bias, regions, 0.4, frames=1)
+    exact = fused(qkv.double(), bias.double(), regions, 0.4, frames=1)
+    torch.testing.assert_close(ours.double(), exact, atol=1e-3, rtol=1e-3)
+    assert torch.autograd.grad(ours.square().sum(), qkv)[0].isfinite().all()

@@ -56,7 +56,7 @@ class WindowAttention(nn.Module):
     def position_table(self, tokens: int) -> Tensor:
         """Return the position bias (heads, tokens, tokens) of a window of ``tokens``."""
         index = self.relative_position_index[:tokens, :tokens].reshape(-1)
-        return self.relative_position_bias_table[index].view(tokens, tokens, -1).permute(2, 0, 1)
+        return self.relative_position_bias_table.t().index_select(1, index).view(-1, tokens, tokens)
 
     def forward(self, x: Tensor, grid: WindowGrid) -> Tensor:
         """Map windows (B, nD, nH, nW, tokens, C) to the same shape."""

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.ops import aten
 
-CHUNK_NUMBERS = 1 << 20  # samples alive at a time: 4 MiB of float32
+CHUNK_NUMBERS = 1 << 19  # samples alive at a time: 2 MiB of float32
 
 
 def chunked_deform(
@@ -67,7 +67,7 @@ class _Layout:
         self.inner = sources.new_ones(num_raw, 1)
         self.inner[: self.num_offsets] = 2.0
         self.outer = sources.new_ones(num_raw, 1)
-        self.outer[: self.num_offsets] = 2.0 * max_residue
+        self.outer[: self.num_offsets].view(-1, 2).copy_(2.0 * max_residue * self.per_pixel.flip(0))
         tap = torch.arange(self.groups * self.taps // self.neighbours, device=sources.device) % self.taps
         x, y = (torch.arange(size, device=sources.device, dtype=sources.dtype) for size in (self.width, self.height))
         places = (x.view(1, 1, -1), (tap % kernel).view(-1, 1, 1)), (y.view(1, -1, 1), (tap // kernel).view(-1, 1, 1))
@@ -126,22 +126,22 @@ class _ChunkedDeform(torch.autograd.Function):
         kernel = weight.view(layout.conv_groups, weight.shape[0] // layout.conv_groups, -1)
         active = sources.new_empty(len(sources), len(offset_weight), layout.height * layout.width)
         out = sources.new_empty(len(sources), *kernel.shape[:2], layout.height * layout.width)
+        grids, samples = [], []
         for start in range(0, len(sources), layout.step):
             part = slice(start, start + layout.step)
             torch.matmul(offset_kernel, F.unfold(features[part], 3, padding=1), out=active[part])
             active[part].add_(offset_start).sigmoid_()
-            grid = layout.grid(active[part], guide[part])
-            samples = layout.grouped(aten.grid_sampler_2d(layout.values(sources[part]), grid, 0, 0, True))
-            samples *= layout.factors(active[part])
-            torch.matmul(kernel, layout.columns(samples), out=out[part])
-        ctx.save_for_backward(features, sources, guide, offset_weight, weight, active)
+            grids.append(layout.grid(active[part], guide[part]))
+            samples.append(layout.grouped(aten.grid_sampler_2d(layout.values(sources[part]), grids[-1], 0, 0, True)))
+            torch.matmul(kernel, layout.columns(samples[-1] * layout.factors(active[part])), out=out[part])
+        ctx.save_for_backward(features, sources, guide, offset_weight, weight, active, *grids, *samples)
         ctx.max_residue = max_residue
         return out.view(-1, weight.shape[0], layout.height, layout.width).add_(bias.view(-1, 1, 1))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        features, sources, guide, offset_weight, weight, active = ctx.saved_tensors
+        features, sources, guide, offset_weight, weight, active, *kept = ctx.saved_tensors
         layout = _Layout(sources, guide, len(offset_weight), weight, ctx.max_residue)
         # what stands before and after the sigmoid, for each raw channel
         scale = layout.inner * layout.outer
@@ -153,15 +153,15 @@ class _ChunkedDeform(torch.autograd.Function):
         doffset_kernel, dkernel = torch.zeros_like(offset_kernel), torch.zeros_like(kernel)
         doffset_bias = torch.zeros_like(scale)
         per_output = grad.reshape(len(grad), *kernel.shape[:2], -1)
-        for start in range(0, len(sources), layout.step):
+        grids, all_samples = kept[: len(kept) // 2], kept[len(kept) // 2 :]
+        for start, grid, samples in zip(range(0, len(sources), layout.step), grids, all_samples, strict=True):
             part = slice(start, start + layout.step)
             values, factors = layout.values(sources[part]), layout.factors(active[part])
-            grid, dactive = layout.grid(active[part], guide[part]), torch.empty_like(active[part])
-            samples = layout.grouped(aten.grid_sampler_2d(values, grid, 0, 0, True))
+            dactive = torch.empty_like(active[part])
             dcolumns = layout.grouped(torch.matmul(kernel.mT, per_output[part]))
             dfactors = (samples * dcolumns).sum(2, keepdim=True)
             aten.sigmoid_backward(dfactors, factors, grad_input=layout.factors(dactive))
-            dkernel += torch.matmul(per_output[part], layout.columns(samples.mul_(factors)).mT).sum(0)
+            dkernel += torch.matmul(per_output[part], layout.columns(samples * factors).mT).sum(0)
             dcolumns *= factors
             dvalues, dgrid = aten.grid_sampler_2d_backward(
                 dcolumns.view(*values.shape[:2], *grid.shape[1:3]), values, grid, 0, 0, True, (True, True)
@@ -169,9 +169,9 @@ class _ChunkedDeform(torch.autograd.Function):
             dsources[part] = dvalues.view_as(dsources[part])
             residue, dresidue = layout.pairs(active[part]), layout.pairs(dactive)
             dflow = dguide[part].unflatten(1, (layout.neighbours, 2))
-            dgrid = dgrid.mul_(layout.per_pixel).view(*residue.shape[:3], layout.height, layout.width, 2)
+            dgrid = dgrid.view(*residue.shape[:3], layout.height, layout.width, 2)
             for axis in (0, 1):
-                torch.sum(dgrid[..., axis], 2, out=dflow[:, :, axis])
+                torch.sum(dgrid[..., axis], 2, out=dflow[:, :, axis]).mul_(layout.per_pixel[axis])
                 at = (slice(None), slice(None), slice(None), 1 - axis)
                 aten.sigmoid_backward(dgrid[..., axis], residue[at], grad_input=dresidue[at])
             around = F.unfold(features[part], 3, padding=1)

@@ -109,7 +109,8 @@ class FlowGuidedDeformConv(nn.Module):
         Returns:
             Aligned features (N, C, H, W).
         """
-        features = self.conv_offset[:-1](torch.cat((warped, current, *flows), dim=1))
+        inputs = torch.cat((warped, current, *flows), dim=1).contiguous(memory_format=torch.channels_last)
+        features = self.conv_offset[:-1](inputs)
         guide = torch.cat(list(flows), dim=1)
         last: Any = self.conv_offset[-1]
         if sources.device.type == "cpu" and not has_torchvision():
