@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import colorsys
 import importlib.util
 import json
 import shutil
@@ -16,6 +17,7 @@ import torch
 from everyrank.apps.video_restoration.data.clips import ClipReader, Patch
 from everyrank.apps.video_restoration.data.datasets import TestDataset, TrainDataset
 from everyrank.apps.video_restoration.data.images import decode_image, encode_png, to_tensor
+from everyrank.apps.video_restoration.data.jitter import ColorJitter
 from everyrank.apps.video_restoration.data.sources import open_source
 from everyrank.apps.video_restoration.degradation import degrade
 from everyrank.apps.video_restoration.demo import prepare
@@ -124,6 +126,44 @@ def test_augmentation_keeps_pairs_together_and_reaches_all_eight_orientations(cl
     assert len(seen) > 8  # crops differ too
 
 
+def _jittered(frame: np.ndarray, jitter: ColorJitter) -> np.ndarray:
+    """Brightness, contrast, saturation and hue of one frame (H, W, 3) by their definitions, pixel by pixel."""
+    for step in jitter.order:
+        grey = frame @ [0.2989, 0.587, 0.114]
+        if step < 3:
+            other = [np.zeros(3), grey.mean(), grey[..., None]][step]
+            frame = np.clip(jitter.factors[step] * frame + (1 - jitter.factors[step]) * other, 0, 1)
+        else:
+            hsv = [colorsys.rgb_to_hsv(*pixel) for pixel in frame.reshape(-1, 3)]
+            turned = [colorsys.hsv_to_rgb((h + jitter.hue) % 1, s, v) for h, s, v in hsv]
+            frame = np.array(turned).reshape(frame.shape)
+    return frame
+
+
+def test_colour_jitter_is_its_definition() -> None:
+    frames = torch.rand(2, 3, 8, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    frames[0, :, :2] = frames[0, :1, :2]  # grey pixels have no hue
+    orders = set()
+    for seed in range(6):
+        jitter = ColorJitter.draw(torch.Generator().manual_seed(seed))
+        expected = np.stack([_jittered(frame.permute(1, 2, 0).numpy(), jitter) for frame in frames])
+        np.testing.assert_allclose(jitter(frames).permute(0, 2, 3, 1).numpy(), expected, atol=1e-12)
+        assert all(abs(factor - 1) <= 0.05 for factor in jitter.factors)
+        assert abs(jitter.hue) <= 0.05
+        orders.add(jitter.order)
+    assert len(orders) > 3
+
+
+def test_colour_jitter_changes_both_frames_of_a_pair_alike(clips: Path) -> None:
+    section = _section("train", dataroot_gt=str(clips), dataroot_lq=str(clips), color_jitter=True)
+    plain = SeededDataset(TrainDataset(section | {"color_jitter": False}), seed=5)
+    changed = SeededDataset(TrainDataset(section), seed=5)
+    assert torch.equal(changed[1]["L"], changed[1]["H"])
+    assert torch.equal(changed[1]["L"], changed[1]["L"])
+    change = (changed[1]["H"] - plain[1]["H"]).abs().max().item()
+    assert 0 < change < 0.3
+
+
 def test_intervals_reversal_and_ranges_choose_the_frames(tmp_path: Path) -> None:
     frames = np.stack([np.full((16, 16, 3), 10 * i, np.uint8) for i in range(12)])
     root = helpers.write_clips(tmp_path / "gt", {"a": frames})
@@ -174,7 +214,9 @@ def test_vimeo_lists_give_sequences_of_seven(tmp_path: Path, keys: dict[str, boo
     between = _section("train", dataset_type="VideoRecurrentTrainVimeoVFIDataset", use_hflip=False, **common)
     sample = TrainDataset(between)[0]
     assert sample["L"].shape[0] == 4
-    left = int(np.argmin([np.abs(to_tensor(clip)[0, :, :, x : x + 16] - sample["L"][0]).sum() for x in range(9)]))
+    left = int(
+        np.argmin([(to_tensor(clip)[0, :, :, x : x + 16] - sample["L"][0]).abs().sum().item() for x in range(9)])
+    )
     torch.testing.assert_close(sample["L"], to_tensor(clip[[0, 2, 4, 6]])[..., left : left + 16])
     torch.testing.assert_close(sample["H"], to_tensor(clip[[3]])[..., left : left + 16])
 

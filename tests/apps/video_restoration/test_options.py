@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 
 from everyrank.apps.video_restoration import load_options
-from everyrank.apps.video_restoration.options.keys import NET_G, TRAIN
+from everyrank.apps.video_restoration.options.keys import DERIVED, NET_G, TRAIN
 from everyrank.apps.video_restoration.options.reference import page
 from everyrank.errors import ConfigError
 
@@ -115,7 +116,8 @@ def test_missing_keys_get_the_documented_default(tmp_path: Path) -> None:
     assert options["gpu_ids"] == "auto"
     assert options["netG"]["upscale"] == options["scale"] == 1
     for name, key in NET_G.items():
-        assert options["netG"][name] == key.default or name == "upscale"
+        if key.meaning != DERIVED:
+            assert options["netG"][name] == key.default or name == "upscale"
     assert {k: v for k, v in options["train"].items() if "periods" not in k and "weights" not in k} == {
         k: v.default for k, v in TRAIN.items() if "periods" not in k and "weights" not in k
     }
@@ -140,6 +142,103 @@ def test_unknown_keys_are_refused_with_the_nearest_known_name(tmp_path: Path) ->
     for words in ("'task'", "'G_optimizer_lr'", "'total_iter'", "'depths'"):
         assert words in text
     assert len(caught.value.problems) == 4
+
+
+# keys that older code read, or wrote into the resolved file beside a run's results, and that mean nothing here
+UNUSED = {
+    "": {"logger": {"print_freq": 100}, "merge_bn": True, "merge_bn_startpoint": 400000, "num_gpu": 8, "rank": 1}
+    | {"world_size": 8, "is_train": True, "opt_path": "options/vrt/old.json"},
+    "path": {"options": "experiments/t/options", "pretrained_optimizerG": "experiments/t/models/5_optimizerG.pth"},
+    "datasets.train": {"H_size": 96, "test_mode": True, "use_flip": True},
+    "datasets.test": {"H_size": 96, "test_mode": True},
+    "netG": {"init_bn_type": "constant", "init_gain": 0.02},
+    "train": {"F_feature_layer": 34, "F_weights": 1.0, "F_lossfn_type": "l1", "F_lossfn_weight": 1.0}
+    | {"F_use_input_norm": True, "F_use_range_norm": True, "G_regularizer_orthstep": 9, "G_regularizer_clipstep": 9},
+}
+# keys that follow from others; where they say something else, that is told and does not count
+OVERRULED = {
+    "path": {
+        "task": "elsewhere/t",
+        "log": "elsewhere/t",
+        "models": "elsewhere/t/models",
+        "images": "elsewhere/t/images",
+    },
+    "datasets.train": {"phase": "val", "scale": 4, "n_channels": 1},
+    "netG": {"scale": 4},
+}
+# keys that do what they did
+USED = {
+    "path": {"pretrained_netG": "w.pth", "pretrained_netE": None},
+    "datasets.train": {"name": "x", "io_backend": {"type": "disk"}, "meta_info_file": "m.txt", "use_hflip": False}
+    | {"use_rot": False, "dataloader_shuffle": False, "dataloader_num_workers": 8, "dataloader_batch_size": 8}
+    | {"color_jitter": True, "temporal_scale": 1},
+    "netG": {"net_type": "vrt", "init_type": "default"},
+    "train": {
+        "G_optimizer_type": "adam",
+        "G_optimizer_wd": 0.5,
+        "G_optimizer_clipgrad": 1.0,
+        "G_optimizer_reuse": False,
+    }
+    | {"G_scheduler_type": "MultiStepLR", "G_scheduler_milestones": [5], "G_scheduler_gamma": 0.25}
+    | {"G_param_strict": False, "E_param_strict": False, "checkpoint_save": 7},
+    "val": {"save_img": True},
+}
+
+
+def _part(options: dict[str, Any], section: str) -> dict[str, Any]:
+    for name in section.split("."):
+        options = options.setdefault(name, {}) if name else options
+    return options
+
+
+def test_keys_of_older_code_are_used_or_ignored_with_a_notice(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    given: dict[str, Any] = copy.deepcopy(LEAST)
+    given["datasets"]["test"] = {"dataset_type": "VideoRecurrentTestDataset", "dataroot_gt": "gt"}
+    for keys in (UNUSED, OVERRULED, USED):
+        for section, values in keys.items():
+            _part(given, section).update(values)
+    with caplog.at_level("INFO", logger="everyrank"):
+        options = _load(tmp_path, given)
+    for keys in (UNUSED, OVERRULED):
+        for section, values in keys.items():
+            for name in values:
+                assert f"{section}.{name}".lstrip(".") + " " in caplog.text
+    assert len(caplog.records) == sum(len(values) for keys in (UNUSED, OVERRULED) for values in keys.values())
+    for section, values in USED.items():
+        for name, value in values.items():
+            assert _part(options, section)[name] == value
+    assert options["path"]["models"] == "experiments/t/models"
+    assert options["datasets"]["train"]["scale"] == 1
+
+
+def test_the_resolved_file_of_a_run_is_an_option_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    options = _load(tmp_path, LEGACY)
+    with caplog.at_level("INFO", logger="everyrank"):
+        assert _load(tmp_path, options) == options
+    assert not caplog.records
+
+
+def test_frame_interpolation_files_say_the_temporal_scale_that_the_network_has(tmp_path: Path) -> None:
+    file = {
+        "task": "t",
+        "datasets": {
+            "train": {"dataset_type": "VideoRecurrentTrainVimeoVFIDataset", "dataroot_gt": "gt", "temporal_scale": 2},
+            "test": {"dataset_type": "VideoTestVimeo90KDataset", "dataroot_gt": "gt", "temporal_scale": 2},
+        },
+        "netG": {"pa_frames": 0},
+    }
+    assert _load(tmp_path, file)["datasets"]["train"]["temporal_scale"] == 2
+    with pytest.raises(ConfigError, match="pa_frames is 2, with which it is 1"):
+        _load(tmp_path, {**file, "netG": {"pa_frames": 2}})
+
+
+def test_sequences_padded_in_a_test_section_are_padded_in_validation(tmp_path: Path) -> None:
+    test = {"dataset_type": "VideoTestVimeo90KDataset", "dataroot_gt": "gt"}
+    found = [
+        _load(tmp_path, {"task": "t", "datasets": {"test": {**test, **keys}}})["val"]
+        for keys in ({}, {"pad_sequence": True}, {"mirror_sequence": True})
+    ]
+    assert [(val["pad_seq"], val["flip_seq"]) for val in found] == [(False, False), (True, False), (False, True)]
 
 
 @pytest.mark.parametrize(

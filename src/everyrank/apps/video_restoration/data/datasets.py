@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from everyrank.apps.video_restoration.data.clips import Clip, ClipReader, Patch, add_noise
+from everyrank.apps.video_restoration.data.jitter import ColorJitter
 from everyrank.errors import DataError
 
 SEPTUPLET = 7
@@ -91,6 +92,9 @@ class TrainDataset(Dataset):
         low, sharp = self.reader.read(clip, inputs, Patch(top, left, size, size), targets)
         assert sharp is not None
         low, sharp = self._augment(low, sharp, generator)
+        if self.options["color_jitter"]:
+            jitter = ColorJitter.draw(generator)
+            low, sharp = jitter(low), jitter(sharp)
         if self.vimeo and not self.interpolation:
             low, sharp = _extend(low, sharp, self.options)
         if self.noisy:

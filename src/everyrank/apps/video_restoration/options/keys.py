@@ -5,6 +5,7 @@ from __future__ import annotations
 from everyrank.apps.video_restoration.options.key import REQUIRED, Key
 
 IGNORED = "Accepted from older files and ignored."
+DERIVED = "Follows from other keys; found in the resolved options of a run, and ignored."
 
 TOP = {
     "task": Key(REQUIRED, "str", "Name of the run; results go to `path.root/task`."),
@@ -21,12 +22,24 @@ TOP = {
     "n_channels": Key(3, "int", "Channels of a frame."),
     "merge_bn": Key(None, "any", IGNORED),
     "merge_bn_startpoint": Key(None, "any", IGNORED),
+    "logger": Key(None, "any", IGNORED),
+    "num_gpu": Key(None, "any", IGNORED),
+    "rank": Key(None, "any", IGNORED),
+    "world_size": Key(None, "any", IGNORED),
+    "is_train": Key(None, "any", IGNORED),
+    "opt_path": Key(None, "any", IGNORED),
 }
 
 PATH = {
     "root": Key("experiments", "str", "Folder that all runs go to."),
     "pretrained_netG": Key(None, "str|null", "Weights to start from (`.pth` or `.safetensors`), strictly fitting."),
     "pretrained_netE": Key(None, "str|null", "Moving average of the weights to start from."),
+    "pretrained_optimizerG": Key(None, "any", IGNORED),
+    "options": Key(None, "any", IGNORED),
+    "task": Key(None, "any", DERIVED),
+    "models": Key(None, "any", DERIVED),
+    "images": Key(None, "any", DERIVED),
+    "log": Key(None, "any", DERIVED),
 }
 
 DATA = {
@@ -60,7 +73,13 @@ DATA = {
     "noise_seed": Key(0, "int", "Seed of the noise on test clips."),
     "cache_data": Key(False, "bool", "Keep decoded frames in memory."),
     "test_mode": Key(None, "any", IGNORED),
-    "phase": Key(None, "any", IGNORED),
+    "phase": Key(None, "any", DERIVED),
+    "scale": Key(None, "any", DERIVED),
+    "n_channels": Key(None, "any", DERIVED),
+    "H_size": Key(None, "any", IGNORED),
+    "temporal_scale": Key(
+        None, "int|null", "Vimeo: every how many frames are input. The network tells: 2 to interpolate a frame, else 1."
+    ),
     "dataloader_shuffle": Key(True, "bool", "Draw samples in a new order each epoch."),
     "dataloader_num_workers": Key(0, "int", "Loader processes in total, divided over the ranks."),
     "dataloader_batch_size": Key(1, "int", "Samples of one step in total, divided over the ranks."),
@@ -73,6 +92,9 @@ TRAIN_DATA = DATA | {
     "use_hflip": Key(True, "bool", "Mirror half of the samples."),
     "use_rot": Key(True, "bool", "Mirror top to bottom and transpose, each half of the time."),
     "use_flip": Key(None, "any", IGNORED),
+    "color_jitter": Key(
+        False, "bool", "Change brightness, contrast, saturation and hue of a sample's frames alike, by up to 5 percent."
+    ),
     "mirror_sequence": Key(False, "bool", "Vimeo: append the sequence backwards."),
     "pad_sequence": Key(False, "bool", "Vimeo: repeat the last of the 7 frames."),
     "samples_per_clip": Key(None, "int|null", "Start frames per clip and epoch; null for every possible one."),
@@ -80,7 +102,8 @@ TRAIN_DATA = DATA | {
 
 TEST_DATA = DATA | {
     "cache_data": Key(True, "bool", "Keep decoded frames in memory."),
-    "pad_sequence": Key(False, "bool", "Vimeo: repeat the last of the 7 frames."),
+    "mirror_sequence": Key(False, "bool", "The same as `val.flip_seq`."),
+    "pad_sequence": Key(False, "bool", "The same as `val.pad_seq`."),
     "border": Key(0, "int", "Pixels left out of the metrics at each side."),
 }
 
@@ -92,6 +115,7 @@ DATASETS = {
 NET_G = {
     "net_type": Key("vrt", "str", "The network.", ("vrt",)),
     "upscale": Key(None, "int|null", "Enlargement; by default `scale`."),
+    "scale": Key(None, "any", DERIVED),
     "in_chans": Key(3, "int", "Channels of an input frame."),
     "out_chans": Key(3, "int", "Channels of a restored frame."),
     "img_size": Key([6, 64, 64], "ints", "Frames, height and width of a training clip."),
@@ -158,6 +182,10 @@ TRAIN = {
     "G_regularizer_clipstep": Key(None, "any", IGNORED),
     "F_lossfn_type": Key(None, "any", IGNORED),
     "F_lossfn_weight": Key(None, "any", IGNORED),
+    "F_feature_layer": Key(None, "any", IGNORED),
+    "F_weights": Key(None, "any", IGNORED),
+    "F_use_input_norm": Key(None, "any", IGNORED),
+    "F_use_range_norm": Key(None, "any", IGNORED),
 }
 
 VAL = {

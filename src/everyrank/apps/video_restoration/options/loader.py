@@ -13,6 +13,7 @@ from everyrank.apps.video_restoration.options.keys import (
     DATA_SECTIONS,
     DATASET_TYPES,
     DATASETS,
+    DERIVED,
     IGNORED,
     SECTIONS,
     TOP,
@@ -70,6 +71,7 @@ def resolve(given: Mapping[str, Any], source: str = "options") -> dict[str, Any]
     if problems:
         raise ConfigError(f"{source}: these options cannot be used:", problems)
     _derive(top)
+    _notice_overruled(given, top)
     return top
 
 
@@ -87,10 +89,12 @@ def _section(
     for name in given:
         if name not in keys:
             problems.append(f"{prefix}{name}: there is no such key.{did_you_mean(name, [*keys, *(also or ())])}")
-        elif keys[name].meaning == IGNORED and given[name] not in (None, False):
+        elif keys[name].meaning == IGNORED and given[name] not in (None, False, keys[name].default):
             logger.info("%s%s is ignored: nothing here depends on it", prefix, name)
     resolved = {}
     for name, key in keys.items():
+        if key.meaning == DERIVED:
+            continue
         if name not in given and key.default is REQUIRED:
             problems.append(f"{prefix}{name} is missing: {key.meaning}")
             continue
@@ -127,6 +131,12 @@ def _contradictions(options: Mapping[str, Any]) -> list[str]:
             problems.append(
                 f'datasets.{name}.io_backend: found {backend!r}; give {{"type": "disk"}}, "lmdb" or "video"'
             )
+        every = 2 if options["netG"].get("pa_frames") == 0 else 1
+        if data.get("temporal_scale") not in (None, every):
+            problems.append(
+                f"datasets.{name}.temporal_scale: found {data['temporal_scale']}; netG.pa_frames is "
+                f"{options['netG'].get('pa_frames')}, with which it is {every}"
+            )
         span = data.get("frame_range")
         if span is not None and (len(span) != 2 or not 0 <= span[0] < span[1]):
             problems.append(f"datasets.{name}.frame_range: found {span}; give [first, stop] with 0 <= first < stop")
@@ -159,3 +169,18 @@ def _derive(options: dict[str, Any]) -> None:
             train[name] = [train[name]]
     if train["manual_seed"] is None:
         train["manual_seed"] = 0
+    test = options["datasets"].get("test", {})
+    options["val"]["pad_seq"] |= test.get("pad_sequence", False)
+    options["val"]["flip_seq"] |= test.get("mirror_sequence", False)
+
+
+def _notice_overruled(given: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    """Say which keys of a resolved file hold something else than what follows from the keys they were made of."""
+    pairs = [(f"{name}.", given.get(name) or {}, options[name], keys) for name, keys in SECTIONS.items()]
+    for name, section in options["datasets"].items():
+        pairs.append((f"datasets.{name}.", given["datasets"][name], section, DATA_SECTIONS[name]))
+    for prefix, found, resolved, keys in pairs:
+        for name, key in keys.items():
+            if key.meaning == DERIVED and name in found and found[name] != resolved.get(name, options.get(name)):
+                value = resolved.get(name, options.get(name))
+                logger.info("%s%s %r is ignored: by the other keys it is %r", prefix, name, found[name], value)

@@ -20,8 +20,12 @@ from everyrank.apps.video_restoration.options.keys import (
 _HEAD = """# Options of video restoration
 
 Option files are JSON with `//` comments; commas left over where a line was commented out do no harm. Unknown keys are
-refused with the nearest known name. This page is made by `python -m everyrank.apps.video_restoration.options.reference`
-from the tables that the loader checks against.
+refused with the nearest known name, for a misspelt key would be a setting that silently does nothing. Keys of older
+code that mean nothing here are known too: they are ignored, and the log says so. The resolved `options.json` that a run
+leaves is itself an option file.
+
+This page is made by `python -m everyrank.apps.video_restoration.options.reference` from the tables that the loader
+checks against.
 """
 
 
