@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 from everyrank.apps.video_restoration import VRT
 from everyrank.apps.video_restoration.network import chunked_attention, chunked_deform, deform
-from everyrank.apps.video_restoration.network.attention import chunked, fused
+from everyrank.apps.video_restoration.network.attention import WindowAttention, chunked, fused
 from everyrank.apps.video_restoration.network.deform import FlowGuidedDeformConv, sampled_deform_conv2d
 from everyrank.apps.video_restoration.network.heads import NUM_FEATURES, FrameConv, Upsample, enlarge
 from everyrank.apps.video_restoration.network.windows import Triple, WindowGrid
@@ -236,6 +236,24 @@ def test_attention_of_half_precision_is_computed_in_full() -> None:
     assert half.dtype == torch.bfloat16
     full = chunked(qkv.float(), bias, regions, 0.4, frames=1)
     torch.testing.assert_close(half, full.bfloat16(), atol=0, rtol=0)
+
+
+def test_the_network_trains_under_autocast_also_where_the_backward_pass_is_inside() -> None:
+    net, clip = _filled("two neighbours")
+    weight = net.stage1.linear1.weight
+    exact = torch.autograd.grad(net(clip).square().mean(), weight)[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = torch.autograd.grad(net(clip).float().square().mean(), weight)[0]
+    assert ((half - exact).norm() / exact.norm()).item() < 0.1
+
+
+def test_attention_compiles_around_what_goes_in_chunks() -> None:
+    grid = WindowGrid.of((2, 4, 4), (2, 4, 4), (0, 0, 0))
+    attention = WindowAttention(6, (2, 4, 4), 2, mutual=False)
+    x = torch.randn(1, *grid.counts, grid.volume, 6, requires_grad=True)
+    whole = torch.compile(lambda x: attention(x, grid), backend="eager")
+    ours, theirs = (torch.autograd.grad(f(x).square().sum(), x)[0] for f in (whole, lambda x: attention(x, grid)))
+    torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("neighbours", [1, 2, 3])

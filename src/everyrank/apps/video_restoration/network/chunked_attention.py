@@ -30,6 +30,7 @@ LOG2_E = math.log2(math.e)
 Region = tuple[tuple[slice, slice, slice], Tensor | None]
 
 
+@torch.compiler.disable  # the compiler would unroll the loop over chunks
 def chunked_attention(
     qkv: Tensor, bias: Tensor | None, regions: list[Region], scale: float, *, frames: int = 1
 ) -> Tensor:
@@ -145,6 +146,7 @@ def _largest(x: Tensor) -> float:
 
 class _ChunkedAttention(torch.autograd.Function):
     @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu")
     def forward(ctx: Any, qkv: Tensor, bias: Tensor | None, regions: list[Region], scale: float, frames: int) -> Tensor:
         plan = _Plan(qkv.shape, frames, [(where, _in_bits(bias, mask, qkv.dtype)) for where, mask in regions])
         q, k, v = qkv.unbind(5)
@@ -170,7 +172,8 @@ class _ChunkedAttention(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    @torch.amp.custom_bwd(device_type="cpu")
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         plan: _Plan = ctx.plan
         queries, keys, values, answers = ctx.saved_tensors
         # What softmax and its derivative subtract from a row rides along as the last channel of the products:

@@ -17,6 +17,7 @@ from torch.ops import aten
 CHUNK_NUMBERS = 1 << 19  # samples alive at a time: 2 MiB of float32
 
 
+@torch.compiler.disable  # the compiler would unroll the loop over chunks
 def chunked_deform(
     features: Tensor,
     sources: Tensor,
@@ -110,6 +111,7 @@ class _Layout:
 
 class _ChunkedDeform(torch.autograd.Function):
     @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu")
     def forward(
         ctx: Any,
         features: Tensor,
@@ -140,7 +142,8 @@ class _ChunkedDeform(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    @torch.amp.custom_bwd(device_type="cpu")
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         features, sources, guide, offset_weight, weight, active, *kept = ctx.saved_tensors
         layout = _Layout(sources, guide, len(offset_weight), weight, ctx.max_residue)
         # what stands before and after the sigmoid, for each raw channel
