@@ -90,6 +90,7 @@ def slurm(hosts: list[Host], folder: Path) -> Iterator[dict[str, str]]:
         _wait_for(folder, "two idle nodes", lambda: hosts[0].run(*idle).stdout.strip() == "2")
         yield env
     finally:
+        _cancel_jobs(hosts[0], env)
         for daemon in reversed(daemons):
             daemon.send_signal(signal.SIGTERM)
         for daemon in daemons:
@@ -97,6 +98,17 @@ def slurm(hosts: list[Host], folder: Path) -> Iterator[dict[str, str]]:
                 daemon.wait(10)
             daemon.kill()
             daemon.wait()
+
+
+def _cancel_jobs(host: Host, env: dict[str, str]) -> None:
+    """End what a failed test has left running: without its daemons nobody would end it."""
+    configured = ["env", f"SLURM_CONF={env['SLURM_CONF']}", "timeout", "5"]
+    deadline = time.monotonic() + 15
+    while time.monotonic() < deadline:
+        if not host.run(*configured, "squeue", "--noheader").stdout.strip():
+            return
+        host.run(*configured, "scancel", "--signal=KILL", "--full", "--user=root")
+        host.run(*configured, "scancel", "--user=root")
 
 
 def _wait_for(folder: Path, what: str, condition: object) -> None:
