@@ -1,8 +1,9 @@
 """Flow-guided deformable convolution for the CPU, a few frames at a time.
 
-PyTorch has no deformable convolution of its own. Made of its operations, the offsets, the samples of all taps and their
-coordinates are several times what the whole layer takes in; here they exist for a few frames only, in the cache, and
-the backward pass, which samples again, is written by hand.
+PyTorch has no deformable convolution of its own. Made of its operations, the offsets, the samples of all taps, their
+coordinates and the gradients of all these are many times what the whole layer takes in. Here they are made a few frames
+at a time, in the cache, and the backward pass is written by hand. For training, offsets, coordinates and samples are
+kept, which is faster than to make them again; for inference nothing is.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.ops import aten
 
-CHUNK_NUMBERS = 1 << 19  # samples alive at a time: 2 MiB of float32
+CHUNK_NUMBERS = 1 << 19  # samples made at a time: 2 MiB of float32
 
 
 @torch.compiler.disable  # the compiler would unroll the loop over chunks
@@ -47,7 +48,8 @@ def chunked_deform(
     Returns:
         (N, out, H, W).
     """
-    return _ChunkedDeform.apply(features, sources, guide, offset_weight, offset_bias, weight, bias, max_residue)
+    keep = torch.is_grad_enabled()  # never so inside
+    return _ChunkedDeform.apply(features, sources, guide, offset_weight, offset_bias, weight, bias, max_residue, keep)
 
 
 class _Layout:
@@ -122,21 +124,22 @@ class _ChunkedDeform(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor,
         max_residue: float,
+        keep: bool,
     ) -> Tensor:
         layout = _Layout(sources, guide, len(offset_weight), weight, max_residue)
         offset_kernel, offset_start = offset_weight.flatten(1) * layout.inner, offset_bias.unsqueeze(1) * layout.inner
         kernel = weight.view(layout.conv_groups, weight.shape[0] // layout.conv_groups, -1)
-        active = sources.new_empty(len(sources), len(offset_weight), layout.height * layout.width)
         out = sources.new_empty(len(sources), *kernel.shape[:2], layout.height * layout.width)
-        grids, samples = [], []
+        kept: list[tuple[Tensor, Tensor, Tensor]] = []
         for start in range(0, len(sources), layout.step):
             part = slice(start, start + layout.step)
-            torch.matmul(offset_kernel, F.unfold(features[part], 3, padding=1), out=active[part])
-            active[part].add_(offset_start).sigmoid_()
-            grids.append(layout.grid(active[part], guide[part]))
-            samples.append(layout.grouped(aten.grid_sampler_2d(layout.values(sources[part]), grids[-1], 0, 0, True)))
-            torch.matmul(kernel, layout.columns(samples[-1] * layout.factors(active[part])), out=out[part])
-        ctx.save_for_backward(features, sources, guide, offset_weight, weight, active, *grids, *samples)
+            active = torch.matmul(offset_kernel, F.unfold(features[part], 3, padding=1)).add_(offset_start).sigmoid_()
+            grid = layout.grid(active, guide[part])
+            samples = layout.grouped(aten.grid_sampler_2d(layout.values(sources[part]), grid, 0, 0, True))
+            torch.matmul(kernel, layout.columns(samples * layout.factors(active)), out=out[part])
+            if keep:
+                kept.append((active, grid, samples))
+        ctx.save_for_backward(features, sources, guide, offset_weight, weight, *(t for part in kept for t in part))
         ctx.max_residue = max_residue
         return out.view(-1, weight.shape[0], layout.height, layout.width).add_(bias.view(-1, 1, 1))
 
@@ -144,7 +147,7 @@ class _ChunkedDeform(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     @torch.amp.custom_bwd(device_type="cpu")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        features, sources, guide, offset_weight, weight, active, *kept = ctx.saved_tensors
+        features, sources, guide, offset_weight, weight, *kept = ctx.saved_tensors
         layout = _Layout(sources, guide, len(offset_weight), weight, ctx.max_residue)
         # what stands before and after the sigmoid, for each raw channel
         scale = layout.inner * layout.outer
@@ -156,11 +159,11 @@ class _ChunkedDeform(torch.autograd.Function):
         doffset_kernel, dkernel = torch.zeros_like(offset_kernel), torch.zeros_like(kernel)
         doffset_bias = torch.zeros_like(scale)
         per_output = grad.reshape(len(grad), *kernel.shape[:2], -1)
-        grids, all_samples = kept[: len(kept) // 2], kept[len(kept) // 2 :]
-        for start, grid, samples in zip(range(0, len(sources), layout.step), grids, all_samples, strict=True):
+        starts = range(0, len(sources), layout.step)
+        for start, active, grid, samples in zip(starts, kept[::3], kept[1::3], kept[2::3], strict=True):
             part = slice(start, start + layout.step)
-            values, factors = layout.values(sources[part]), layout.factors(active[part])
-            dactive = torch.empty_like(active[part])
+            values, factors = layout.values(sources[part]), layout.factors(active)
+            dactive = torch.empty_like(active)
             dcolumns = layout.grouped(torch.matmul(kernel.mT, per_output[part]))
             dfactors = (samples * dcolumns).sum(2, keepdim=True)
             aten.sigmoid_backward(dfactors, factors, grad_input=layout.factors(dactive))
@@ -170,7 +173,7 @@ class _ChunkedDeform(torch.autograd.Function):
                 dcolumns.view(*values.shape[:2], *grid.shape[1:3]), values, grid, 0, 0, True, (True, True)
             )
             dsources[part] = dvalues.view_as(dsources[part])
-            residue, dresidue = layout.pairs(active[part]), layout.pairs(dactive)
+            residue, dresidue = layout.pairs(active), layout.pairs(dactive)
             dflow = dguide[part].unflatten(1, (layout.neighbours, 2))
             dgrid = dgrid.view(*residue.shape[:3], layout.height, layout.width, 2)
             for axis in (0, 1):
@@ -185,4 +188,4 @@ class _ChunkedDeform(torch.autograd.Function):
         doffset_weight = (doffset_kernel * scale).view_as(offset_weight)
         doffset_bias = (doffset_bias * scale).squeeze(1)
         dweight, dbias = dkernel.view_as(weight), grad.sum((0, 2, 3))
-        return dfeatures, dsources, dguide, doffset_weight, doffset_bias, dweight, dbias, None
+        return dfeatures, dsources, dguide, doffset_weight, doffset_bias, dweight, dbias, None, None
