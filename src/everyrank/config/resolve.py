@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -45,6 +46,25 @@ def import_object(path: str) -> Any:
                 f"{did_you_mean(name, public_names(target))}"
             ) from None
     return target
+
+
+def construct(key: str, kind: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Return ``kind(*args, **kwargs)``, an object that the configuration asks for.
+
+    Args:
+        key: Where the configuration names the class, for the message.
+        kind: The class.
+        args: Its arguments.
+        kwargs: Its keyword arguments.
+
+    Raises:
+        ConfigError: If the class refuses its arguments.
+    """
+    try:
+        return kind(*args, **kwargs)
+    except (TypeError, ValueError) as error:
+        name = getattr(kind, "__name__", kind)
+        raise ConfigError(f"{key} {name} refused its arguments: {error}.") from error
 
 
 def object_path(target: Any) -> str | None:

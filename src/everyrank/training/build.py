@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from everyrank.config.resolve import construct
 from everyrank.errors import ConfigError
 from everyrank.runtime.world import World
 from everyrank.training.config import CompileConfig, SchedulerConfig, TrainerConfig, TrainingConfig
@@ -58,11 +59,8 @@ def build_optimizer(module: nn.Module, config: TrainingConfig) -> torch.optim.Op
         raise ConfigError(
             f"The model ({type(module).__name__}) has no trainable parameters, so there is nothing to train."
         )
-    try:
-        return config.optimizer_type(parameters, *config.optimizer_args, **config.optimizer_kwargs)
-    except (TypeError, ValueError) as error:
-        name = getattr(config.optimizer_type, "__name__", config.optimizer_type)
-        raise ConfigError(f"training.optimizer_type {name} refused its arguments: {error}.") from error
+    kind, args, kwargs = config.optimizer_type, config.optimizer_args, config.optimizer_kwargs
+    return construct("training.optimizer_type", kind, parameters, *args, **kwargs)
 
 
 def build_scheduler(optimizer: torch.optim.Optimizer, config: SchedulerConfig | None) -> Any:
@@ -73,11 +71,7 @@ def build_scheduler(optimizer: torch.optim.Optimizer, config: SchedulerConfig | 
     """
     if config is None:
         return None
-    try:
-        return config.type(optimizer, *config.args, **config.kwargs)
-    except (TypeError, ValueError) as error:
-        name = getattr(config.type, "__name__", config.type)
-        raise ConfigError(f"training.scheduler.type {name} refused its arguments: {error}.") from error
+    return construct("training.scheduler.type", config.type, optimizer, *config.args, **config.kwargs)
 
 
 def build_early_stopping(config: TrainerConfig) -> Any:

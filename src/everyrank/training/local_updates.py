@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from everyrank.checkpoint.encoding import flatten_state, unflatten_state
 from everyrank.checkpoint.reading import LoadedCheckpoint
-from everyrank.errors import CheckpointError, ConfigError
+from everyrank.config.resolve import construct
+from everyrank.errors import CheckpointError
 from everyrank.runtime.world import World
 from everyrank.training.config_parallel import LocalUpdatesConfig, OuterOptimizerConfig, ParallelConfig
 from everyrank.training.ema import WeightAverage
@@ -180,12 +181,7 @@ class LocalUpdates:
         changed = torch.tensor(flags, dtype=torch.uint8, device=buffers[0].device)
         dist.all_reduce(changed, op=dist.ReduceOp.MAX)
         moved = [buffer for buffer, has_changed in zip(buffers, changed.tolist(), strict=True) if has_changed]
-        averaged = [buffer for buffer in moved if buffer.is_floating_point() or buffer.is_complex()]
-        for bucket in _buckets([(buffer, buffer) for buffer in averaged]):
-            flat = torch.cat([_real(buffer).reshape(-1) for buffer, _ in bucket]).div_(self.world.size)
-            self._sum(flat)
-            for (buffer, _), mean in zip(bucket, _split(flat, [b for b, _ in bucket]), strict=True):
-                buffer.copy_(mean)
+        self._average([buffer for buffer in moved if buffer.is_floating_point() or buffer.is_complex()])
         self._send([buffer for buffer in moved if not (buffer.is_floating_point() or buffer.is_complex())])
 
     def _copy_buffers(self) -> list[Tensor]:
@@ -198,12 +194,16 @@ class LocalUpdates:
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            gradients.append((parameter.grad, parameter.grad))
-        for bucket in _buckets(gradients):
-            flat = torch.cat([_real(gradient).reshape(-1) for gradient, _ in bucket]).div_(self.world.size)
+            gradients.append(parameter.grad)
+        self._average(gradients)
+
+    def _average(self, tensors: Sequence[Tensor]) -> None:
+        """Replace each tensor by its mean over the ranks."""
+        for bucket in _buckets([(tensor, tensor) for tensor in tensors]):
+            flat = torch.cat([_real(tensor).reshape(-1) for tensor, _ in bucket]).div_(self.world.size)
             self._sum(flat)
-            for (gradient, _), mean in zip(bucket, _split(flat, [g for g, _ in bucket]), strict=True):
-                gradient.copy_(mean)
+            for (tensor, _), mean in zip(bucket, _split(flat, [t for t, _ in bucket]), strict=True):
+                tensor.copy_(mean)
 
     def _sum(self, flat: Tensor) -> None:
         if self.world.is_distributed:
@@ -247,11 +247,8 @@ def build_outer_optimizer(
     """
     if config is None:
         return None
-    try:
-        return config.type(anchors, *config.args, **config.kwargs)
-    except (TypeError, ValueError) as error:
-        name = getattr(config.type, "__name__", config.type)
-        raise ConfigError(f"parallel.local_updates.outer_optimizer {name} refused its arguments: {error}.") from error
+    key = "parallel.local_updates.outer_optimizer"
+    return construct(key, config.type, anchors, *config.args, **config.kwargs)
 
 
 def _buckets(pairs: Sequence[tuple[Tensor, Tensor]]) -> Iterator[list[tuple[Tensor, Tensor]]]:
