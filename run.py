@@ -2,7 +2,7 @@
 
 import sys
 
-from everyrank.cli import run_main
+from everyrank.cli.main import run_main
 
 if __name__ == "__main__":
     sys.exit(run_main())

@@ -46,7 +46,7 @@ def _nothing_is_left(_scratch: Path) -> Iterator[None]:
     processes, files = _our_processes(), set(os.listdir(_scratch))
     ports = _listening_ports()
     yield
-    engine_pool = sys.modules.get("everyrank.drivers.engine_pool")
+    engine_pool = sys.modules.get("everyrank.elastic.engine_pool")
     if engine_pool is not None:
         engine_pool.shutdown()
     deadline = time.monotonic() + 10

@@ -16,8 +16,8 @@ _EXPORTS = {
     "Checkpointer": "checkpoint.checkpointer",
     "ConfigError": "errors",
     "DefaultEarlyStopping": "training.early_stopping",
-    "DefaultTester": "training.evaluation",
-    "DefaultValidator": "training.evaluation",
+    "DefaultTester": "training.evaluation.evaluators",
+    "DefaultValidator": "training.evaluation.evaluators",
     "EveryrankError": "errors",
     "GNNModel": "models.gnn",
     "GlobalBatchSampler": "data.sampler",
@@ -25,7 +25,7 @@ _EXPORTS = {
     "GlobalSampler": "data.per_sample",
     "Preempted": "errors",
     "PreemptionWatch": "runtime.preemption",
-    "ProcessEnvironment": "runtime.environment",
+    "ProcessEnvironment": "launch_env.detection",
     "RankFailedError": "errors",
     "TrainerDDP": "training.trainer",
     "UserError": "errors",
@@ -34,13 +34,13 @@ _EXPORTS = {
     "broadcast_decision": "runtime.collectives",
     "cleanup_ddp": "runtime.process_group",
     "current_world": "runtime.process_group",
-    "detect": "runtime.environment",
+    "detect": "launch_env.detection",
     "gather_objects": "runtime.collectives",
     "get_loader": "config.yaml_loader",
     "get_logger": "runtime.logs",
     "initialize_ddp": "runtime.process_group",
     "join": "runtime.process_group",
-    "launch": "drivers.function",
+    "launch": "elastic.function",
     "main_first": "runtime.collectives",
     "monitored_barrier": "runtime.collectives",
     "rank_zero_only": "runtime.collectives",
@@ -73,7 +73,7 @@ if TYPE_CHECKING:  # for type checkers and editors, which do not follow __getatt
     from everyrank.data.order import GlobalOrder as GlobalOrder
     from everyrank.data.per_sample import GlobalSampler as GlobalSampler
     from everyrank.data.sampler import GlobalBatchSampler as GlobalBatchSampler
-    from everyrank.drivers.function import launch as launch
+    from everyrank.elastic.function import launch as launch
     from everyrank.errors import BarrierTimeoutError as BarrierTimeoutError
     from everyrank.errors import CheckpointError as CheckpointError
     from everyrank.errors import ConfigError as ConfigError
@@ -81,6 +81,8 @@ if TYPE_CHECKING:  # for type checkers and editors, which do not follow __getatt
     from everyrank.errors import Preempted as Preempted
     from everyrank.errors import RankFailedError as RankFailedError
     from everyrank.errors import UserError as UserError
+    from everyrank.launch_env.detection import ProcessEnvironment as ProcessEnvironment
+    from everyrank.launch_env.detection import detect as detect
     from everyrank.models.gnn import GNNModel as GNNModel
     from everyrank.runtime.collectives import barrier as barrier
     from everyrank.runtime.collectives import broadcast_decision as broadcast_decision
@@ -90,8 +92,6 @@ if TYPE_CHECKING:  # for type checkers and editors, which do not follow __getatt
     from everyrank.runtime.collectives import rank_zero_only as rank_zero_only
     from everyrank.runtime.collectives import reduce_mean as reduce_mean
     from everyrank.runtime.collectives import reduce_sum as reduce_sum
-    from everyrank.runtime.environment import ProcessEnvironment as ProcessEnvironment
-    from everyrank.runtime.environment import detect as detect
     from everyrank.runtime.logs import get_logger as get_logger
     from everyrank.runtime.logs import setup_logging as setup_logging
     from everyrank.runtime.preemption import PreemptionWatch as PreemptionWatch
@@ -101,6 +101,6 @@ if TYPE_CHECKING:  # for type checkers and editors, which do not follow __getatt
     from everyrank.runtime.process_group import join as join
     from everyrank.runtime.world import World as World
     from everyrank.training.early_stopping import DefaultEarlyStopping as DefaultEarlyStopping
-    from everyrank.training.evaluation import DefaultTester as DefaultTester
-    from everyrank.training.evaluation import DefaultValidator as DefaultValidator
+    from everyrank.training.evaluation.evaluators import DefaultTester as DefaultTester
+    from everyrank.training.evaluation.evaluators import DefaultValidator as DefaultValidator
     from everyrank.training.trainer import TrainerDDP as TrainerDDP

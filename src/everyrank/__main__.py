@@ -2,7 +2,7 @@
 
 import sys
 
-from everyrank.cli import main
+from everyrank.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -15,9 +15,9 @@ import traceback
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from everyrank.drivers.environment import SUPERVISED
-from everyrank.drivers.failures import record_error, render
-from everyrank.drivers.rank_files import error_file, log_file
+from everyrank.diagnosis.failures import record_error, render
+from everyrank.diagnosis.rank_files import error_file, log_file
+from everyrank.elastic.lifetime import die_with_parent
 from everyrank.errors import (
     EXIT_BAD_INPUT,
     EXIT_FAILURE,
@@ -29,7 +29,7 @@ from everyrank.errors import (
     UserError,
     did_you_mean,
 )
-from everyrank.lifetime import die_with_parent
+from everyrank.launch_env.process_environment import SUPERVISED
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -72,7 +72,7 @@ def run_app(cfg: DictConfig) -> tuple[int, Any]:
     Returns:
         The exit code, and what the app returned.
     """
-    from everyrank.runtime.environment import detect
+    from everyrank.launch_env.detection import detect
     from everyrank.runtime.output import tee_output
 
     log_dir = os.path.join(cfg.run.dir, "logs")
@@ -87,8 +87,8 @@ def run_app(cfg: DictConfig) -> tuple[int, Any]:
 
 
 def _guarded_run(cfg: DictConfig, rank: int, log_dir: str) -> tuple[int, Any]:
+    from everyrank.diagnosis.stack_dump import register_stack_dump
     from everyrank.runtime.logs import setup_logging
-    from everyrank.runtime.stack_dump import register_stack_dump
 
     register_stack_dump(file=sys.__stderr__)  # kill -QUIT PID shows where a rank is, also inside a collective
     setup_logging(rank, cfg.run.get("log_level"), log_file(log_dir, rank))

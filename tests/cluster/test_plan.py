@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from conftest import RunCli
 from everyrank import cli
-from everyrank.commands.plan_numbers import compute
+from everyrank.cli.commands.plan_numbers import compute
 from everyrank.data.split import split_sizes
 from everyrank.training.config import read_config
 
-PLAN = (sys.executable, "-m", "everyrank.cli", "plan")
+PLAN = (sys.executable, "-m", "everyrank", "plan")
 SMALL = (
     *("app=causal_sets", "app.data.kwargs.num_samples=90", "app.data.kwargs.mean_size=16", "app.training.num_epochs=2"),
     *("app.training.global_batch_size=10", "++app.training.checkpoint_at=1", "++app.training.ledger=true"),

@@ -5,14 +5,13 @@ from __future__ import annotations
 import pytest
 
 from everyrank.config.schema import build
-from everyrank.drivers.cluster_config import MpiConfig, SlurmConfig
-from everyrank.drivers.config import TorchrunConfig
 from everyrank.drivers.driver import LaunchPlan, LaunchRequest
-from everyrank.drivers.endpoint import split_endpoint
-from everyrank.drivers.mpi import MpiDriver
-from everyrank.drivers.slurm import SlurmDriver, has_ended
+from everyrank.drivers.mpi import MpiConfig, MpiDriver
+from everyrank.drivers.slurm_script import SlurmConfig, SlurmDriver, has_ended
 from everyrank.drivers.torchrun import TorchrunDriver
+from everyrank.drivers.torchrun_config import TorchrunConfig
 from everyrank.errors import DriverError
+from everyrank.rendezvous.endpoint import split_endpoint
 
 REQUEST = LaunchRequest(
     config_file="/runs/a/run.yaml",

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from cluster.running import Running, wait_for
-from everyrank.training.ledger import read_ledger
+from everyrank.training.saving.ledger import read_ledger
 
 pytestmark = pytest.mark.cluster
 Start = Callable[..., Running]

@@ -7,13 +7,13 @@ import sys
 
 import pytest
 
-from everyrank.drivers import machine
-from everyrank.drivers.config import LegacyLaunchConfig, SpawnConfig, TorchrunConfig
 from everyrank.drivers.driver import LaunchRequest
-from everyrank.drivers.legacy_launch import LegacyLaunchDriver
-from everyrank.drivers.spawn import SpawnDriver
-from everyrank.drivers.spec import RankCommand
+from everyrank.drivers.legacy_launch import LegacyLaunchConfig, LegacyLaunchDriver
+from everyrank.drivers.spawn import SpawnConfig, SpawnDriver
 from everyrank.drivers.torchrun import TorchrunDriver
+from everyrank.drivers.torchrun_config import TorchrunConfig
+from everyrank.elastic import machine
+from everyrank.elastic.spec import RankCommand
 from everyrank.errors import DriverError
 
 REQUEST = LaunchRequest(config_file="/runs/r/config.yaml", config_text="a: 1\n", run_dir="/runs/r", cwd="/work")

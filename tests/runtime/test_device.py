@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from everyrank.errors import ConfigError
+from everyrank.launch_env.process_environment import ProcessEnvironment
 from everyrank.runtime.device import bind_device, choose_backend
-from everyrank.runtime.process_environment import ProcessEnvironment
 
 
 @pytest.fixture

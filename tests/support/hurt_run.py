@@ -28,7 +28,7 @@ from everyrank.apps.train import Train
 from everyrank.certification import data
 from everyrank.errors import Preempted
 from everyrank.runtime.preemption import PreemptionWatch
-from everyrank.training.history import read_history
+from everyrank.training.tracking.history import read_history
 
 ROOT = Path(__file__).resolve().parents[2]
 NUM_SAMPLES, NUM_EPOCHS, NUM_STEPS = 103, 3, 33

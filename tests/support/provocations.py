@@ -22,8 +22,8 @@ import everyrank
 from conftest import RunCli
 from everyrank import TrainerDDP
 from everyrank.errors import RankFailedError, UserError
+from everyrank.launch_env.process_environment import ProcessEnvironment
 from everyrank.runtime.device import bind_device
-from everyrank.runtime.process_environment import ProcessEnvironment
 
 CUSTOM = ("driver=torchrun", "app=custom")
 _SAID: dict[str, str] = {}  # by the runs that several entries look at

@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 
 import everyrank
-from everyrank.training.config_parallel import ParallelConfig
-from everyrank.training.parallel import wrap
+from everyrank.training.parallel.config import ParallelConfig
+from everyrank.training.parallel.wrapping import wrap
 
 faulthandler.dump_traceback_later(60, exit=True)
 

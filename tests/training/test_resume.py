@@ -14,7 +14,7 @@ import torch
 import everyrank
 from everyrank import TrainerDDP
 from everyrank.errors import CheckpointError, RankFailedError
-from everyrank.training.ledger import read_ledger
+from everyrank.training.saving.ledger import read_ledger
 
 # 3 epochs of 11 steps; a checkpoint every 4 steps, so that most lie in the middle of an epoch.
 BASE: dict[str, Any] = {

@@ -11,7 +11,7 @@ import torch
 from everyrank.checkpoint.checkpointer import read_checkpoint
 from everyrank.checkpoint.folder import list_checkpoints
 from everyrank.errors import CheckpointError
-from everyrank.training.ledger import read_ledger
+from everyrank.training.saving.ledger import read_ledger
 
 
 @dataclass(frozen=True)

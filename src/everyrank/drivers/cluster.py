@@ -9,9 +9,9 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from everyrank.diagnosis.outcome import RankFailure
+from everyrank.diagnosis.rank_files import existing, read_error
 from everyrank.drivers.driver import LaunchRequest
-from everyrank.drivers.rank_files import existing, read_error
-from everyrank.drivers.spec import RankFailure
 from everyrank.errors import DriverError
 
 

@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from everyrank.drivers.spec import EngineRun, Outcome
+from everyrank.config.schema import section
+from everyrank.diagnosis.outcome import Outcome
+from everyrank.elastic.spec import EngineRun
+
+
+@section
+class DriverConfig:
+    """Settings of every driver.
+
+    Attributes:
+        dry_run: Print the plan (every command, variable and file) and exit.
+        threads_per_rank: ``OMP_NUM_THREADS`` of each rank; a value already in the environment wins. 1 is what torchrun
+            sets; more is faster on a CPU with cores to spare.
+    """
+
+    dry_run: bool = False
+    threads_per_rank: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,3 +110,16 @@ class Driver(Protocol):
 
     def run(self, plan: LaunchPlan, request: LaunchRequest) -> Outcome:
         """Carry the plan out and wait for its end."""
+
+
+def rank_variables(request: LaunchRequest, threads_per_rank: int) -> dict[str, str]:
+    """Variables for every rank: those of ``env=...``, and the number of threads unless the user's shell sets it.
+
+    Args:
+        request: The launch.
+        threads_per_rank: ``OMP_NUM_THREADS``; 0 leaves it alone.
+    """
+    variables = dict(request.env)
+    if threads_per_rank and "OMP_NUM_THREADS" not in os.environ:
+        variables.setdefault("OMP_NUM_THREADS", str(threads_per_rank))
+    return variables

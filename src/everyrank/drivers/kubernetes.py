@@ -7,15 +7,35 @@ import re
 import shlex
 from typing import Any
 
+from everyrank.config.schema import field, section
+from everyrank.diagnosis.outcome import Outcome
 from everyrank.drivers.cluster import node_command
-from everyrank.drivers.cluster_config import KubernetesConfig
-from everyrank.drivers.driver import LaunchPlan, LaunchRequest
-from everyrank.drivers.environment import rank_variables
-from everyrank.drivers.spec import Outcome
+from everyrank.drivers.driver import DriverConfig, LaunchPlan, LaunchRequest, rank_variables
 from everyrank.errors import DriverError
 
 _CONFIG_FOLDER = "/etc/everyrank"
 _INDEX_LABEL = "metadata.labels['training.kubeflow.org/replica-index']"  # put on each pod by the operator
+
+
+@section
+class KubernetesConfig(DriverConfig):
+    """``driver=kubernetes``: a PyTorchJob of the Kubeflow training operator."""
+
+    image: str = field(default="", doc="Container image that has everyrank and your app; required.")
+    nodes: int = field(default=1, ge=1, doc="Number of pods.")
+    nproc_per_node: int = field(default=1, ge=1, doc="Ranks in each pod.")
+    namespace: str = field(default="default", doc="Namespace of the job.")
+    volume_claim: str | None = field(
+        default=None,
+        doc="PersistentVolumeClaim for the runs, mounted at env.output_dir; several nodes need one.",
+    )
+    gpus_per_node: int = field(default=0, ge=0, doc="GPUs of each pod.")
+    cpus_per_node: int | None = field(default=None, ge=1, doc="Cores of each pod; null: no request.")
+    memory_per_node: str | None = field(default=None, doc="Memory of each pod, for example 64Gi; null: no request.")
+    working_dir: str | None = field(default=None, doc="Folder in the image to run in; null: the image's own.")
+    python: str = field(default="python", doc="Python in the image.")
+    backoff_limit: int = field(default=3, ge=0, doc="How often a failed job is started again.")
+    master_port: int = field(default=23456, gt=0, lt=65536, doc="Port of the first pod, where the nodes meet.")
 
 
 class KubernetesDriver:

@@ -7,16 +7,39 @@ import signal
 import subprocess
 import sys
 
-from everyrank.drivers.config import LegacyLaunchConfig
-from everyrank.drivers.driver import LaunchPlan, LaunchRequest
-from everyrank.drivers.environment import SUPERVISED, rank_variables
-from everyrank.drivers.guarded import guarded
-from everyrank.drivers.machine import resolve_nproc
-from everyrank.drivers.ports import check_port_is_free
-from everyrank.drivers.rank_files import clear_errors, existing, read_error
-from everyrank.drivers.signals import forwarded
-from everyrank.drivers.spec import Outcome, RankFailure
+from everyrank.config.schema import section
+from everyrank.diagnosis.outcome import Outcome, RankFailure
+from everyrank.diagnosis.rank_files import clear_errors, existing, read_error
+from everyrank.drivers.driver import DriverConfig, LaunchPlan, LaunchRequest, rank_variables
+from everyrank.elastic.guarded import guarded
+from everyrank.elastic.machine import resolve_nproc
+from everyrank.elastic.signals import forwarded
 from everyrank.errors import EXIT_FAILURE, DriverError
+from everyrank.launch_env.process_environment import SUPERVISED
+from everyrank.rendezvous.ports import check_port_is_free
+
+
+@section
+class LegacyLaunchConfig(DriverConfig):
+    """``driver=launch``: ``python -m torch.distributed.launch``.
+
+    Attributes:
+        nproc_per_node: Number of processes on this node, or ``auto``, ``gpu``, ``cpu``.
+        nnodes: Number of nodes.
+        node_rank: This node's rank.
+        master_addr: Host of node 0; null for one node.
+        master_port: Port on node 0; null finds a free one on one node.
+        use_env: Pass ``--use-env``: the local rank in ``LOCAL_RANK`` only, not on the command line.
+        max_restarts: How often the group is started again after a failure.
+    """
+
+    nproc_per_node: int | str = 2
+    nnodes: int = 1
+    node_rank: int = 0
+    master_addr: str | None = None
+    master_port: int | None = None
+    use_env: bool = False
+    max_restarts: int = 0
 
 
 class LegacyLaunchDriver:

@@ -6,10 +6,16 @@ import os
 import subprocess
 import sys
 
-from everyrank.drivers.config import LocalConfig
-from everyrank.drivers.driver import LaunchPlan, LaunchRequest
-from everyrank.drivers.environment import rank_variables
-from everyrank.drivers.spec import Outcome, RankFailure
+from everyrank.config.schema import section
+from everyrank.diagnosis.outcome import Outcome, RankFailure
+from everyrank.drivers.driver import DriverConfig, LaunchPlan, LaunchRequest, rank_variables
+
+
+@section
+class LocalConfig(DriverConfig):
+    """``driver=local``: this process, world size 1."""
+
+    threads_per_rank: int = 0
 
 
 class LocalDriver:

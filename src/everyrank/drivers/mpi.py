@@ -8,16 +8,27 @@ import subprocess
 import sys
 from dataclasses import replace
 
+from everyrank.config.schema import field, section
+from everyrank.diagnosis.outcome import Outcome, RankFailure
+from everyrank.diagnosis.rank_files import clear_errors
 from everyrank.drivers.cluster import MPI, rank_command, recorded_failures
-from everyrank.drivers.cluster_config import MpiConfig
-from everyrank.drivers.driver import LaunchPlan, LaunchRequest
-from everyrank.drivers.environment import rank_variables
-from everyrank.drivers.guarded import guarded
-from everyrank.drivers.machine import resolve_nproc
-from everyrank.drivers.rank_files import clear_errors
-from everyrank.drivers.signals import forwarded
-from everyrank.drivers.spec import Outcome, RankFailure
+from everyrank.drivers.driver import DriverConfig, LaunchPlan, LaunchRequest, rank_variables
+from everyrank.elastic.guarded import guarded
+from everyrank.elastic.machine import resolve_nproc
+from everyrank.elastic.signals import forwarded
 from everyrank.errors import EXIT_FAILURE, DriverError
+
+
+@section
+class MpiConfig(DriverConfig):
+    """``driver=mpi``: Open MPI's mpirun."""
+
+    nproc_per_node: int | str = field(default=2, doc="Ranks on each node, or auto, gpu, cpu.")
+    hosts: list[str] = field(factory=list, doc="Hosts, each with nproc_per_node ranks; empty: this machine.")
+    hostfile: str | None = field(default=None, doc="A hostfile of mpirun's instead of hosts.")
+    num_ranks: int | None = field(default=None, ge=1, doc="All ranks, with a hostfile.")
+    mpirun: str = field(default="mpirun", doc="The program.")
+    mpi_args: list[str] = field(factory=list, doc="Further options of mpirun, as they are.")
 
 
 class MpiDriver:

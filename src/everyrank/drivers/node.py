@@ -17,11 +17,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from everyrank.config.schema import build
-from everyrank.drivers import engine_pool
-from everyrank.drivers.config import TorchrunConfig
+from everyrank.diagnosis.failures import describe
 from everyrank.drivers.driver import LaunchRequest
-from everyrank.drivers.failures import describe
 from everyrank.drivers.torchrun import TorchrunDriver
+from everyrank.drivers.torchrun_config import TorchrunConfig
+from everyrank.elastic import engine_pool
 from everyrank.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_PREEMPTED, UserError
 
 

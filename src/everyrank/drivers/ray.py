@@ -14,15 +14,14 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+from everyrank.config.schema import field, section
+from everyrank.diagnosis.outcome import Outcome
+from everyrank.diagnosis.rank_files import clear_errors
 from everyrank.drivers.cluster import RAY, rank_command, recorded_failures
-from everyrank.drivers.cluster_config import RayConfig
-from everyrank.drivers.driver import LaunchPlan, LaunchRequest
-from everyrank.drivers.environment import rank_variables
-from everyrank.drivers.rank_files import clear_errors
-from everyrank.drivers.signals import forwarded
-from everyrank.drivers.spec import Outcome
+from everyrank.drivers.driver import DriverConfig, LaunchPlan, LaunchRequest, rank_variables
+from everyrank.elastic.signals import forwarded
 from everyrank.errors import EXIT_BAD_INPUT, DriverError
-from everyrank.interfaces import why_unreachable
+from everyrank.rendezvous.interfaces import why_unreachable
 
 _RIGHT_ADDRESS = (
     "Set the address that `ray start --head` printed, or auto on a node of the cluster; "
@@ -30,6 +29,17 @@ _RIGHT_ADDRESS = (
 )
 _PATIENCE_S = 5.0
 _JOINING_S = 30.0  # a cluster takes a node in within a second
+
+
+@section
+class RayConfig(DriverConfig):
+    """``driver=ray``: Ray Train."""
+
+    num_workers: int = field(default=2, ge=1, doc="Ranks.")
+    address: str | None = field(default=None, doc="Address of a running cluster, or auto; null: start a local one.")
+    use_gpu: bool = field(default=False, doc="One GPU for each rank.")
+    cpus_per_worker: float = field(default=1.0, gt=0, doc="Cores that Ray sets aside for each rank.")
+    max_failures: int = field(default=0, ge=-1, doc="How often Ray starts the ranks again; -1: without end.")
 
 
 class RayDriver:

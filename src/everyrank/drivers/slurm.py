@@ -10,14 +10,12 @@ import sys
 import time
 from collections.abc import Iterator
 
+from everyrank.diagnosis.outcome import Outcome, RankFailure
+from everyrank.diagnosis.rank_files import clear_errors, existing, log_file
 from everyrank.drivers.cluster import SLURM, recorded_failures
-from everyrank.drivers.cluster_config import SlurmConfig
-from everyrank.drivers.driver import LaunchPlan, LaunchRequest
-from everyrank.drivers.environment import rank_variables
-from everyrank.drivers.rank_files import clear_errors, existing, log_file
-from everyrank.drivers.signals import forwarded
-from everyrank.drivers.slurm_script import batch_script
-from everyrank.drivers.spec import Outcome, RankFailure
+from everyrank.drivers.driver import LaunchPlan, LaunchRequest, rank_variables
+from everyrank.drivers.slurm_script import SlurmConfig, batch_script
+from everyrank.elastic.signals import forwarded
 from everyrank.errors import EXIT_FAILURE, EXIT_PREEMPTED, DriverError, did_you_mean
 
 # Of the states in squeue's manual those from which a job does not come back. The others are many and may be brief, such

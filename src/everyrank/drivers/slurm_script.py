@@ -3,11 +3,47 @@
 from __future__ import annotations
 
 import shlex
+import sys
+from typing import Literal
 
+from everyrank.config.schema import field, section
 from everyrank.drivers.cluster import exports, node_command, rank_command
-from everyrank.drivers.cluster_config import SlurmConfig
-from everyrank.drivers.driver import LaunchRequest
+from everyrank.drivers.driver import DriverConfig, LaunchRequest
 from everyrank.errors import EXIT_PREEMPTED
+
+
+@section
+class SlurmConfig(DriverConfig):
+    """``driver=slurm``: a batch job."""
+
+    nodes: int = field(default=1, ge=1, doc="Number of nodes.")
+    nproc_per_node: int = field(default=1, ge=1, doc="Ranks on each node; the login node cannot know the GPUs.")
+    task_per: Literal["node", "rank"] = field(
+        default="node",
+        doc="One Slurm task a node, which runs torch's engine (restarts, blame, one import of torch), or one a rank.",
+    )
+    partition: str | None = field(default=None, doc="Partition; null: the cluster's default.")
+    time: str | int | None = field(default=None, doc="Time limit as sbatch takes it: 2-00:00:00, or minutes.")
+    account: str | None = field(default=None, doc="Account to charge.")
+    qos: str | None = field(default=None, doc="Quality of service.")
+    constraint: str | None = field(default=None, doc="Features the nodes must have.")
+    cpus_per_rank: int | None = field(default=None, ge=1, doc="Cores for each rank; null: the cluster's default.")
+    gpus_per_node: int | None = field(default=None, ge=0, doc="GPUs on each node; null: none is asked for.")
+    mem: str | None = field(default=None, doc="Memory of a node, for example 64G.")
+    job_name: str | None = field(default=None, doc="Name of the job; null: the name of the run.")
+    requeue: bool = field(
+        default=True,
+        doc="Go on by itself, from the checkpoint, after a preemption, a node failure or the time limit.",
+    )
+    signal_before_s: int = field(
+        default=120, ge=0, doc="Tell the ranks so many seconds before the time limit, to save; 0: do not."
+    )
+    max_restarts: int = field(default=0, ge=0, doc="How often a failed group is started again in the job.")
+    setup: list[str] = field(factory=list, doc="Shell lines before the start: module load, conda activate.")
+    sbatch_args: list[str] = field(factory=list, doc="Further options of sbatch, as they are.")
+    python: str = field(default=sys.executable, doc="Python on the nodes.")
+    wait: bool = field(default=True, doc="Wait for the job and show rank 0's log; false: submit and return.")
+    poll_s: float = field(default=2.0, gt=0, doc="Seconds between two looks at the job.")
 
 
 def batch_script(config: SlurmConfig, request: LaunchRequest, env: dict[str, str], name: str) -> str:

@@ -7,21 +7,34 @@ import signal
 import time
 from typing import Any
 
-from everyrank.drivers.config import SpawnConfig
-from everyrank.drivers.driver import LaunchPlan, LaunchRequest
-from everyrank.drivers.entry import call_entry
-from everyrank.drivers.environment import SUPERVISED, rank_variables
-from everyrank.drivers.guarded import guarded
-from everyrank.drivers.machine import resolve_nproc
-from everyrank.drivers.ports import check_port_is_free
-from everyrank.drivers.rank_files import clear_errors, error_file, existing, log_file, read_error
-from everyrank.drivers.signals import forwarded
-from everyrank.drivers.spec import Outcome, RankFailure
+from everyrank.config.schema import section
+from everyrank.diagnosis.outcome import Outcome, RankFailure
+from everyrank.diagnosis.rank_files import clear_errors, error_file, existing, log_file, read_error
+from everyrank.drivers.driver import DriverConfig, LaunchPlan, LaunchRequest, rank_variables
+from everyrank.elastic.entry import call_entry
+from everyrank.elastic.guarded import guarded
+from everyrank.elastic.lifetime import die_with_parent
+from everyrank.elastic.machine import resolve_nproc
+from everyrank.elastic.signals import forwarded
 from everyrank.errors import EXIT_OK, EXIT_PREEMPTED
-from everyrank.lifetime import die_with_parent
+from everyrank.launch_env.process_environment import SUPERVISED
+from everyrank.rendezvous.ports import check_port_is_free
 
 _GRACE_S = 1.0
 _SHUTDOWN_S = 30.0
+
+
+@section
+class SpawnConfig(DriverConfig):
+    """``driver=spawn``: ``torch.multiprocessing``.
+
+    Attributes:
+        nproc_per_node: Number of processes, or ``auto``, ``gpu``, ``cpu``.
+        master_port: A port for the store; null finds a free one.
+    """
+
+    nproc_per_node: int | str = 2
+    master_port: int | None = None
 
 
 class SpawnDriver:
@@ -54,7 +67,7 @@ class SpawnDriver:
             check_port_is_free(self.config.master_port)
         import torch.multiprocessing as mp
 
-        from everyrank.drivers.rendezvous import LoopbackRendezvous
+        from everyrank.rendezvous.loopback import LoopbackRendezvous
 
         meeting = LoopbackRendezvous("spawn", self.config.master_port or 0)
         store = meeting.next_rendezvous().bootstrap_store_info

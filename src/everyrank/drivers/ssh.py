@@ -13,16 +13,15 @@ import sys
 import time
 from collections.abc import Sequence
 
+from everyrank.diagnosis.outcome import Outcome, RankFailure
+from everyrank.diagnosis.rank_files import clear_errors
 from everyrank.drivers.cluster import SSH, exports, node_command, recorded_failures
-from everyrank.drivers.config import TorchrunConfig
-from everyrank.drivers.driver import LaunchPlan, LaunchRequest
-from everyrank.drivers.endpoint import DEFAULT_PORT
-from everyrank.drivers.environment import rank_variables
-from everyrank.drivers.guarded import guarded
-from everyrank.drivers.rank_files import clear_errors
-from everyrank.drivers.signals import forwarded
-from everyrank.drivers.spec import Outcome, RankFailure
+from everyrank.drivers.driver import LaunchPlan, LaunchRequest, rank_variables
+from everyrank.drivers.torchrun_config import TorchrunConfig
+from everyrank.elastic.guarded import guarded
+from everyrank.elastic.signals import forwarded
 from everyrank.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED, DriverError
+from everyrank.rendezvous.endpoint import DEFAULT_PORT
 
 _SSH_FAILED = 255
 _FAREWELL_S = 20.0  # how long the other nodes have to end by themselves after one has failed

@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 import sys
 
-from everyrank.drivers import engine_pool, ssh
-from everyrank.drivers.config import TorchrunConfig
-from everyrank.drivers.driver import LaunchPlan, LaunchRequest
-from everyrank.drivers.endpoint import split_endpoint
-from everyrank.drivers.environment import SUPERVISED, rank_variables
-from everyrank.drivers.machine import resolve_nproc
-from everyrank.drivers.ports import check_port_is_free
-from everyrank.drivers.spec import EngineRun, Outcome, RankCommand, RankFunction, Rendezvous
+from everyrank.diagnosis.outcome import Outcome
+from everyrank.drivers import ssh
+from everyrank.drivers.driver import LaunchPlan, LaunchRequest, rank_variables
+from everyrank.drivers.torchrun_config import TorchrunConfig
+from everyrank.elastic import engine_pool
+from everyrank.elastic.machine import resolve_nproc
+from everyrank.elastic.spec import EngineRun, RankCommand, RankFunction, Rendezvous
 from everyrank.errors import DriverError, did_you_mean
+from everyrank.launch_env.process_environment import SUPERVISED
+from everyrank.rendezvous.endpoint import split_endpoint
+from everyrank.rendezvous.ports import check_port_is_free
 
 _BACKENDS = ("static", "c10d", "etcd", "etcd-v2")
 

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 from everyrank.errors import ConfigError, did_you_mean
-from everyrank.runtime.process_environment import ProcessEnvironment
+from everyrank.launch_env.process_environment import ProcessEnvironment
 
 _BACKENDS = ("auto", "gloo", "nccl", "mpi")
 

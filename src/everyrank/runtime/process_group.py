@@ -17,20 +17,20 @@ import torch
 import torch.distributed as dist
 
 from everyrank.errors import ConfigError, ProcessGroupError
-from everyrank.runtime.device import bind_device, choose_backend, device_identity
-from everyrank.runtime.environment import (
+from everyrank.launch_env.detection import (
     DEFAULT_MASTER_ADDR,
     DEFAULT_MASTER_PORT,
     detect_with_arguments,
     is_loopback_name,
 )
+from everyrank.launch_env.process_environment import ProcessEnvironment
+from everyrank.rendezvous.handshake import Gathering, meet
+from everyrank.rendezvous.init_method import master_of_url
+from everyrank.rendezvous.network import choose_interfaces
+from everyrank.rendezvous.paths import check_paths
+from everyrank.runtime.device import bind_device, choose_backend, device_identity
 from everyrank.runtime.membership import Membership, get_membership, set_membership
 from everyrank.runtime.mistakes import told_plainly
-from everyrank.runtime.network import choose_interfaces
-from everyrank.runtime.paths import check_paths
-from everyrank.runtime.process_environment import ProcessEnvironment
-from everyrank.runtime.rendezvous import master_of_url
-from everyrank.runtime.roll_call import Gathering, meet
 from everyrank.runtime.world import World
 
 _log = logging.getLogger("everyrank.runtime")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from everyrank.runtime.process_environment import ProcessEnvironment
+from everyrank.launch_env.process_environment import ProcessEnvironment
 
 
 @dataclass(frozen=True, kw_only=True)

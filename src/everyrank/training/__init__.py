@@ -10,14 +10,14 @@ from typing import Any
 
 _EXPORTS = {
     "DefaultEarlyStopping": "early_stopping",
-    "DefaultTester": "evaluation",
-    "DefaultValidator": "evaluation",
-    "EvaluationResult": "evaluation",
+    "DefaultTester": "evaluation.evaluators",
+    "DefaultValidator": "evaluation.evaluators",
+    "EvaluationResult": "evaluation.evaluators",
     "TrainerConfig": "config",
     "TrainerDDP": "trainer",
-    "load_model": "reload",
+    "load_model": "saving.reload",
     "read_config": "config",
-    "read_ledger": "ledger",
+    "read_ledger": "saving.ledger",
 }
 
 __all__ = list(_EXPORTS)

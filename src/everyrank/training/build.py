@@ -14,8 +14,8 @@ from everyrank.runtime.world import World
 from everyrank.training.config import CompileConfig, SchedulerConfig, TrainerConfig, TrainingConfig
 from everyrank.training.config_data import EvaluatorConfig
 from everyrank.training.early_stopping import DefaultEarlyStopping
-from everyrank.training.evaluation import DefaultTester, DefaultValidator
-from everyrank.training.parallel import prepare_module
+from everyrank.training.evaluation.evaluators import DefaultTester, DefaultValidator
+from everyrank.training.parallel.wrapping import prepare_module
 from everyrank.training.placement import resolve_device
 from everyrank.training.seeding import seed_everywhere
 from everyrank.training.step import AUTOCAST, DTYPES

@@ -12,7 +12,7 @@ from everyrank.config.resolve import import_object
 from everyrank.config.schema import Bool, Float, Int, ObjectRef, as_mapping, build, field, section
 from everyrank.errors import did_you_mean
 from everyrank.training.config_data import DataConfig, EarlyStoppingConfig, TestingConfig, ValidationConfig
-from everyrank.training.config_parallel import ParallelConfig
+from everyrank.training.parallel.config import ParallelConfig
 
 
 @section

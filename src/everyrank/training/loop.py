@@ -23,10 +23,10 @@ from everyrank.runtime.logs import get_logger
 from everyrank.runtime.world import World
 from everyrank.training.config import TrainingConfig
 from everyrank.training.failures import SignalNoticed, describe_samples, explain
-from everyrank.training.history import History
-from everyrank.training.ledger import Ledger
 from everyrank.training.loaders import sampler_of
+from everyrank.training.saving.ledger import Ledger
 from everyrank.training.step import TrainStep
+from everyrank.training.tracking.history import History
 
 logger = get_logger("training")
 

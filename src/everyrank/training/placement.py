@@ -13,8 +13,8 @@ import torch.distributed as dist
 
 from everyrank.config.yaml_loader import to_yaml
 from everyrank.errors import ConfigError, LaunchEnvironmentError, RankFailedError
+from everyrank.launch_env.detection import detect
 from everyrank.runtime.collectives import broadcast_decision
-from everyrank.runtime.environment import detect
 from everyrank.runtime.logs import get_logger, setup_logging
 from everyrank.runtime.process_group import current_world
 from everyrank.runtime.world import World

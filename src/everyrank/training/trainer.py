@@ -18,22 +18,22 @@ from everyrank.training import build
 from everyrank.training.config import TrainerConfig, read_config
 from everyrank.training.decisions import Judge
 from everyrank.training.ema import WeightAverage
-from everyrank.training.evaluation import DefaultValidator, EvaluationResult
+from everyrank.training.evaluation.evaluators import DefaultValidator, EvaluationResult
 from everyrank.training.failures import SignalNoticed, explain
-from everyrank.training.history import History, Row
 from everyrank.training.loaders import num_samples, prepare_loaders, sampler_of
-from everyrank.training.local_updates import make_local_updates
 from everyrank.training.loop import EpochLoop, Position
-from everyrank.training.observers import Observers
-from everyrank.training.own_state import pack_own
-from everyrank.training.parallel import powersgd_of, send_buffers, wrap
-from everyrank.training.persistence import Persistence
+from everyrank.training.parallel.local_updates import make_local_updates
+from everyrank.training.parallel.own_state import pack_own
+from everyrank.training.parallel.wrapping import powersgd_of, send_buffers, wrap
 from everyrank.training.placement import make_run_folder, notice_differences, resolve_device, resolve_world
 from everyrank.training.pruning import has_trial, report_and_prune
-from everyrank.training.reload import load_model
+from everyrank.training.saving.persistence import Persistence
+from everyrank.training.saving.reload import load_model
+from everyrank.training.saving.state import pack, unpack
 from everyrank.training.seeding import restore_rng, seed_rank
-from everyrank.training.state import pack, unpack
 from everyrank.training.step import TrainStep, step_at_epoch_end
+from everyrank.training.tracking.history import History, Row
+from everyrank.training.tracking.observers import Observers
 
 logger = get_logger("training")
 

@@ -16,11 +16,11 @@ import torch
 
 from everyrank.apps.video_restoration.data.clips import ClipReader, Patch
 from everyrank.apps.video_restoration.data.datasets import TestDataset, TrainDataset
+from everyrank.apps.video_restoration.data.degradation import degrade
+from everyrank.apps.video_restoration.data.demo import prepare
 from everyrank.apps.video_restoration.data.images import decode_image, encode_png, to_tensor
 from everyrank.apps.video_restoration.data.jitter import ColorJitter
 from everyrank.apps.video_restoration.data.sources import open_source
-from everyrank.apps.video_restoration.degradation import degrade
-from everyrank.apps.video_restoration.demo import prepare
 from everyrank.apps.video_restoration.options.loader import resolve
 from everyrank.data.randomness import SeededDataset
 from everyrank.errors import DataError

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from everyrank.apps.video_restoration.degradation import degrade, gaussian_blur, imresize
+from everyrank.apps.video_restoration.data.degradation import degrade, gaussian_blur, imresize
 from everyrank.apps.video_restoration.metrics import frame_metrics
 
 skimage_metrics = pytest.importorskip("skimage.metrics")

@@ -91,7 +91,7 @@ def outcome(trainer: TrainerDDP, histories: Any) -> dict[str, Any]:
 
 def read_steps(run: Path) -> list[tuple[int, float]]:
     """Return the recorded steps and their losses."""
-    from everyrank.training.history import read_history
+    from everyrank.training.tracking.history import read_history
 
     return [(row["step"], row["loss"]) for row in read_history(run / "history.jsonl") if row["kind"] == "step"]
 

@@ -23,7 +23,7 @@ from everyrank.errors import (
     Preempted,
     UserError,
 )
-from everyrank.runtime.legacy_arguments import local_rank_argument, strip_legacy_arguments
+from everyrank.launch_env.legacy_arguments import local_rank_argument, strip_legacy_arguments
 from everyrank.runtime.logs import setup_logging
 from everyrank.runtime.process_group import join
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from everyrank.apps.video_restoration.agreement import together
 from everyrank.apps.video_restoration.data.datasets import TestDataset, TrainDataset
-from everyrank.apps.video_restoration.demo import resolve_demo
+from everyrank.apps.video_restoration.data.demo import resolve_demo
 from everyrank.apps.video_restoration.history import History
 from everyrank.apps.video_restoration.losses import build_loss
 from everyrank.apps.video_restoration.network.vrt import VRT
@@ -33,8 +33,8 @@ from everyrank.errors import EveryrankError, Preempted
 from everyrank.runtime.collectives import reduce_sum
 from everyrank.runtime.preemption import PreemptionWatch
 from everyrank.runtime.world import World
-from everyrank.training.config_parallel import ParallelConfig
-from everyrank.training.parallel import wrap
+from everyrank.training.parallel.config import ParallelConfig
+from everyrank.training.parallel.wrapping import wrap
 from everyrank.training.seeding import seed_everywhere, seed_rank
 
 logger = logging.getLogger(__name__)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from everyrank.apps.video_restoration.data.datasets import TestDataset
+from everyrank.apps.video_restoration.data.degradation import imresize
 from everyrank.apps.video_restoration.data.images import to_array, write_png
-from everyrank.apps.video_restoration.degradation import imresize
 from everyrank.apps.video_restoration.metrics import METRICS, frame_metrics, mean
 from everyrank.apps.video_restoration.network.vrt import VRT
 from everyrank.apps.video_restoration.tiling import restore_clip

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from everyrank.apps.video_restoration.data.degradation import degrade
 from everyrank.apps.video_restoration.data.images import to_tensor
 from everyrank.apps.video_restoration.data.sources import CachedSource, FrameSource, open_source
-from everyrank.apps.video_restoration.degradation import degrade
 from everyrank.errors import DataError, did_you_mean
 
 VAL_PARTITIONS = {

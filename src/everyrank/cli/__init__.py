@@ -1,0 +1,1 @@
+"""The command line: compose, validate, name the folder, plan, run."""

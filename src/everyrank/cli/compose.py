@@ -1,0 +1,59 @@
+"""Composing a configuration from the command line: Hydra lives here alone."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import hydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from everyrank.cli.compose_errors import explain
+from everyrank.errors import UserError
+
+
+def compose(argv: Sequence[str]) -> list[DictConfig]:
+    """The configurations that ``argv`` (Hydra's grammar) describes, one a job of a multirun.
+
+    Raises:
+        UserError: They cannot be composed.
+    """
+    composed: list[DictConfig] = []
+    for_each_composed(list(argv), composed.append)
+    return composed
+
+
+def for_each_composed(argv: list[str], task: Callable[[DictConfig], Any]) -> None:
+    """Compose the configurations that ``argv`` describes and call ``task`` with each, one a job of a multirun.
+
+    Raises:
+        UserError: They cannot be composed, or the first that ``task`` raised.
+    """
+    mistakes: list[UserError] = []
+
+    def attempt(cfg: DictConfig) -> Any:
+        try:
+            return task(cfg)
+        except UserError as mistake:  # Hydra would print a line of its own about it
+            mistakes.append(mistake)
+            return None
+
+    previous = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    # The variables of an environment have names of the user's own, which Hydra's struct mode would refuse.
+    sys.argv = ["everyrank run", *(f"++{arg}" if arg.startswith("env.variables.") else arg for arg in argv)]
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors instead of printing them with exit code 1
+    conf = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "conf")
+    try:
+        hydra.main(version_base="1.3", config_path=conf, config_name="config")(attempt)()
+    except (HydraException, OmegaConfBaseException) as error:
+        raise explain(error) from error
+    finally:
+        sys.argv = previous[0]
+        if previous[1] is None:
+            del os.environ["HYDRA_FULL_ERROR"]
+    if mistakes:
+        raise mistakes[0]

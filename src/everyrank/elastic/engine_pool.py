@@ -1,0 +1,70 @@
+"""The engines of this process: one forked early by the command line, or spawned ones kept for the next launch."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import signal
+import threading
+from dataclasses import replace
+
+from everyrank.diagnosis.outcome import Outcome
+from everyrank.elastic.engine import Engine
+from everyrank.elastic.signals import forwarded
+from everyrank.elastic.spec import EngineRun
+
+_idle: list[Engine] = []
+_lock = threading.Lock()
+
+
+def fork_early() -> None:
+    """Fork an engine now, so that it imports torch while this process reads its configuration.
+
+    Only for a process that has one thread and no accelerator context, such as the command line at its start.
+    """
+    _give_back(Engine.fork())
+
+
+def run(order: EngineRun) -> Outcome:
+    """Run a launch on an idle engine (or a new one), passing on the signals that this process gets.
+
+    Raises:
+        KeyboardInterrupt: From a second Ctrl-C; every rank is gone.
+    """
+    if not order.base_env:
+        order = replace(order, base_env=dict(os.environ))
+    engine = _take()
+    with forwarded(engine.signal, engine.close) as told:
+        try:
+            outcome = engine.run(order)
+        except Exception:
+            if told.signum == signal.SIGINT:
+                raise KeyboardInterrupt from None
+            raise
+    _give_back(engine)
+    return outcome
+
+
+def shutdown() -> None:
+    """End the idle engines."""
+    with _lock:
+        while _idle:
+            engine = _idle.pop()
+            if engine.owner_pid == os.getpid():
+                engine.close()
+
+
+def _take() -> Engine:
+    with _lock:
+        while _idle:
+            engine = _idle.pop()
+            if engine.owner_pid == os.getpid() and engine.alive:
+                return engine
+    atexit.register(shutdown)
+    return Engine.spawn()
+
+
+def _give_back(engine: Engine) -> None:
+    atexit.register(shutdown)
+    with _lock:
+        _idle.append(engine)

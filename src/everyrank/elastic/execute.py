@@ -1,0 +1,197 @@
+"""Carrying out one launch on this node with torch's elastic agent."""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from torch.distributed.elastic.agent.server.api import WorkerSpec
+from torch.distributed.elastic.multiprocessing.api import PContext, SignalException
+from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousParameters
+from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
+
+from everyrank.diagnosis.outcome import Outcome, RankFailure
+from everyrank.diagnosis.rank_files import error_file, existing, log_file, read_error
+from everyrank.elastic.agent import ForkedRanks, RankAgent
+from everyrank.elastic.entry import call_entry
+from everyrank.elastic.forkserver import Forkserver
+from everyrank.elastic.guarded import guarded
+from everyrank.elastic.lifetime import die_with_parent
+from everyrank.elastic.spec import EngineRun, RankFunction
+from everyrank.errors import ProcessGroupError, UserError
+from everyrank.rendezvous.elastic import ElasticRendezvous
+from everyrank.rendezvous.endpoint import split_endpoint
+from everyrank.rendezvous.interfaces import address_towards, interface_with
+from everyrank.rendezvous.loopback import LoopbackRendezvous
+from everyrank.rendezvous.static import StaticRendezvous
+
+_HANDLED = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
+
+
+def execute(run: EngineRun, forkserver: Forkserver, stdio: tuple[int, int]) -> Outcome:
+    """Run the ranks of this node to their end.
+
+    Args:
+        run: What to run and how.
+        forkserver: Where ranks come from with ``start_method=forkserver``.
+        stdio: Descriptors for the ranks' stdout and stderr.
+    """
+    _enter_environment(run, stdio)
+    handler = _rendezvous(run)
+    make_ranks = None
+    if isinstance(run.work, RankFunction):
+        entrypoint: Any = _start
+        args: tuple[Any, ...] = (run.work.entry, run.work.args)
+        if run.start_method == "forkserver":
+            args = run.work.args
+            make_ranks = functools.partial(ForkedRanks, run, forkserver, stdio)
+    else:
+        entrypoint, *args_list = guarded(run.work.argv)
+        args = tuple(args_list)
+    spec = WorkerSpec(
+        role="rank",
+        local_world_size=run.nproc_per_node,
+        entrypoint=entrypoint,
+        args=args,
+        rdzv_handler=handler,
+        max_restarts=run.max_restarts,
+        monitor_interval=run.monitor_interval_s,
+    )
+    take_signals = _once()
+    agent = RankAgent(run, spec, make_ranks, take_signals)
+    signum: int | None = None
+    message = ""
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = _HANDLED  # torch handles them once ranks run; we, until then
+    try:
+        take_signals()
+        agent.run()
+    except SignalException as error:
+        signum = int(error.sigval)
+        getattr(handler, "leave", handler.shutdown)()  # the other nodes may go on
+    except ProcessGroupError as error:
+        if isinstance(error, UserError):
+            raise
+        message = f"error: {error}"
+    finally:
+        if signum is None:
+            handler.shutdown()
+        for name in _HANDLED.split(","):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    return _outcome(run, agent, signum, message)
+
+
+def _once() -> Callable[[], None]:
+    """Return a function that installs handlers, which raise SignalException for the first signal only.
+
+    A scheduler sends the same signal to every process of a step, and the launching process passes it on once more: the
+    second must not break off what the first began. To end everything at once, the launching process is told twice.
+    """
+    told: list[int] = []
+
+    def handle(signum: int, _frame: Any) -> None:
+        if not told:
+            told.append(signum)
+            name = signal.Signals(signum).name
+            raise SignalException(f"the engine was told to stop by {name}", sigval=signal.Signals(signum))
+
+    def install() -> None:
+        for name in _HANDLED.split(","):
+            signal.signal(getattr(signal, name), handle)
+
+    return install
+
+
+def _enter_environment(run: EngineRun, stdio: tuple[int, int]) -> None:
+    """Spawned ranks and outside programs inherit folder, variables and output from this process."""
+    os.chdir(run.cwd)
+    os.environ.clear()
+    os.environ.update({**run.base_env, **run.env})
+    sys.path[:] = list(run.sys_path) or sys.path
+    for stream, fd in ((sys.stdout, 1), (sys.stderr, 2)):
+        stream.flush()
+        os.dup2(stdio[fd - 1], fd)
+
+
+def _rendezvous(run: EngineRun) -> RendezvousHandler:
+    meeting = run.rendezvous
+    if meeting.backend == "loopback":
+        return LoopbackRendezvous(meeting.run_id, run.master_port)
+    config = dict(meeting.config)
+    if meeting.backend in ("static", "c10d"):
+        host, port = split_endpoint(meeting.endpoint, "driver.rdzv_endpoint")
+        if not isinstance(run.work, RankFunction):
+            _name_interface(host)
+        timeout_s = float(config["timeout_s"])
+        if meeting.backend == "static":
+            return StaticRendezvous(host, port, meeting.node_rank, run.max_nodes, meeting.run_id, timeout_s)
+        return ElasticRendezvous(host, port, meeting.run_id, run.min_nodes, run.max_nodes, timeout_s)
+    return get_rendezvous_handler(
+        RendezvousParameters(
+            backend=meeting.backend,
+            endpoint=meeting.endpoint,
+            run_id=meeting.run_id,
+            min_nodes=run.min_nodes,
+            max_nodes=run.max_nodes,
+            **config,
+        )
+    )
+
+
+def _name_interface(host: str) -> None:
+    """Tell gloo and NCCL, in outside programs, which interface leads to the other nodes (ours find it in join)."""
+    address = address_towards(host)
+    interface = interface_with(address) if address else None
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        if interface not in (None, "lo") and not os.environ.get(name):
+            os.environ[name] = str(interface)
+            print(f"notice: {name}={interface}, by the route to {host}", file=sys.stderr, flush=True)
+
+
+def _start(entry: str, args: tuple[Any, ...]) -> None:
+    """Entry of a rank that torch starts by spawn or fork."""
+    die_with_parent()
+    call_entry(entry, args)
+
+
+def _outcome(run: EngineRun, agent: RankAgent, signum: int | None, message: str) -> Outcome:
+    group = agent.get_worker_group()
+    ranks = agent.ranks
+    failures = []
+    codes = _exit_codes(ranks) if ranks else {}
+    ended_by_us: set[int] = getattr(ranks, "ended_by_us", set())
+    for worker in group.workers:
+        code = codes.get(worker.local_rank, 0)
+        if code != 0:
+            failures.append(
+                RankFailure(
+                    rank=worker.global_rank,
+                    exit_code=code,
+                    error=read_error(error_file(run.log_dir, worker.global_rank)),
+                    log_file=existing(log_file(run.log_dir, worker.global_rank)),
+                    ended_by_us=worker.local_rank in ended_by_us and code < 0,
+                )
+            )
+    if message:  # the ranks that only lost a peer, or were ended, ended because of it
+        own = (f for f in failures if not f.ended_by_us and not (f.error and f.error.get("peer_trouble")))
+        failures = list(own)
+    return Outcome(
+        failures=tuple(failures),
+        signum=signum,
+        message=message,
+        num_restarts=run.max_restarts - agent._remaining_restarts,
+        world_size=group.workers[0].world_size if group.workers else 0,
+    )
+
+
+def _exit_codes(ranks: PContext) -> dict[int, int]:
+    if isinstance(ranks, ForkedRanks):
+        return ranks.exit_codes()
+    started = getattr(ranks, "_pc", None)  # torch keeps spawned ranks here ...
+    if started is not None:
+        return {i: p.exitcode for i, p in enumerate(started.processes) if p.exitcode is not None}
+    handlers = getattr(ranks, "subprocess_handlers", {})  # ... and outside programs here
+    return {i: h.proc.returncode for i, h in handlers.items() if h.proc.returncode is not None}

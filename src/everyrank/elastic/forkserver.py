@@ -1,0 +1,255 @@
+"""Ranks forked from one process that has imported torch, once.
+
+The forkserver is forked from the engine before the engine starts a thread, opens a socket or touches an accelerator,
+and does nothing but fork: a rank starts in milliseconds from its warm copy of torch. The ranks are the forkserver's
+children, so it alone reaps and signals them (a pid cannot be reused under our hands), and they end with it.
+
+Not safe when a preloaded module starts threads or initialises CUDA while it is imported: set ``start_method=spawn``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import random
+import selectors
+import signal
+import socket
+import sys
+import threading
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from everyrank.elastic import wire
+from everyrank.elastic.entry import call_entry
+from everyrank.elastic.lifetime import die_with_parent
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankProcess:
+    """What one rank runs.
+
+    Attributes:
+        entry: ``package.module:function``, imported in the rank.
+        args: Arguments of the function.
+        env: The complete environment of the rank.
+        cwd: Its working directory.
+        sys_path: Its module search path.
+    """
+
+    entry: str
+    args: tuple[Any, ...]
+    env: dict[str, str]
+    cwd: str
+    sys_path: list[str] = field(default_factory=list)
+
+
+class Forkserver:
+    """The engine's handle on its forkserver process."""
+
+    def __init__(self) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        engine_pid = os.getpid()
+        pid = os.fork()
+        if pid == 0:
+            ours.close()
+            _serve(theirs, engine_pid)
+            os._exit(0)
+        theirs.close()
+        self._connect(ours, pid)
+
+    def _connect(self, channel: socket.socket, pid: int) -> None:
+        self._channel, self.pid = channel, pid
+        self.exit_codes: dict[int, int] = {}
+        self._new_pids: list[int] = []
+        self._successor: Forkserver | None = None
+        self._is_warm = False
+
+    def warm_up(self, modules: Sequence[str]) -> None:
+        """Prepare a second forkserver, which has imported these modules, for the ranks of a later attempt.
+
+        It is forked from this one and imports while the ranks of the present attempt run, so that nobody waits for it.
+        """
+        if self._successor is not None:
+            return
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        with theirs:
+            wire.send(self._channel, ("warm", tuple(modules)), [theirs.fileno()])
+        self._successor = Forkserver.__new__(Forkserver)
+        self._successor._connect(ours, self._next_pid())
+
+    @property
+    def current(self) -> Forkserver:
+        """The warm forkserver if there is one by now, else this one."""
+        if self._successor is not None:
+            try:
+                self._successor.wait(0)
+            except (EOFError, OSError):  # it must not be forked from, see _warm
+                return self
+            if self._successor._is_warm:
+                return self._successor
+        return self
+
+    def fork(self, process: RankProcess, stdout: int, stderr: int) -> int:
+        """Start a rank that writes to the given descriptors and return its pid."""
+        wire.send(self._channel, ("fork", process), [stdout, stderr])
+        return self._next_pid()
+
+    def _next_pid(self) -> int:
+        while not self._new_pids:
+            self._read_one()
+        return self._new_pids.pop()
+
+    def kill(self, pid: int, signum: int) -> None:
+        """Send a signal to a rank if it has not been reaped."""
+        wire.send(self._channel, ("kill", pid, signum))
+
+    def wait(self, timeout_s: float) -> bool:
+        """Take in the exit codes of ranks that ended, waiting at most ``timeout_s`` for the first."""
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._channel, selectors.EVENT_READ)
+            came = False
+            while selector.select(0 if came else timeout_s):
+                self._read_one()
+                came = True
+        return came
+
+    def _read_one(self) -> None:
+        (kind, *rest), _ = wire.receive(self._channel)
+        if kind == "pid":
+            self._new_pids.append(rest[0])
+        elif kind == "warm":
+            self._is_warm = True
+        else:
+            self.exit_codes[rest[0]] = rest[1]
+
+    def close(self) -> None:
+        """End the forkserver (and with it any rank that is left)."""
+        if self._successor is not None:
+            self._successor._channel.close()
+        self._channel.close()
+        os.waitpid(self.pid, 0)
+
+
+def _serve(channel: socket.socket, engine_pid: int) -> None:
+    die_with_parent(engine_pid)
+    # Signals meant for the ranks reach them through the engine, once.
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(signum, signal.SIG_IGN)
+    wake_r, wake_w = os.pipe()
+    os.set_blocking(wake_r, False)
+    os.set_blocking(wake_w, False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.set_wakeup_fd(wake_w)
+    alive: set[int] = set()
+    with selectors.DefaultSelector() as selector:
+        selector.register(channel, selectors.EVENT_READ)
+        selector.register(wake_r, selectors.EVENT_READ)
+        while True:
+            ready = {key.fd for key, _ in selector.select()}
+            try:
+                if wake_r in ready:
+                    os.read(wake_r, 4096)
+                    _reap(alive, channel)
+                if channel.fileno() in ready:
+                    _answer(channel, alive, [wake_r, wake_w, selector.fileno()])
+            except (EOFError, ConnectionError):
+                break
+    for pid in alive:
+        os.kill(pid, signal.SIGKILL)
+
+
+def _reap(alive: set[int], channel: socket.socket) -> None:
+    for pid in list(alive):
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            alive.discard(pid)
+            wire.send(channel, ("exit", pid, os.waitstatus_to_exitcode(status)))
+
+
+def _answer(channel: socket.socket, alive: set[int], private_fds: Sequence[int]) -> None:
+    (kind, *rest), fds = wire.receive(channel)
+    if kind == "kill":
+        if rest[0] in alive:
+            os.kill(rest[0], rest[1])
+        return
+    server_pid = os.getpid()
+    pid = os.fork()
+    if pid == 0:
+        signal.set_wakeup_fd(-1)
+        channel.close()
+        for fd in private_fds:
+            os.close(fd)
+        if kind == "warm":
+            _warm(rest[0], socket.socket(fileno=fds[0]), server_pid)
+        _become_rank(rest[0], fds, server_pid)
+    alive.add(pid)
+    wire.close_all(fds)
+    wire.send(channel, ("pid", pid))
+
+
+def _warm(modules: Sequence[str], channel: socket.socket, server_pid: int) -> None:
+    """Be a forkserver that has imported modules; never returns."""
+    code = 1
+    try:
+        die_with_parent(server_pid)
+        for module in modules:
+            with contextlib.suppress(ImportError):
+                importlib.import_module(module)
+        # What has threads or an accelerator context cannot be forked: then ranks come from the first forkserver.
+        torch = sys.modules.get("torch")
+        if threading.active_count() == 1 and not (torch and torch.cuda.is_initialized()):
+            wire.send(channel, ("warm",))
+            _serve(channel, server_pid)
+        code = 0
+    finally:
+        os._exit(code)
+
+
+def _become_rank(process: RankProcess, fds: Sequence[int], server_pid: int) -> None:
+    """Turn a forked copy of the server into a rank, run it and exit; never returns."""
+    code = 1
+    try:
+        for signum in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCHLD):
+            signal.signal(signum, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        die_with_parent(server_pid)
+        os.dup2(fds[0], 1)
+        os.dup2(fds[1], 2)
+        wire.close_all(fds)
+        os.environ.clear()
+        os.environ.update(process.env)
+        os.chdir(process.cwd)
+        sys.path[:] = process.sys_path or sys.path
+        _fresh_randomness()
+        _set_num_threads()
+        call_entry(process.entry, process.args)
+        code = 0
+    except SystemExit as exit_:
+        code = exit_.code if isinstance(exit_.code, int) else int(exit_.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except (OSError, ValueError):
+                code = code or 1
+        os._exit(code)
+
+
+def _fresh_randomness() -> None:
+    """A spawned process would have its own unseeded generators; forked copies would all draw the same numbers."""
+    random.seed()
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed()
+
+
+def _set_num_threads() -> None:
+    """OpenMP reads OMP_NUM_THREADS when it is loaded, which for a forked rank was long ago."""
+    num_threads = os.environ.get("OMP_NUM_THREADS", "")
+    if num_threads.isdigit() and "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(int(num_threads))

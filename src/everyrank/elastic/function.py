@@ -1,0 +1,120 @@
+"""``everyrank.launch``: run a function on several ranks and get each rank's result, from Python or a notebook."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ParamSpec, TypeVar
+
+from everyrank.diagnosis.failures import error_of
+from everyrank.diagnosis.outcome import Outcome
+from everyrank.elastic import engine_pool
+from everyrank.elastic.machine import resolve_nproc
+from everyrank.elastic.spec import EngineRun, RankFunction
+from everyrank.errors import DriverError, EveryrankError, UserError, did_you_mean
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+START_METHODS = ("forkserver", "spawn", "fork")
+
+
+def launch(
+    fn: Callable[..., T],
+    *args: Any,
+    nproc_per_node: int | str = 2,
+    start_method: str = "forkserver",
+    max_restarts: int = 0,
+    master_port: int = 0,
+    env: Mapping[str, str] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    preload: Sequence[str] = (),
+) -> list[T]:
+    """Call ``fn(*args, **kwargs)`` on every rank and return the results, ordered by rank.
+
+    The ranks have the variables that torchrun sets (``RANK``, ``WORLD_SIZE``, ``MASTER_ADDR`` ...), so
+    ``everyrank.join()`` or ``torch.distributed.init_process_group()`` work in ``fn``. The first call starts an engine
+    process that imports torch once; later calls fork their ranks from it in a fraction of a second. The function is
+    pickled by value if it lives in a script or a notebook, so no ``if __name__ == "__main__"`` is needed.
+
+    Args:
+        fn: Any picklable callable (by cloudpickle: lambdas and closures too).
+        args: Its positional arguments.
+        nproc_per_node: Number of ranks, or ``"auto"``, ``"gpu"``, ``"cpu"``.
+        start_method: ``"forkserver"`` (one import of torch), ``"spawn"`` or ``"fork"``.
+        max_restarts: How often the whole group is started again after a failure.
+        master_port: A port for the ranks' store; 0 finds a free one.
+        env: More environment variables for the ranks.
+        kwargs: Its keyword arguments.
+        preload: Modules to import once, before ranks are forked (``forkserver``): ranks then start with them.
+
+    Returns:
+        One result for each rank.
+
+    Raises:
+        RankFailedError: A rank raised or died; it names the rank and carries its original traceback, and its
+            ``__cause__`` is the rank's exception where that can be pickled. The other ranks are ended.
+        UserError: A wrong argument; nothing was started.
+    """
+    import cloudpickle
+
+    if start_method not in START_METHODS:
+        raise DriverError(
+            f"start_method={start_method!r} was set; it is one of {', '.join(START_METHODS)}."
+            f"{did_you_mean(start_method, START_METHODS)}"
+        )
+    num_ranks = resolve_nproc(nproc_per_node, "nproc_per_node")
+    folder = tempfile.mkdtemp(prefix="everyrank-launch-")
+    try:
+        with open(os.path.join(folder, "function"), "wb") as file:
+            cloudpickle.dump((fn, args, dict(kwargs or {})), file)
+        run = EngineRun(
+            work=RankFunction(entry="everyrank.elastic.rank_function:call", args=(folder,)),
+            nproc_per_node=num_ranks,
+            log_dir=folder,
+            cwd=os.getcwd(),
+            sys_path=tuple(os.path.abspath(p) if p == "" else p for p in sys.path),
+            base_env=dict(os.environ),
+            env={"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), **(env or {})},
+            start_method=start_method,
+            max_restarts=max_restarts,
+            master_port=master_port,
+            monitor_interval_s=0.02,
+            shutdown_timeout_s=5.0,
+            failure_grace_s=0.3,
+            preload=tuple(preload),
+        )
+        outcome = engine_pool.run(run)
+        _raise_for(outcome, folder)
+        return [_read(os.path.join(folder, f"result-{rank}")) for rank in range(num_ranks)]
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _raise_for(outcome: Outcome, folder: str) -> None:
+    if outcome.message:
+        raise UserError(outcome.message) if outcome.user_error else EveryrankError(outcome.message)
+    if outcome.signum == signal.SIGINT:
+        raise KeyboardInterrupt
+    error = error_of(outcome)
+    if error is not None:
+        raise error from _cause(os.path.join(folder, f"exception-{error.rank}"))
+    if outcome.signum is not None:
+        raise EveryrankError(f"the ranks were ended by {signal.Signals(outcome.signum).name}")
+
+
+def _cause(path: str) -> BaseException | None:
+    try:
+        return _read(path)
+    except (OSError, pickle.UnpicklingError, AttributeError, ImportError, TypeError):
+        return None
+
+
+def _read(path: str) -> Any:
+    with open(path, "rb") as file:
+        return pickle.load(file)

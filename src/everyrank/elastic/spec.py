@@ -1,0 +1,81 @@
+"""What the engine is asked to run. Plain data: no torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankFunction:
+    """A function that every rank calls: ``package.module:function`` and its arguments."""
+
+    entry: str
+    args: tuple[Any, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankCommand:
+    """An outside program that every rank executes."""
+
+    argv: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rendezvous:
+    """How the nodes of a run find each other.
+
+    Attributes:
+        backend: ``loopback`` (this machine only), ``static``, ``c10d`` or another of torch's backends.
+        endpoint: ``host:port``; empty for ``loopback``.
+        run_id: The id that the nodes of a run share.
+        node_rank: This node's rank, for ``static``.
+        config: Further settings of the backend.
+    """
+
+    backend: str = "loopback"
+    endpoint: str = ""
+    run_id: str = "everyrank"
+    node_rank: int = 0
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineRun:
+    """One launch on one node.
+
+    Attributes:
+        work: What each rank runs.
+        nproc_per_node: Ranks on this node.
+        min_nodes: Nodes to start with.
+        max_nodes: Nodes to grow to.
+        rendezvous: How nodes find each other.
+        master_port: The port that was asked for on one machine; 0 for any.
+        max_restarts: How often a failed group is started again.
+        monitor_interval_s: Seconds between two looks at the ranks.
+        start_method: ``forkserver``, ``spawn`` or ``fork``.
+        log_dir: Folder for the ranks' logs and error files.
+        env: Variables set for every rank.
+        shutdown_timeout_s: Seconds the ranks have after a signal before SIGKILL.
+        failure_grace_s: Seconds the other ranks have to end by themselves after one failed.
+        preload: Modules that the forkserver imports before the first rank.
+    """
+
+    work: RankFunction | RankCommand
+    nproc_per_node: int
+    log_dir: str
+    cwd: str
+    sys_path: tuple[str, ...] = ()
+    base_env: Mapping[str, str] = field(default_factory=dict)
+    min_nodes: int = 1
+    max_nodes: int = 1
+    rendezvous: Rendezvous = field(default_factory=Rendezvous)
+    master_port: int = 0
+    max_restarts: int = 0
+    monitor_interval_s: float = 0.05
+    start_method: str = "forkserver"
+    env: Mapping[str, str] = field(default_factory=dict)
+    shutdown_timeout_s: float = 30.0
+    failure_grace_s: float = 1.0
+    preload: tuple[str, ...] = ()

@@ -1,0 +1,1 @@
+"""The only readers of launcher variables: which launcher started this process, and its place in the run."""

@@ -1,0 +1,1 @@
+"""How processes and nodes find each other: stores, ports, network interfaces, and the handshake."""

@@ -1,0 +1,1 @@
+"""Validation and tests: each sample counted once, whatever the ranks share."""

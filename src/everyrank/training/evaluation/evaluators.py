@@ -1,0 +1,245 @@
+"""Validation and test: every sample once, and the same numbers at every world size."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from everyrank.data.sampler import GlobalBatchSampler
+from everyrank.errors import ConfigError
+from everyrank.runtime.collectives import reduce_sum
+from everyrank.runtime.logs import get_logger
+from everyrank.runtime.process_group import current_world
+from everyrank.runtime.world import World
+from everyrank.training.batch import make_apply, make_mover, sample_losses, vectorised_losses
+from everyrank.training.evaluation.metrics import MetricSet
+from everyrank.training.failures import describe_samples
+from everyrank.training.loaders import sampler_of
+
+logger = get_logger("training")
+
+# How long the other ranks wait for rank 0 where it evaluates alone: longer than any evaluation, shorter than for ever.
+_WAIT = timedelta(days=7)
+# Relative difference between a batch's loss and the mean of its samples' from which on the criterion is no such mean.
+_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationResult:
+    """What an evaluation found.
+
+    Attributes:
+        loss: Mean loss over all samples.
+        loss_std: Standard deviation of the loss over all samples.
+        num_samples: Number of samples, over all ranks.
+        metrics: The further metrics by name.
+        std_over: ``"samples"``, or ``"batches"`` where a batch could not be taken apart.
+    """
+
+    loss: float
+    loss_std: float
+    num_samples: int
+    metrics: dict[str, float] = field(default_factory=dict)
+    std_over: Literal["samples", "batches"] = "samples"
+
+    def as_dict(self) -> dict[str, float]:
+        """Return all numbers by name."""
+        return {"loss": self.loss, "loss_std": self.loss_std, "num_samples": self.num_samples, **self.metrics}
+
+
+class DefaultValidator:
+    """Evaluates a model on a loader; subclass it to change what is computed or how it is reported.
+
+    Override ``compute_batch`` for other outputs or losses, and ``report`` for other words.
+
+    Args:
+        criterion: ``(output, data)`` to the mean loss over the samples of the batch.
+        device: Where to evaluate; by default the world's device.
+        world: The joined world; by default the current one.
+        apply_model: ``(model, data)`` to the output; by default see ``everyrank.training.batch.make_apply``.
+        metrics: Further metrics: torchmetrics objects or classes, or functions ``(output, data)`` to the mean over
+            the batch.
+        on: ``"all"``: each rank evaluates its share. ``"rank0"``: rank 0 evaluates everything, the others wait.
+        dtype: Type that floating-point tensors of the batches are cast to; None leaves them.
+        autocast: A type for mixed precision, or None.
+    """
+
+    name = "Validation"
+
+    def __init__(
+        self,
+        criterion: Callable[[Any, Any], Tensor],
+        device: str | torch.device | None = None,
+        *,
+        world: World | None = None,
+        apply_model: Callable[[nn.Module, Any], Any] | None = None,
+        metrics: Mapping[str, Any] | None = None,
+        on: Literal["all", "rank0"] = "all",
+        dtype: torch.dtype | None = None,
+        autocast: torch.dtype | None = None,
+    ) -> None:
+        self.criterion = criterion
+        self.world = world if world is not None else current_world()
+        self.device = torch.device(device) if device is not None else self.world.device
+        self.apply_model = apply_model
+        self.on = on
+        self.metrics = MetricSet(metrics or {}, self.device)
+        self.result: EvaluationResult | None = None
+        self.batch = 0  # the batch that is loaded or evaluated, for messages
+        self._autocast = autocast
+        self._move = make_mover(self.device, dtype)
+        self._vectorised = True
+        self._group: Any = None
+        if on == "rank0" and self.world.is_distributed:
+            self._group = dist.new_group(backend="gloo", timeout=_WAIT)
+
+    def evaluate(
+        self, model: nn.Module, loader: Any, between_batches: Callable[[], None] | None = None
+    ) -> EvaluationResult:
+        """Evaluate ``model`` on every sample of ``loader``. Collective; all ranks get the same result.
+
+        Args:
+            model: The bare model, not its DDP wrapper.
+            loader: A loader over global batches, as ``prepare_dataloaders`` makes.
+            between_batches: Called after each batch, where every rank evaluates.
+        """
+        if self.on == "rank0" and self.world.is_distributed:
+            local = self._evaluate_local(model, loader, None, reduce=False) if self.world.is_main else None
+            shared = [local]
+            dist.broadcast_object_list(shared, src=0, group=self._group)
+            assert shared[0] is not None
+            self.result = shared[0]
+        else:
+            self.result = self._evaluate_local(model, loader, between_batches, reduce=self.world.is_distributed)
+        return self.result
+
+    validate = evaluate
+
+    def compute_batch(self, model: nn.Module, data: Any) -> tuple[Any, Tensor]:
+        """Return the output and the mean loss of one batch; override it to evaluate in another way."""
+        if self.apply_model is None:
+            self.apply_model = make_apply(model, data)
+        output = self.apply_model(model, data)
+        return output, self.criterion(output, data)
+
+    def where(self, loader: Any) -> str:
+        """Say in words which batch is under way, and its samples on this rank."""
+        sampler = sampler_of(loader, f"the {self.name.lower()} loader")
+        share = sampler.share(self.batch)
+        samples = sampler.order.indices(sampler.epoch, share.start, share.stop)
+        return f"{self.name.lower()} batch {self.batch}, samples {describe_samples(samples.tolist())}"
+
+    def report(self, result: EvaluationResult | None = None) -> str:
+        """Log one line per result on rank 0 and return it as a table of text.
+
+        Args:
+            result: What to report; by default the last evaluation.
+        """
+        result = result if result is not None else self.result
+        if result is None:
+            return f"{self.name}: nothing was evaluated yet"
+        unit = "" if result.std_over == "samples" else " (over batches)"
+        line = f"{self.name}: loss={result.loss:.4g} ± {result.loss_std:.4g}{unit}"
+        line += "".join(f", {name}={value:.4g}" for name, value in result.metrics.items())
+        if self.world.is_main:
+            logger.info(line)
+        rows = [("samples", f"{result.num_samples:,}"), ("loss", f"{result.loss:.6g} ± {result.loss_std:.6g}{unit}")]
+        rows += [(name, f"{value:.6g}") for name, value in result.metrics.items()]
+        width = max(len(name) for name, _ in rows)
+        return "\n".join([self.name, *(f"  {name:<{width}}  {value}" for name, value in rows)])
+
+    def _evaluate_local(
+        self, model: nn.Module, loader: Any, between_batches: Callable[[], None] | None, *, reduce: bool
+    ) -> EvaluationResult:
+        sampler = sampler_of(loader, f"the {self.name.lower()} loader")
+        model = _on_device(model, self.device)
+        self.metrics.reset()
+        # loss sum, sum of squares, samples, batches without samples' losses, batches that are no mean of them
+        sums = torch.zeros(5, dtype=torch.float64, device=self.device)
+        with _evaluating(model), torch.no_grad(), self._precision():
+            batches = iter(loader)
+            for number in range(len(sampler)):
+                self.batch = number
+                data = next(batches)
+                self._add(sums, model, self._move(data) if self._move else data, sampler, number)
+                if between_batches is not None:
+                    between_batches()
+        local = torch.cat([sums, self.metrics.sums])
+        total = (reduce_sum(local) if reduce else local).cpu()
+        loss_sum, square_sum, count, num_whole, num_not_mean = total[:5].tolist()
+        mean = loss_sum / count
+        per_sample = num_whole == 0 and num_not_mean == 0
+        return EvaluationResult(
+            loss=mean,
+            loss_std=max(square_sum / count - mean * mean, 0.0) ** 0.5 if mean == mean else mean,
+            num_samples=int(count),
+            metrics=self.metrics.compute(total[5:], int(count), reduce=reduce),
+            std_over="samples" if per_sample else "batches",
+        )
+
+    def _add(self, sums: Tensor, model: nn.Module, data: Any, sampler: GlobalBatchSampler, number: int) -> None:
+        output, loss = self.compute_batch(model, data)
+        num_samples = sampler.share(number).num_local
+        if num_samples == 0:
+            return  # a placeholder: this rank has no sample of this global batch
+        loss = loss.detach().double()
+        if loss.dim() != 0:
+            raise ConfigError(
+                f"criterion returned a tensor of shape {tuple(loss.shape)}; it must return a scalar, the mean loss "
+                "over the samples of the batch. End it with .mean()."
+            )
+        samples = self._sample_losses(output, data, num_samples)
+        whole = samples is None
+        samples = loss.expand(num_samples) if samples is None else samples
+        not_mean = (samples.mean() - loss).abs() > _TOLERANCE * loss.abs().clamp(min=1e-6)
+        squares = torch.where(not_mean, loss.square() * num_samples, samples.square().sum())
+        sums += torch.stack(
+            [loss * num_samples, squares, loss.new_tensor(num_samples), loss.new_tensor(whole), not_mean.double()]
+        )
+        self.metrics.update(output, data, num_samples)
+
+    def _sample_losses(self, output: Any, data: Any, num_samples: int) -> Tensor | None:
+        if self._vectorised and isinstance(data, Tensor | tuple | list | dict):
+            losses = vectorised_losses(self.criterion, output, data)
+            if losses is not None and losses.shape == (num_samples,):
+                return losses
+            self._vectorised = False
+        return sample_losses(self.criterion, output, data, num_samples)
+
+    def _precision(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=self._autocast, enabled=self._autocast is not None)
+
+
+class DefaultTester(DefaultValidator):
+    """Evaluates the trained model on the test set; see ``DefaultValidator``."""
+
+    name = "Test"
+
+    test = DefaultValidator.evaluate
+
+
+def _on_device(model: nn.Module, device: torch.device) -> nn.Module:
+    parameter = next(model.parameters(), None)
+    if parameter is None or parameter.device.type == device.type:
+        return model
+    return copy.deepcopy(model).to(device)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Put the model into evaluation mode, and each of its modules back into the mode it was in."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training

@@ -1,0 +1,1 @@
+"""How the ranks share the work: wrappers, compression of gradients, local updates."""

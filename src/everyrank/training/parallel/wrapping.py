@@ -1,0 +1,150 @@
+"""Wrapping the model so that gradients travel between ranks: DDP, FSDP2 and compressed gradients."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from everyrank.errors import ConfigError
+from everyrank.runtime.world import World
+from everyrank.training.parallel.compression import mean_in_bfloat16, mean_in_float16
+from everyrank.training.parallel.config import ParallelConfig
+from everyrank.training.parallel.powersgd import PowerSGD, mean_by_powersgd
+
+_POWERSGD = "_everyrank_powersgd"
+
+
+def prepare_module(module: nn.Module, config: ParallelConfig | None, world: World, device: torch.device) -> nn.Module:
+    """Convert BatchNorm layers to SyncBatchNorm if asked for.
+
+    Raises:
+        ConfigError: On a CPU, where SyncBatchNorm does not exist.
+    """
+    if config is None or not config.sync_batchnorm or not world.is_distributed:
+        return module
+    if device.type != "cuda":
+        raise ConfigError(
+            f"parallel.sync_batchnorm is true, but the device is {device}: SyncBatchNorm works on CUDA only. Set it to "
+            "false, or use a normaliser without batch statistics (LayerNorm, GroupNorm)."
+        )
+    return nn.SyncBatchNorm.convert_sync_batchnorm(module)
+
+
+def wrap(module: nn.Module, config: ParallelConfig | None, world: World, device: torch.device) -> nn.Module:
+    """Return the module that the step calls: under DDP or FSDP2, or ``module`` itself at world size 1 and where no
+    gradients travel (local updates).
+
+    Raises:
+        ConfigError: If an option does not fit the device.
+    """
+    if config is None or (not world.is_distributed and config.strategy == "ddp"):
+        return module
+    if config.local_updates is not None:
+        return module  # gradients stay on their rank
+    if config.strategy == "fsdp2":
+        return shard(module, world, device)
+    if config.output_device is not None and device.type != "cuda":
+        raise ConfigError(
+            f"parallel.output_device is {config.output_device!r}, but the device is {device}. Leave it null on a CPU."
+        )
+    # torch 2.13 calls it by a new name.
+    new_name = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
+    options: dict[str, Any] = {"forward_sync_buffers" if new_name else "broadcast_buffers": config.broadcast_buffers}
+    if config.bucket_cap_mb is not None:
+        options["bucket_cap_mb"] = config.bucket_cap_mb
+    wrapped = DistributedDataParallel(
+        module,
+        device_ids=[device.index] if device.type == "cuda" else None,
+        output_device=config.output_device,
+        find_unused_parameters=config.find_unused_parameters,
+        static_graph=config.static_graph,
+        gradient_as_bucket_view=config.gradient_as_bucket_view,
+        **options,
+    )
+    _register_hook(wrapped, config)
+    # Attributes go in the order they came: this one outlives DDP's reducer. If the reducer were the last to let go of a
+    # gloo group (where the trainer lives longer than the group), its destructor, which holds Python's lock, would wait
+    # for a gloo thread that waits for Python's lock to drop a tensor.
+    wrapped.__dict__["_outlives_the_reducer"] = dist.group.WORLD
+    return wrapped
+
+
+def shard(module: nn.Module, world: World, device: torch.device) -> nn.Module:
+    """Shard a module's parameters over the ranks with FSDP2, in place.
+
+    Each element of a ``ModuleList`` or ``Sequential`` (the usual place of blocks) is a unit whose parameters are
+    gathered when it runs and freed afterwards; the rest is one more unit.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    if not dist.is_initialized():
+        raise ConfigError(
+            "parallel.strategy is fsdp2, but no process group is joined. Start the run with a launcher and join "
+            "(everyrank.join() or initialize_ddp), or use strategy ddp."
+        )
+    mesh = init_device_mesh(device.type, (world.size,))
+    for parent in module.modules():
+        if isinstance(parent, nn.ModuleList | nn.Sequential) and parent is not module:
+            for block in parent:
+                if any(parameter.requires_grad for parameter in block.parameters()):
+                    fully_shard(block, mesh=mesh)
+    fully_shard(module, mesh=mesh)
+    return module
+
+
+def powersgd_of(model: nn.Module) -> PowerSGD | None:
+    """Return the PowerSGD hook of a wrapped model, or None."""
+    return model.__dict__.get(_POWERSGD)
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Tell whether ``shard`` was applied to ``module``."""
+    return hasattr(module, "set_requires_gradient_sync")
+
+
+def without_sync(model: nn.Module) -> AbstractContextManager[Any]:
+    """Return a context in which backward passes keep their gradients on the rank (for accumulation)."""
+    if isinstance(model, DistributedDataParallel):
+        return model.no_sync()
+    if is_sharded(model):
+        return _FsdpNoSync(model)
+    return nullcontext()
+
+
+class _FsdpNoSync:
+    """FSDP2's way to accumulate: a switch on the module."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._set: Callable[[bool], None] = model.set_requires_gradient_sync  # type: ignore[assignment]
+
+    def __enter__(self) -> None:
+        self._set(False)
+
+    def __exit__(self, *_: object) -> None:
+        self._set(True)
+
+
+def send_buffers(module: nn.Module, world: World) -> None:
+    """Give every rank rank 0's buffers (batch statistics), so that all evaluate the same model. Collective."""
+    if world.is_distributed:
+        for buffer in module.buffers():
+            dist.broadcast(buffer, src=0)
+
+
+def _register_hook(model: DistributedDataParallel, config: ParallelConfig) -> None:
+    if config.comm_hook is None:
+        return
+    if config.comm_hook == "powersgd":
+        hook = PowerSGD(model.module, config)
+        model.register_comm_hook(hook, mean_by_powersgd)
+        model.__dict__[_POWERSGD] = hook
+        return
+    model.register_comm_hook(None, mean_in_bfloat16 if config.comm_hook == "bf16" else mean_in_float16)

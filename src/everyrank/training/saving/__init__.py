@@ -1,0 +1,1 @@
+"""What a training keeps: the state of a checkpoint, its ledger of committed steps, and going on from them."""

@@ -1,0 +1,161 @@
+"""What a checkpoint of a training run holds, and putting it back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from everyrank.checkpoint.checkpointer import LoadedCheckpoint
+from everyrank.checkpoint.encoding import flatten_state, unflatten_state
+from everyrank.errors import CheckpointError
+from everyrank.runtime.world import World
+from everyrank.training.ema import WeightAverage
+from everyrank.training.loop import Position
+from everyrank.training.parallel.local_updates import LocalUpdates
+from everyrank.training.parallel.own_state import OwnStates
+from everyrank.training.parallel.powersgd import PowerSGD
+from everyrank.training.parallel.wrapping import is_sharded
+
+
+def model_tensors(module: nn.Module) -> tuple[dict[str, Tensor], Any]:
+    """Return a model's tensors by name, and the rest of its state (usually only their names)."""
+    return flatten_state(dict(module.state_dict()))
+
+
+def load_model_state(module: nn.Module, loaded: LoadedCheckpoint) -> None:
+    """Put a checkpoint's weights into a model.
+
+    Raises:
+        CheckpointError: If they do not fit; the message says which tensors.
+    """
+    state = unflatten_state(loaded.tensors.get("model", {}), loaded.state["model"])
+    try:
+        if is_sharded(module):
+            from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+            set_model_state_dict(module, state, options=StateDictOptions(full_state_dict=True))
+        else:
+            module.load_state_dict(state)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"The checkpoint {loaded.path} does not fit the configured model: {error} Configure the model it was made "
+            "with, or start anew with training.resume: never."
+        ) from error
+
+
+def optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], Any]:
+    """Return an optimizer's tensors by name, and the rest of its state. Collective for a sharded model."""
+    if is_sharded(module):
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        return flatten_state(get_optimizer_state_dict(module, optimizer, options=options))
+    return flatten_state(optimizer.state_dict())
+
+
+def load_optimizer_state(
+    module: nn.Module, optimizer: torch.optim.Optimizer, loaded: LoadedCheckpoint, own: OwnStates
+) -> None:
+    """Put a checkpoint's optimizer state back.
+
+    Raises:
+        CheckpointError: If it does not fit.
+    """
+    state = own.optimizer_state()
+    try:
+        if is_sharded(module):
+            from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
+
+            set_optimizer_state_dict(module, optimizer, state, options=StateDictOptions(full_state_dict=True))
+        else:
+            optimizer.load_state_dict(state)
+    except (ValueError, KeyError, RuntimeError) as error:
+        raise CheckpointError(
+            f"The optimizer's state in {loaded.path} does not fit the configured {type(optimizer).__name__}: {error}. "
+            "Configure the optimizer it was made with, or start anew with training.resume: never."
+        ) from error
+
+
+def pack(
+    *,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scheduler: Any,
+    scaler: Any,
+    ema: WeightAverage | None,
+    position: Position,
+    powersgd: PowerSGD | None,
+    local: LocalUpdates | None,
+    extra: Mapping[str, Any],
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """Return the groups of tensors and the common state of a checkpoint. Collective for a sharded model."""
+    model, model_rest = model_tensors(module)
+    moments, optimizer_rest = optimizer_tensors(module, optimizer)
+    tensors: dict[str, dict[str, Tensor]] = {"model": model, "optimizer": moments}
+    state: dict[str, Any] = {
+        "model": model_rest,
+        "optimizer": optimizer_rest,
+        "position": asdict(position),
+        **extra,
+    }
+    if scheduler is not None:
+        tensors["scheduler"], state["scheduler"] = flatten_state(_plain_state(scheduler.state_dict()))
+    if scaler is not None:
+        tensors["scaler"], state["scaler"] = flatten_state(scaler.state_dict())
+    if ema is not None:
+        tensors["ema"], state["ema"] = dict(ema.average), {"num_updates": ema.num_updates}
+    if powersgd is not None:
+        tensors["powersgd"], state["powersgd"] = flatten_state(powersgd.common_state())
+    if local is not None:
+        tensors["outer"], state["outer"] = local.state()
+    return {name: group for name, group in tensors.items() if group}, state
+
+
+def unpack(
+    loaded: LoadedCheckpoint,
+    *,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scheduler: Any,
+    scaler: Any,
+    ema: WeightAverage | None,
+    powersgd: PowerSGD | None,
+    local: LocalUpdates | None,
+    world: World,
+) -> Position:
+    """Put a checkpoint back into the parts of a run, and return the position.
+
+    Raises:
+        CheckpointError: If the model or the optimizer does not fit.
+    """
+    own = OwnStates(loaded, world, keep=local is not None)
+    position = Position(**loaded.state["position"])
+    load_model_state(module, loaded)
+    load_optimizer_state(module, optimizer, loaded, own)
+    for name, part in (("scheduler", scheduler), ("scaler", scaler)):
+        if part is not None and name in loaded.state:
+            common = unflatten_state(loaded.tensors.get(name, {}), loaded.state[name])
+            part.load_state_dict(own.mine.get(name, common) if local is not None else common)
+    if powersgd is not None and "powersgd" in loaded.state:
+        common = unflatten_state(loaded.tensors.get("powersgd", {}), loaded.state["powersgd"])
+        powersgd.load(common, own.powersgd_errors())
+    if local is not None:
+        local.load(loaded, position.step)
+    if ema is not None:
+        # A run without an average gives one that starts at its weights.
+        source = loaded.tensors.get("ema") or {name: loaded.tensors["model"][name] for name in ema.average}
+        ema.load(source, loaded.state.get("ema", {}).get("num_updates", 0))
+    return position
+
+
+def _plain_state(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a scheduler's state without what is no state: functions, which the configuration gives again."""
+    return {
+        key: [item if not callable(item) else None for item in value] if isinstance(value, list) else value
+        for key, value in state.items()
+        if not callable(value)
+    }
