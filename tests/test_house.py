@@ -25,7 +25,7 @@ PUBLIC = [
     "EveryrankError",
     "GNNModel",
     "GlobalBatchSampler",
-    "GlobalOrder",
+    "GlobalPermutation",
     "GlobalSampler",
     "Preempted",
     "PreemptionWatch",

@@ -21,7 +21,7 @@ _EXPORTS = {
     "EveryrankError": "errors",
     "GNNModel": "models.gnn",
     "GlobalBatchSampler": "data.sampler",
-    "GlobalOrder": "data.order",
+    "GlobalPermutation": "data.permutation",
     "GlobalSampler": "data.per_sample",
     "Preempted": "errors",
     "PreemptionWatch": "runtime.preemption",
@@ -70,8 +70,8 @@ def __dir__() -> list[str]:
 if TYPE_CHECKING:  # for type checkers and editors, which do not follow __getattr__
     from everyrank.checkpoint.checkpointer import Checkpointer as Checkpointer
     from everyrank.config.yaml_loader import get_loader as get_loader
-    from everyrank.data.order import GlobalOrder as GlobalOrder
     from everyrank.data.per_sample import GlobalSampler as GlobalSampler
+    from everyrank.data.permutation import GlobalPermutation as GlobalPermutation
     from everyrank.data.sampler import GlobalBatchSampler as GlobalBatchSampler
     from everyrank.elastic.function import launch as launch
     from everyrank.errors import BarrierTimeoutError as BarrierTimeoutError

@@ -12,8 +12,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from conftest import RunCli
-from everyrank import cli
 from everyrank.cli.commands.plan_numbers import compute
+from everyrank.cli.main import main
 from everyrank.data.split import split_sizes
 from everyrank.training.config import read_config
 
@@ -45,7 +45,7 @@ def test_a_plan_says_what_the_run_then_does(
 ) -> None:
     driver = ("driver=torchrun", f"driver.nproc_per_node={world_size}")
     monkeypatch.chdir(tmp_path)
-    assert cli.main(["plan", *driver, *SMALL]) == 0
+    assert main(["plan", *driver, *SMALL]) == 0
     planned = capsys.readouterr().out
     assert not (tmp_path / "outputs").exists(), "a plan writes nothing"
     done = run_cli(*driver, *SMALL)

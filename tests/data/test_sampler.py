@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, TensorDataset
 
-from everyrank.data.order import GlobalOrder
+from everyrank.data.permutation import GlobalPermutation
 from everyrank.data.sampler import GlobalBatchSampler
 from everyrank.errors import DataError
 
@@ -57,7 +57,7 @@ def test_every_world_size_trains_on_the_same_batches(
     assert batches == global_batches(alone)
     flat = [sample for batch in batches for sample in batch]
     num_used = num_samples - num_samples % global_batch_size if drop_last else num_samples
-    assert flat == GlobalOrder(num_samples, 5).indices(epoch, 0, num_used).tolist()
+    assert flat == GlobalPermutation(num_samples, 5).indices(epoch, 0, num_used).tolist()
     assert len(batches) == len(ranks[0])
     for number in range(len(batches)):
         sizes = [sampler.share(number).num_local for sampler in ranks]
@@ -69,7 +69,7 @@ def test_large_batches_take_another_path_to_the_same_samples() -> None:
     assert global_batches(ranks) == global_batches(alone)
     tiny_last = samplers(9001, 3000, 3)
     assert [len(part) for part in list(tiny_last[2])] == [1000, 1000, 1000, 1]
-    assert global_batches(tiny_last)[-1] == GlobalOrder(9001, 5).indices(0, 9000, 9001).tolist()
+    assert global_batches(tiny_last)[-1] == GlobalPermutation(9001, 5).indices(0, 9000, 9001).tolist()
 
 
 @settings(max_examples=40, deadline=None)
@@ -120,7 +120,7 @@ def test_setting_the_current_epoch_again_keeps_the_cursor() -> None:
 def test_starting_deep_inside_a_huge_epoch_reads_nothing_before() -> None:
     sampler = GlobalBatchSampler(10**12, global_batch_size=8)
     sampler.load_state_dict({**sampler.state_dict(), "epoch": 4, "position": 8 * 10**10})
-    assert next(iter(sampler)) == GlobalOrder(10**12).indices(4, 8 * 10**10, 8 * 10**10 + 8).tolist()
+    assert next(iter(sampler)) == GlobalPermutation(10**12).indices(4, 8 * 10**10, 8 * 10**10 + 8).tolist()
 
 
 def test_the_kept_batch_size_is_said(caplog: pytest.LogCaptureFixture) -> None:
@@ -152,7 +152,6 @@ def test_a_state_of_another_order_is_refused(other: GlobalBatchSampler, named: s
         ({"global_batch_size": 0}, "global_batch_size=0"),
         ({"global_batch_size": 40, "drop_last": True}, "drop_last=True"),
         ({"global_batch_size": 4, "rank": 2, "world_size": 2}, "rank=2"),
-        ({"global_batch_size": 4, "order": GlobalOrder(7)}, "epochs of 7"),
     ],
 )
 def test_impossible_settings_are_refused(options: dict, named: str) -> None:

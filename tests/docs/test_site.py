@@ -14,7 +14,7 @@ import pytest
 
 import everyrank
 from conftest import ROOT
-from everyrank import cli
+from everyrank.cli.main import run
 
 _PAGES = ("index", "getting_started", "drivers", "single_gpu_to_ddp", "exactly_once", "causal_sets", "troubleshooting")
 _BASH = re.compile(r"^```bash\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -45,7 +45,7 @@ def test_the_command_is_accepted(
     (tmp_path / "my_app.py").write_text(app)
     arguments = [argument for argument in shlex.split(command)[2:] if argument != "driver.dry_run=true"]
     monkeypatch.syspath_prepend(str(tmp_path))
-    code = cli.run([*arguments, "driver.dry_run=true"])
+    code = run([*arguments, "driver.dry_run=true"])
     assert code == 0, capsys.readouterr().err
     assert "command:" in capsys.readouterr().out
 

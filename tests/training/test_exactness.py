@@ -10,7 +10,7 @@ import tiny
 import torch
 
 import everyrank
-from everyrank.data.order import GlobalOrder
+from everyrank.data.permutation import GlobalPermutation
 from everyrank.training.seeding import seed_everywhere
 
 TOLERANCE = 1e-10
@@ -62,7 +62,7 @@ def plain_pytorch(num_epochs: int, accumulation: int = 1) -> tuple[list[float], 
     x, y = tiny.make_data().tensors
     losses = []
     for epoch in range(num_epochs):
-        order = torch.from_numpy(GlobalOrder(103, seed=42).indices(epoch, 0, 103))
+        order = torch.from_numpy(GlobalPermutation(103, seed=42).indices(epoch, 0, 103))
         for rows in order.split(10 * accumulation):
             loss = torch.nn.functional.mse_loss(model(x[rows]), y[rows])
             optimizer.zero_grad()
@@ -130,7 +130,7 @@ def test_epoch_loss_is_the_mean_over_samples(results: Any) -> None:
 def test_orders_differ_between_epochs(results: Any) -> None:
     """`set_epoch` is not forgotten: with the same order each epoch the curve of plain PyTorch would not be met, and
     the loader yields another order."""
-    orders = [GlobalOrder(103, seed=42).indices(epoch, 0, 103).tolist() for epoch in (0, 1)]
+    orders = [GlobalPermutation(103, seed=42).indices(epoch, 0, 103).tolist() for epoch in (0, 1)]
     assert orders[0] != orders[1]
 
 

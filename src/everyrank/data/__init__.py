@@ -1,1 +1,1 @@
-"""The global order of samples, its sharding over ranks, and loaders."""
+"""The global permutation of samples, its sharding over ranks, and loaders."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.utils.data import Sampler
 
-from everyrank.data.order import GlobalOrder
+from everyrank.data.permutation import GlobalPermutation
 from everyrank.data.sampler import check_rank
 from everyrank.errors import DataError
 from everyrank.runtime.process_group import current_world
@@ -18,8 +18,9 @@ _LOOK_AHEAD = 16384
 class GlobalSampler(Sampler[int]):
     """Takes the place of ``DistributedSampler``, without padding, duplicates, or a list of all indices.
 
-    Rank ``r`` of ``W`` gets the positions ``r, r + W, r + 2W, ...`` of the epoch's order. With ``batch_size=B`` in each
-    rank's ``DataLoader``, the ranks' batches number ``b`` together are the ``B * W`` positions from ``b * B * W`` on.
+    Rank ``r`` of ``W`` gets the positions ``r, r + W, r + 2W, ...`` of the epoch's permutation. With
+    ``batch_size=B`` in each rank's ``DataLoader``,
+    the ranks' batches number ``b`` together are the ``B * W`` positions from ``b * B * W`` on.
 
     Because nothing is padded, ranks may get numbers of samples that differ by one, and so, at the end of an epoch,
     numbers of batches that differ by one: DDP would wait there for the rank that has none. Give ``drop_last=True``,
@@ -30,7 +31,7 @@ class GlobalSampler(Sampler[int]):
         num_replicas: Number of ranks; by default that of the joined world.
         rank: This rank; by default that of the joined world.
         shuffle: If false, samples come in the order of the dataset.
-        seed: Seed of the order, the same on all ranks.
+        seed: Seed of the permutation, the same on all ranks.
         drop_last: Leave out the epoch's last ``len(dataset) % num_replicas`` samples, so that ranks get equally many.
 
     Raises:
@@ -50,7 +51,7 @@ class GlobalSampler(Sampler[int]):
         self.num_replicas = world.size if num_replicas is None else num_replicas
         self.rank = world.rank if rank is None else rank
         check_rank(self.rank, self.num_replicas)
-        self.order = GlobalOrder(len(dataset), seed=seed, shuffle=shuffle)
+        self.permutation = GlobalPermutation(len(dataset), seed=seed, shuffle=shuffle)
         self.num_used = len(dataset) - len(dataset) % self.num_replicas if drop_last else len(dataset)
         if self.num_used == 0:
             raise DataError(
@@ -82,7 +83,7 @@ class GlobalSampler(Sampler[int]):
     def _samples(self, epoch: int, position: int) -> Iterator[int]:
         per_look = max(1, _LOOK_AHEAD // self.num_replicas) * self.num_replicas
         for begin in range(position, self.num_used, per_look):
-            samples = self.order.indices(epoch, begin, min(begin + per_look, self.num_used))
+            samples = self.permutation.indices(epoch, begin, min(begin + per_look, self.num_used))
             yield from samples[self.rank :: self.num_replicas].tolist()
 
     def commit(self, num_samples: int) -> None:
@@ -91,7 +92,7 @@ class GlobalSampler(Sampler[int]):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the cursor as JSON-able values, free of rank and world size."""
-        return {"epoch": self._epoch, "position": self._position, "order": repr(self.order)}
+        return {"epoch": self._epoch, "position": self._position, "permutation": repr(self.permutation)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a saved cursor, at this or another world size.
@@ -99,9 +100,10 @@ class GlobalSampler(Sampler[int]):
         Raises:
             DataError: If the state belongs to another dataset or seed.
         """
-        if state["order"] != repr(self.order):
+        if state["permutation"] != repr(self.permutation):
             raise DataError(
-                f"The saved sampler has the order {state['order']}, but this run has {self.order!r}: the rest of the "
-                "epoch would not be the rest of the saved one. Set it as it was, or start anew without resuming."
+                f"The saved sampler has the permutation {state['permutation']}, but this run has {self.permutation!r}: "
+                "the rest of the epoch would not be the rest of the saved one. "
+                "Set it as it was, or start anew without resuming."
             )
         self._epoch, self._position = int(state["epoch"]), int(state["position"])

@@ -1,8 +1,8 @@
-"""Samplers over a global order: global batches shared by the ranks, and a cursor that knows no rank.
+"""Samplers over a global permutation: global batches shared by the ranks, and a cursor that knows no rank.
 
-``GlobalBatchSampler`` is what the trainer uses: the optimizer's steps of an epoch are fixed slices of the global order,
-and each rank takes its share of every slice. ``GlobalSampler`` (``data/per_sample.py``) is the drop-in for code that
-uses ``DistributedSampler``.
+``GlobalBatchSampler`` is what the trainer uses: the optimizer's steps of an epoch are fixed slices of the epoch's
+permutation, and each rank takes its share of every slice. ``GlobalSampler`` (``data/per_sample.py``) is the drop-in
+for code that uses ``DistributedSampler``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 from torch.utils.data import Sampler
 
-from everyrank.data.order import GlobalOrder, Order
+from everyrank.data.permutation import GlobalPermutation
 from everyrank.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ _LARGE_BATCH = 2048
 
 @dataclass(frozen=True)
 class Share:
-    """One rank's part of a global batch, as positions in the epoch's order.
+    """One rank's part of a global batch, as positions in the epoch's permutation.
 
     Attributes:
         start: First position of this rank.
@@ -62,8 +62,9 @@ def split_evenly(start: int, stop: int, rank: int, world_size: int) -> tuple[int
 class GlobalBatchSampler(Sampler[list[int]]):
     """Yields, for each global batch of an epoch, the samples of this rank.
 
-    A global batch is a slice of the epoch's order: batch ``b`` holds the positions ``b * global_batch_size`` up to the
-    next batch. The ranks share the slice, evenly or not, so the same global batches are trained on at every world size.
+    A global batch is a slice of the epoch's permutation: batch ``b`` holds the positions
+    ``b * global_batch_size`` up to the next batch.
+    The ranks share the slice, evenly or not, so the same global batches are trained on at every world size.
 
     The cursor counts the samples of the epoch whose optimizer step is done. Only ``commit`` moves it; iterating (and a
     ``DataLoader`` that reads ahead) does not. ``state_dict`` is therefore right at any moment, and loads at any world
@@ -78,11 +79,9 @@ class GlobalBatchSampler(Sampler[list[int]]):
         global_batch_size: Number of samples of one optimizer step over all ranks.
         rank: This process's rank.
         world_size: Number of processes.
-        seed: Seed of the order, the same on all ranks.
+        seed: Seed of the permutation, the same on all ranks.
         shuffle: If false, samples come in the order of the dataset.
         drop_last: Leave out an epoch's last global batch if it is short.
-        order: Another order than the shuffled one; its ``num_samples`` must agree. ``seed`` and ``shuffle`` then have
-            no effect.
 
     Raises:
         DataError: If a number is out of range, or nothing would be left of an epoch.
@@ -103,15 +102,9 @@ class GlobalBatchSampler(Sampler[list[int]]):
         seed: int = 0,
         shuffle: bool = True,
         drop_last: bool = False,
-        order: Order | None = None,
     ) -> None:
         check_rank(rank, world_size)
-        if order is not None and order.num_samples != num_samples:
-            raise DataError(
-                f"num_samples={num_samples} was given, but the order has epochs of {order.num_samples} samples. "
-                "Build the order for the same dataset, or give num_samples=order.num_samples."
-            )
-        self.order: Order = order if order is not None else GlobalOrder(num_samples, seed=seed, shuffle=shuffle)
+        self.permutation = GlobalPermutation(num_samples, seed=seed, shuffle=shuffle)
         self.num_samples = num_samples
         self.rank = rank
         self.world_size = world_size
@@ -195,7 +188,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
         for begin in range(first_batch, len(self), per_look):
             shares = [self.share(batch) for batch in range(begin, min(begin + per_look, len(self)))]
             offset = shares[0].global_start
-            samples = self.order.indices(epoch, offset, shares[-1].global_stop)
+            samples = self.permutation.indices(epoch, offset, shares[-1].global_stop)
             for share in shares:
                 if share.num_local:
                     yield samples[share.start - offset : share.stop - offset].tolist()
@@ -206,9 +199,9 @@ class GlobalBatchSampler(Sampler[list[int]]):
         for batch in range(first_batch, len(self)):
             share = self.share(batch)
             if share.num_local:
-                yield self.order.indices(epoch, share.start, share.stop).tolist()
+                yield self.permutation.indices(epoch, share.start, share.stop).tolist()
             else:
-                yield [self.order.index(epoch, share.global_start)]
+                yield [self.permutation.index(epoch, share.global_start)]
 
     def commit(self, num_batches: int = 1) -> None:
         """Move the cursor past ``num_batches`` global batches: call it after the optimizer step that used them."""
@@ -224,7 +217,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
             "seed": self.seed,
             "global_batch_size": self.global_batch_size,
             "drop_last": self.drop_last,
-            "order": repr(self.order),
+            "permutation": repr(self.permutation),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -234,9 +227,9 @@ class GlobalBatchSampler(Sampler[list[int]]):
         says so when that changes the one given to the constructor.
 
         Raises:
-            DataError: If the state belongs to another dataset, order or ``drop_last``.
+            DataError: If the state belongs to another dataset, seed or ``drop_last``.
         """
-        found = {"num_samples": self.num_samples, "order": repr(self.order), "drop_last": self.drop_last}
+        found = {"num_samples": self.num_samples, "permutation": repr(self.permutation), "drop_last": self.drop_last}
         for name, value in found.items():
             if state.get(name, value) != value:
                 raise DataError(

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset, Sampler
 
-from everyrank.data.order import GlobalOrder, Indices
+from everyrank.data.permutation import GlobalPermutation, Indices
 from everyrank.data.sampler import check_rank, split_evenly
 from everyrank.errors import DataError
 
@@ -61,7 +61,7 @@ def split_indices(num_samples: int, fractions: Sequence[float], seed: int = 0) -
         DataError: If the fractions do not make 1, or there are no samples.
     """
     sizes = split_sizes(num_samples, fractions)
-    order = GlobalOrder(num_samples, seed=seed).indices(_SPLIT_EPOCH, 0, num_samples)
+    order = GlobalPermutation(num_samples, seed=seed).indices(_SPLIT_EPOCH, 0, num_samples)
     ends = np.cumsum(sizes)
     return [np.sort(order[end - size : end]) for size, end in zip(sizes, ends, strict=True)]
 

@@ -200,7 +200,7 @@ class EpochLoop:
         samples: list[int] = []
         for number in range(step.batch, step.batch + step.num_batches):
             share = sampler.share(number)
-            samples += sampler.order.indices(sampler.epoch, share.start, share.stop).tolist()
+            samples += sampler.permutation.indices(sampler.epoch, share.start, share.stop).tolist()
         return samples
 
     def _next_sync(self) -> int:

@@ -13,7 +13,7 @@ from torch.distributed.distributed_c10d import _world
 
 import everyrank
 from everyrank import TrainerDDP
-from everyrank.data.order import GlobalOrder
+from everyrank.data.permutation import GlobalPermutation
 from everyrank.data.sampler import split_evenly
 from everyrank.errors import NonFiniteLossError
 from everyrank.training.seeding import seed_everywhere
@@ -67,7 +67,7 @@ def by_hand(
                 parameter.data.copy_(place)
 
     for epoch in range(num_epochs):
-        order = torch.from_numpy(GlobalOrder(num_samples, seed=42).indices(epoch, 0, num_samples))
+        order = torch.from_numpy(GlobalPermutation(num_samples, seed=42).indices(epoch, 0, num_samples))
         for step_rows in order.split(10 * accumulation):
             total = 0.0
             for rank, model in enumerate(models):

@@ -134,7 +134,7 @@ class DefaultValidator:
         """Say in words which batch is under way, and its samples on this rank."""
         sampler = sampler_of(loader, f"the {self.name.lower()} loader")
         share = sampler.share(self.batch)
-        samples = sampler.order.indices(sampler.epoch, share.start, share.stop)
+        samples = sampler.permutation.indices(sampler.epoch, share.start, share.stop)
         return f"{self.name.lower()} batch {self.batch}, samples {describe_samples(samples.tolist())}"
 
     def report(self, result: EvaluationResult | None = None) -> str:

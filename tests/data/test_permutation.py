@@ -1,4 +1,4 @@
-"""The global order: it is a permutation, the same everywhere and for ever, in constant memory, and it shuffles well.
+"""The global permutation: a permutation, the same everywhere and for ever, in constant memory, and it shuffles well.
 
 Statistical bounds lie about five standard deviations out, and seeds are fixed, so these tests do not fail by chance.
 """
@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from everyrank.data.order import GlobalOrder, Order
+from everyrank.data.permutation import GlobalPermutation
 from everyrank.errors import DataError
 
 # Epochs of orders of this many samples are looked at: few and many, powers, primes, both round counts.
@@ -23,7 +23,7 @@ SIZES = [1, 2, 3, 4, 5, 7, 8, 9, 16, 25, 31, 32, 81, 100, 103, 121, 128, 1000, 1
 
 @pytest.mark.parametrize("num_samples", SIZES)
 def test_every_sample_stands_at_one_position(num_samples: int) -> None:
-    order = GlobalOrder(num_samples, seed=3)
+    order = GlobalPermutation(num_samples, seed=3)
     for epoch in (0, 1, 1000):
         assert np.array_equal(np.sort(order.indices(epoch, 0, num_samples)), np.arange(num_samples))
 
@@ -31,7 +31,7 @@ def test_every_sample_stands_at_one_position(num_samples: int) -> None:
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 30_000), st.integers(-(2**70), 2**70), st.integers(-5, 2**40))
 def test_it_is_a_bijection_for_any_size_seed_and_epoch(num_samples: int, seed: int, epoch: int) -> None:
-    indices = GlobalOrder(num_samples, seed).indices(epoch, 0, num_samples)
+    indices = GlobalPermutation(num_samples, seed).indices(epoch, 0, num_samples)
     assert indices.dtype == np.int64
     assert np.array_equal(np.sort(indices), np.arange(num_samples))
 
@@ -42,7 +42,7 @@ def test_one_position_and_a_range_agree_at_every_size(
     num_samples: int, seed: int, epoch: int, data: st.DataObject
 ) -> None:
     """Python's integers do not wrap around and numpy's do; both must give the same, up to the largest size."""
-    order = GlobalOrder(num_samples, seed)
+    order = GlobalPermutation(num_samples, seed)
     start = data.draw(st.integers(0, num_samples - 1))
     stop = min(start + 5, num_samples)
     expected = [order.index(epoch, position) for position in range(start, stop)]
@@ -52,7 +52,7 @@ def test_one_position_and_a_range_agree_at_every_size(
 
 
 def test_a_range_is_its_parts() -> None:
-    order = GlobalOrder(20_011, seed=1)
+    order = GlobalPermutation(20_011, seed=1)
     whole = order.indices(4, 0, 20_011)
     for start, stop in [(0, 0), (5, 5), (0, 1), (8191, 8193), (100, 20_011), (20_010, 20_011)]:
         assert np.array_equal(order.indices(4, start, stop), whole[start:stop])
@@ -60,21 +60,21 @@ def test_a_range_is_its_parts() -> None:
 
 def test_frozen_answers() -> None:
     """Checkpoints hold positions, so what stands at them must never change, on no platform and in no version."""
-    assert GlobalOrder(10, seed=0).indices(0, 0, 10).tolist() == [0, 4, 5, 9, 2, 6, 7, 1, 3, 8]
-    assert GlobalOrder(10, seed=0).indices(1, 0, 10).tolist() == [4, 0, 3, 5, 8, 2, 9, 1, 6, 7]
-    assert GlobalOrder(5000, seed=42).indices(7, 1000, 1006).tolist() == [4458, 4567, 2412, 2582, 2506, 4072]
-    trillion = GlobalOrder(10**12, seed=-1)
+    assert GlobalPermutation(10, seed=0).indices(0, 0, 10).tolist() == [0, 4, 5, 9, 2, 6, 7, 1, 3, 8]
+    assert GlobalPermutation(10, seed=0).indices(1, 0, 10).tolist() == [4, 0, 3, 5, 8, 2, 9, 1, 6, 7]
+    assert GlobalPermutation(5000, seed=42).indices(7, 1000, 1006).tolist() == [4458, 4567, 2412, 2582, 2506, 4072]
+    trillion = GlobalPermutation(10**12, seed=-1)
     assert trillion.indices(3, 10**11, 10**11 + 4).tolist() == [
         152397176720,
         208497540922,
         765997543524,
         118955538867,
     ]
-    assert GlobalOrder(2**62, seed=1).index(0, 2**62 - 1) == 1610221350298165625
+    assert GlobalPermutation(2**62, seed=1).index(0, 2**62 - 1) == 1610221350298165625
 
 
 def test_a_trillion_samples_cost_what_a_thousand_do() -> None:
-    order = GlobalOrder(10**12, seed=5)
+    order = GlobalPermutation(10**12, seed=5)
     tracemalloc.start()
     samples = order.indices(0, 10**12 - 1000, 10**12)
     order.index(1, 123_456_789_012)
@@ -86,24 +86,23 @@ def test_a_trillion_samples_cost_what_a_thousand_do() -> None:
 
 
 def test_without_shuffling_it_is_the_datasets_order() -> None:
-    order = GlobalOrder(100, seed=9, shuffle=False)
+    order = GlobalPermutation(100, seed=9, shuffle=False)
     assert order.indices(3, 10, 15).tolist() == [10, 11, 12, 13, 14]
     assert order.index(8, 99) == 99
-    assert isinstance(order, Order)
 
 
 @pytest.mark.parametrize("num_samples", [0, -1, 2**62 + 1])
 def test_an_impossible_size_is_refused(num_samples: int) -> None:
     with pytest.raises(DataError, match=f"num_samples={num_samples}"):
-        GlobalOrder(num_samples)
+        GlobalPermutation(num_samples)
 
 
 @pytest.mark.parametrize(("start", "stop"), [(-1, 3), (0, 11), (5, 4)])
 def test_positions_outside_the_epoch_are_refused(start: int, stop: int) -> None:
     with pytest.raises(IndexError):
-        GlobalOrder(10).indices(0, start, stop)
+        GlobalPermutation(10).indices(0, start, stop)
     with pytest.raises(IndexError):
-        GlobalOrder(10).index(0, 10)
+        GlobalPermutation(10).index(0, 10)
 
 
 def chi_square(counts: np.ndarray) -> float:
@@ -116,7 +115,7 @@ def chi_square(counts: np.ndarray) -> float:
 
 @pytest.mark.parametrize(("num_samples", "num_epochs"), [(2, 1000), (3, 2000), (4, 4000), (5, 6000)])
 def test_all_permutations_of_few_samples_are_equally_likely(num_samples: int, num_epochs: int) -> None:
-    order = GlobalOrder(num_samples, seed=11)
+    order = GlobalPermutation(num_samples, seed=11)
     numbers = {permutation: i for i, permutation in enumerate(itertools.permutations(range(num_samples)))}
     counts = np.zeros(len(numbers))
     for epoch in range(num_epochs):
@@ -128,14 +127,14 @@ def test_all_permutations_of_few_samples_are_equally_likely(num_samples: int, nu
 @pytest.mark.parametrize("num_samples", [9, 25, 81])
 def test_odd_and_even_permutations_are_equally_likely(num_samples: int) -> None:
     """Additions modulo two odd numbers make even permutations only; here 9 = 3 x 3 and so on would be at risk."""
-    order = GlobalOrder(num_samples, seed=1)
+    order = GlobalPermutation(num_samples, seed=1)
     odd = sum(num_inversions(order.indices(epoch, 0, num_samples)) % 2 for epoch in range(1000))
     assert abs(odd - 500) < 5 * math.sqrt(250)
 
 
 @pytest.mark.parametrize("num_samples", [20, 97, 5003])
 def test_each_sample_is_equally_often_at_each_position(num_samples: int) -> None:
-    order = GlobalOrder(num_samples, seed=2)
+    order = GlobalPermutation(num_samples, seed=2)
     num_bins = min(num_samples, 20)
     epochs = np.stack([order.indices(epoch, 0, num_samples) for epoch in range(800)])
     for column in (0, 1, num_samples // 2, num_samples - 1):
@@ -151,7 +150,7 @@ def test_each_sample_is_equally_often_at_each_position(num_samples: int) -> None
 @pytest.mark.parametrize("num_samples", [1000, 4096, 20_000])
 def test_it_is_as_disordered_as_numpys_shuffles(num_samples: int) -> None:
     """Inversions, serial correlation, displacement and neighbours kept, in units of a random shuffle's deviation."""
-    order = GlobalOrder(num_samples, seed=8)
+    order = GlobalPermutation(num_samples, seed=8)
     identity = np.arange(num_samples)
     scores = []
     for epoch in range(24):
@@ -177,7 +176,9 @@ def test_it_is_as_disordered_as_numpys_shuffles(num_samples: int) -> None:
 
 @pytest.mark.parametrize("num_samples", [64, 10_000])
 def test_epochs_and_seeds_are_unrelated(num_samples: int) -> None:
-    orders = [GlobalOrder(num_samples, seed).indices(epoch, 0, num_samples) for seed in range(8) for epoch in range(8)]
+    orders = [
+        GlobalPermutation(num_samples, seed).indices(epoch, 0, num_samples) for seed in range(8) for epoch in range(8)
+    ]
     limit = 5.5 / math.sqrt(num_samples)
     for first, second in itertools.combinations(orders, 2):
         assert abs(np.corrcoef(first, second)[0, 1]) < limit
@@ -185,7 +186,7 @@ def test_epochs_and_seeds_are_unrelated(num_samples: int) -> None:
 
 
 def test_sizes_next_to_each_other_have_unrelated_orders() -> None:
-    first, second = GlobalOrder(10_000).indices(0, 0, 10_000), GlobalOrder(10_001).indices(0, 0, 10_000)
+    first, second = GlobalPermutation(10_000).indices(0, 0, 10_000), GlobalPermutation(10_001).indices(0, 0, 10_000)
     assert abs(np.corrcoef(first, second)[0, 1]) < 0.05
 
 

@@ -1,4 +1,4 @@
-"""The global order: one permutation of all samples for each (seed, epoch), computed position by position.
+"""The global permutation: one permutation of all samples for each (seed, epoch), computed position by position.
 
 A permutation is usually a list that is shuffled, which costs time and memory in proportion to the number of samples on
 every rank. Here it is a *function*: a keyed Feistel network over a domain slightly larger than the number of samples,
@@ -13,7 +13,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +22,7 @@ from everyrank.errors import DataError
 Indices = npt.NDArray[np.int64]
 
 # The order of a (seed, epoch, num_samples) is part of every checkpoint's meaning: change this only with a new version.
-ORDER_VERSION = 1
+PERMUTATION_VERSION = 1
 MAX_NUM_SAMPLES = 2**62
 
 _MASK = (1 << 64) - 1
@@ -39,26 +38,7 @@ _NUM_ROUNDS_MANY = 8
 _BLOCK = 8192
 
 
-@runtime_checkable
-class Order(Protocol):
-    """Which sample stands at each position of an epoch.
-
-    Every rank asks the same questions and must get the same answers: an order knows nothing of ranks. ``num_samples``
-    is the length of an epoch.
-    """
-
-    num_samples: int
-
-    def index(self, epoch: int, position: int) -> int:
-        """Return the sample at ``position`` (0 to ``num_samples`` - 1) of ``epoch``."""
-        ...
-
-    def indices(self, epoch: int, start: int, stop: int) -> Indices:
-        """Return the samples at positions ``start`` to ``stop`` - 1 of ``epoch``, shape ``(stop - start,)``."""
-        ...
-
-
-class GlobalOrder:
+class GlobalPermutation:
     """A permutation of ``0 .. num_samples - 1`` for every epoch, in constant time and memory per position.
 
     The permutation depends on ``(seed, epoch, num_samples)`` alone: not on the platform, the library versions, the rank
@@ -73,15 +53,15 @@ class GlobalOrder:
         DataError: If ``num_samples`` is out of range.
 
     Example:
-        >>> order = GlobalOrder(10**12, seed=7)
-        >>> 0 <= order.index(epoch=3, position=999_999_999_999) < 10**12
+        >>> permutation = GlobalPermutation(10**12, seed=7)
+        >>> 0 <= permutation.index(epoch=3, position=999_999_999_999) < 10**12
         True
     """
 
     def __init__(self, num_samples: int, seed: int = 0, shuffle: bool = True) -> None:
         if not 1 <= num_samples <= MAX_NUM_SAMPLES:
             raise DataError(
-                f"num_samples={num_samples} was given for the global order, but it must be between 1 and 2**62. "
+                f"num_samples={num_samples} was given for the permutation, but it must be between 1 and 2**62. "
                 "Give the length of the dataset; if the dataset is empty, look at how its files or filters are set."
             )
         self.num_samples = int(num_samples)
@@ -94,7 +74,7 @@ class GlobalOrder:
         self._right_size = -(-self.num_samples // self._left_size)
 
     def __repr__(self) -> str:
-        return f"GlobalOrder(num_samples={self.num_samples}, seed={self.seed}, shuffle={self.shuffle})"
+        return f"GlobalPermutation(num_samples={self.num_samples}, seed={self.seed}, shuffle={self.shuffle})"
 
     def index(self, epoch: int, position: int) -> int:
         """Return the sample at one position, in pure Python integers.
@@ -106,7 +86,7 @@ class GlobalOrder:
         Raises:
             IndexError: If the position is outside the epoch.
         """
-        check_positions(self.num_samples, position, position + 1)
+        _check_positions(self.num_samples, position, position + 1)
         if not self.shuffle:
             return int(position)
         keys = _round_keys(self.num_samples, self.seed, epoch)
@@ -129,7 +109,7 @@ class GlobalOrder:
         Raises:
             IndexError: If a position is outside the epoch.
         """
-        check_positions(self.num_samples, start, stop)
+        _check_positions(self.num_samples, start, stop)
         if not self.shuffle:
             return np.arange(start, stop, dtype=np.int64)
         keys = _round_keys(self.num_samples, self.seed, epoch)
@@ -164,31 +144,17 @@ class GlobalOrder:
         return left
 
 
-def check_positions(num_samples: int, start: int, stop: int) -> None:
+def _check_positions(num_samples: int, start: int, stop: int) -> None:
     """Raise IndexError unless ``0 <= start <= stop <= num_samples``."""
     if not 0 <= start <= stop <= num_samples:
         raise IndexError(f"positions {start} to {stop} are not within an epoch of {num_samples} samples")
-
-
-def hash_positions(purpose: str, start: int, stop: int) -> npt.NDArray[np.uint64]:
-    """Return 63 unrelated bits for each position from ``start`` to ``stop`` - 1, in the upper part of a uint64.
-
-    Args:
-        purpose: What the numbers are for; another purpose gives unrelated numbers.
-        start: First position.
-        stop: One past the last position.
-    """
-    digest = hashlib.shake_256(f"everyrank hash {ORDER_VERSION}: {purpose}".encode()).digest(32)
-    keys = [int.from_bytes(digest[i : i + 8], "little") for i in range(0, 32, 8)]
-    once = _mix_block(np.arange(start, stop, dtype=np.uint64), keys[0], keys[1])
-    return _mix_block(once, keys[2], keys[3]) << np.uint64(1)
 
 
 @functools.lru_cache(maxsize=32)
 def _round_keys(num_samples: int, seed: int, epoch: int) -> tuple[int, ...]:
     """Return two 64-bit keys a round, from SHAKE-256 of everything the order depends on."""
     num_rounds = _NUM_ROUNDS_FEW if num_samples < _FEW_SAMPLES else _NUM_ROUNDS_MANY
-    message = f"everyrank order {ORDER_VERSION}: {num_samples} samples, seed {seed}, epoch {epoch}"
+    message = f"everyrank order {PERMUTATION_VERSION}: {num_samples} samples, seed {seed}, epoch {epoch}"
     digest = hashlib.shake_256(message.encode()).digest(16 * num_rounds)
     return tuple(int.from_bytes(digest[i : i + 8], "little") for i in range(0, len(digest), 8))
 

@@ -1,6 +1,6 @@
 """How long until the first sample of an epoch is known, and how much memory that takes, beside DistributedSampler.
 
-    python benchmarks/order.py
+    python benchmarks/permutation.py
 
 Each measurement runs in a process of its own: the time of the second epoch's first index (the first epoch pays for
 imports and allocations), and how far the peak of resident memory rises above that of the process before.
