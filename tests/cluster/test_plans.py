@@ -7,7 +7,8 @@ import pytest
 from everyrank.config.schema import build
 from everyrank.drivers.driver import LaunchPlan, LaunchRequest
 from everyrank.drivers.mpi import MpiConfig, MpiDriver
-from everyrank.drivers.slurm_script import SlurmConfig, SlurmDriver, has_ended
+from everyrank.drivers.slurm import SlurmDriver, has_ended
+from everyrank.drivers.slurm_script import SlurmConfig
 from everyrank.drivers.torchrun import TorchrunDriver
 from everyrank.drivers.torchrun_config import TorchrunConfig
 from everyrank.errors import DriverError

@@ -38,11 +38,11 @@ def launch_config(cfg: DictConfig) -> tuple[int, Any]:
     driver_config, driver_class = _driver(driver)
     described = describe_app(app)
     foreign = _foreign_world()
-    folder = RunFolder.choose(resolved, shared=foreign is not None or _spans_nodes(driver_config))
+    folder = RunFolder.choose(resolved, shared=foreign is not None or driver_config.shares_folder)
     resolved["run"].update(name=folder.name, dir=folder.path)
     final = OmegaConf.create(resolved)
     if foreign is not None and not driver_config.dry_run:
-        print(f"notice: driver={_chosen(driver)} is not used: {foreign}", file=sys.stderr)
+        print(f"notice: driver={driver_class.name} is not used: {foreign}", file=sys.stderr)
         return _run_here(final, folder, env.variables)
     request = _request(final, folder, env, distributed, described)
     plan = driver_class(driver_config).plan(request)
@@ -56,14 +56,14 @@ def launch_config(cfg: DictConfig) -> tuple[int, Any]:
         return _finish(driver_class(driver_config).run(plan, request), folder)
 
 
-def plan_config(cfg: DictConfig) -> tuple[LaunchPlan, int, int]:
+def plan_config(cfg: DictConfig) -> tuple[LaunchPlan, int]:
     """The plan of a composed configuration, for any machine: how many GPUs this one has does not matter.
 
     Returns:
-        The plan, the world size and the number of nodes.
+        The plan and its world size.
 
     Raises:
-        UserError: The configuration is wrong.
+        UserError: The configuration is wrong, or leaves the world size to the nodes.
     """
     resolved = _resolved(cfg)
     env, distributed = _section(EnvConfig, resolved, "env"), _section(DistributedConfig, resolved, "distributed")
@@ -72,8 +72,12 @@ def plan_config(cfg: DictConfig) -> tuple[LaunchPlan, int, int]:
     resolved["run"].update(name=folder.name, dir=folder.path)
     request = _request(OmegaConf.create(resolved), folder, env, distributed, describe_app(resolved["app"]))
     plan = driver_class(driver_config).plan(replace(request, device="cpu"))
-    num_nodes = len(getattr(driver_config, "hosts", None) or ()) or max(_node_counts(driver_config))
-    return plan, getattr(driver_config, "num_ranks", None) or plan.nproc_per_node * num_nodes, num_nodes
+    if plan.world_size is None:
+        raise ConfigError(
+            f"driver.nproc_per_node={driver_config.nproc_per_node} was set with driver.hosts: each host counts its "
+            "own, so the number of ranks is not known here. Fix: give the plan a number, driver.nproc_per_node=8."
+        )
+    return plan, plan.world_size
 
 
 def _request(
@@ -113,18 +117,6 @@ def _driver(values: dict[str, Any]) -> tuple[Any, type[Driver]]:
     driver_class = getattr(importlib.import_module(module), name)
     settings = {key: value for key, value in values.items() if key != "_target_"}
     return _section(driver_class.config_type, {"driver": settings}, "driver"), driver_class
-
-
-def _chosen(driver: dict[str, Any]) -> str:
-    return str(driver["_target_"]).split(".")[-2]
-
-
-def _spans_nodes(driver_config: Any) -> bool:
-    return max(_node_counts(driver_config)) > 1 or bool(getattr(driver_config, "rdzv_endpoint", None))
-
-
-def _node_counts(driver_config: Any) -> list[int]:
-    return [getattr(driver_config, name, None) or 1 for name in ("nnodes", "max_nodes", "nodes")]
 
 
 def _foreign_world() -> str | None:
@@ -197,32 +189,58 @@ def describe_app(app: dict[str, Any]) -> DescribedApp:
     if not module:
         raise ConfigError(f"app._target_={target!r} was set; it is the full name of a class: package.module.Class.")
     try:
-        spec = importlib.util.find_spec(module)
+        names = _top_level_names(module)
     except (ImportError, ValueError) as error:
         raise ConfigError(f"app._target_={target} was set, but {module} cannot be imported: {error}.") from error
-    if spec is None:
+    except SyntaxError as error:
         raise ConfigError(
-            f"app._target_={target} was set, but there is no module {module} here. "
-            "Install it, or run from the folder that holds it."
-        )
-    if not spec.origin or not spec.origin.endswith(".py"):
+            f"app._target_={target} was set, but {error.filename} does not parse: {error.msg} (line {error.lineno})."
+        ) from error
+    if names is None:
         return DescribedApp(target, has_command=False)
-    with open(spec.origin, encoding="utf-8") as file:
-        try:
-            tree = ast.parse(file.read())
-        except SyntaxError as error:
-            raise ConfigError(
-                f"app._target_={target} was set, but {spec.origin} does not parse: {error.msg} (line {error.lineno})."
-            ) from error
-    names = _top_level_names(tree)
     if name not in names:
         raise ConfigError(f"app._target_={target} was set, but {module} has no {name!r}.{did_you_mean(name, names)}")
-    node = names[name]
-    methods = [n.name for n in node.body if isinstance(n, ast.FunctionDef)] if isinstance(node, ast.ClassDef) else []
-    return DescribedApp(target, has_command="build_command" in methods)
+    return DescribedApp(target, has_command=_defines(module, name, "build_command"))
 
 
-def _top_level_names(tree: ast.Module) -> dict[str, ast.AST]:
+def _defines(module: str, name: str, method: str) -> bool:
+    """Whether the class ``name`` of ``module`` has a method, its own, inherited, or of a class imported from elsewhere.
+
+    Read from the source where it says so; imported where it does not (a base that is made by a call).
+    """
+    try:
+        names = _top_level_names(module)
+    except (ImportError, ValueError, SyntaxError):
+        return False  # told when the app is imported
+    node = (names or {}).get(name)
+    if isinstance(node, ast.ImportFrom) and not node.level and node.module:
+        alias = next(alias for alias in node.names if (alias.asname or alias.name) == name)
+        return _defines(node.module, alias.name, method)
+    if isinstance(node, ast.ClassDef):
+        if any(isinstance(n, ast.FunctionDef) and n.name == method for n in node.body):
+            return True
+        plain = [base.id for base in node.bases if isinstance(base, ast.Name)]
+        if len(plain) == len(node.bases):
+            return any(base in (names or {}) and _defines(module, base, method) for base in plain)
+    if node is None:
+        return False
+    return hasattr(getattr(importlib.import_module(module), name, None), method)
+
+
+def _top_level_names(module: str) -> dict[str, ast.AST] | None:
+    """What a module defines and imports, by name, read from its source; None if it is not written in Python.
+
+    Raises:
+        ImportError: There is no such module.
+        SyntaxError: It does not parse.
+    """
+    spec = importlib.util.find_spec(module)
+    if spec is None:
+        raise ModuleNotFoundError(f"there is no module {module} here. Install it, or run from the folder that holds it")
+    if not spec.origin or not spec.origin.endswith(".py"):
+        return None
+    with open(spec.origin, encoding="utf-8") as file:
+        tree = ast.parse(file.read(), spec.origin)
     names: dict[str, ast.AST] = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.ClassDef | ast.FunctionDef):

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from everyrank.config.schema import section
 from everyrank.diagnosis.outcome import Outcome
+from everyrank.diagnosis.rank_files import log_file
 from everyrank.elastic.spec import EngineRun
 
 
@@ -25,6 +26,16 @@ class DriverConfig:
 
     dry_run: bool = False
     threads_per_rank: int = 1
+
+    @property
+    def num_nodes(self) -> int:
+        """Nodes of the run, the most there may be of an elastic one."""
+        return 1
+
+    @property
+    def shares_folder(self) -> bool:
+        """Whether other launching processes, or a job that outlives this one, use the run's folder as well."""
+        return self.num_nodes > 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,18 +86,36 @@ class LaunchPlan:
         env: Variables set for the ranks.
         files: Path and content of the files written before the start.
         notices: What was decided otherwise than the configuration says, and why.
-        nproc_per_node: Ranks on this node.
+        nproc_per_node: Ranks on this node; None if each node counts its own.
+        num_nodes: Nodes, the most there may be of an elastic run.
+        log_dir: Folder of the ranks' logs.
+        num_ranks: All ranks, where that is not ``nproc_per_node`` for each node.
         engine: The engine's orders, for drivers that use it.
     """
 
     driver: str
     command: tuple[str, ...]
-    nproc_per_node: int
+    nproc_per_node: int | None
+    log_dir: str
+    num_nodes: int = 1
+    num_ranks: int | None = None
     summary: tuple[str, ...] = ()
     env: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
     notices: tuple[str, ...] = ()
     engine: EngineRun | None = None
+
+    @property
+    def world_size(self) -> int | None:
+        """All ranks; None if each node counts its own."""
+        if self.num_ranks is not None or self.nproc_per_node is None:
+            return self.num_ranks
+        return self.nproc_per_node * self.num_nodes
+
+    @property
+    def log_files(self) -> tuple[str, ...]:
+        """The log of each rank; none if it is not known how many there are."""
+        return tuple(log_file(self.log_dir, rank) for rank in range(self.world_size or 0))
 
     def render(self, with_files: bool = False) -> str:
         """The plan as text."""
@@ -101,7 +130,15 @@ class LaunchPlan:
 
 
 class Driver(Protocol):
-    """Starts the processes of a run."""
+    """Starts the processes of a run.
+
+    Attributes:
+        name: What ``driver=`` calls it.
+        config_type: Its settings, a ``DriverConfig``.
+    """
+
+    name: str
+    config_type: type[DriverConfig]
 
     def __init__(self, config: Any) -> None: ...
 

@@ -37,11 +37,17 @@ class KubernetesConfig(DriverConfig):
     backoff_limit: int = field(default=3, ge=0, doc="How often a failed job is started again.")
     master_port: int = field(default=23456, gt=0, lt=65536, doc="Port of the first pod, where the nodes meet.")
 
+    @property
+    def num_nodes(self) -> int:
+        """Pods of the job."""
+        return self.nodes
+
 
 class KubernetesDriver:
     """Writes the manifest; applying it is left to kubectl."""
 
-    config_type = KubernetesConfig
+    name = "kubernetes"
+    config_type: type[DriverConfig] = KubernetesConfig
 
     def __init__(self, config: KubernetesConfig) -> None:
         self.config = config
@@ -62,9 +68,11 @@ class KubernetesDriver:
         name = _dns_name(os.path.basename(request.run_dir))
         path = f"{request.run_dir}/{name}.yaml"
         return LaunchPlan(
-            driver="kubernetes",
+            driver=self.name,
+            log_dir=request.log_dir,
             command=("kubectl", "apply", "--filename", path),
             nproc_per_node=c.nproc_per_node,
+            num_nodes=c.nodes,
             summary=(f"processes per node: {c.nproc_per_node}", f"nodes: {c.nodes}", f"image: {c.image}"),
             env=rank_variables(request, c.threads_per_rank),
             files={request.config_file: request.config_text, path: manifest(c, request, name)},

@@ -41,11 +41,17 @@ class LegacyLaunchConfig(DriverConfig):
     use_env: bool = False
     max_restarts: int = 0
 
+    @property
+    def num_nodes(self) -> int:
+        """Nodes of the run."""
+        return self.nnodes
+
 
 class LegacyLaunchDriver:
     """Runs torch's legacy launcher as a child and reads what its ranks recorded."""
 
-    config_type = LegacyLaunchConfig
+    name = "launch"
+    config_type: type[DriverConfig] = LegacyLaunchConfig
 
     def __init__(self, config: LegacyLaunchConfig) -> None:
         self.config = config
@@ -82,9 +88,11 @@ class LegacyLaunchDriver:
             request.worker if request.command is None else ("--no-python", *guarded(request.command, parent_pid=0))
         )
         return LaunchPlan(
-            driver="launch",
+            driver=self.name,
+            log_dir=request.log_dir,
             command=(sys.executable, "-m", "torch.distributed.launch", *flags, *program),
             nproc_per_node=nproc,
+            num_nodes=c.nnodes,
             summary=(f"processes per node: {nproc}", f"nodes: {c.nnodes}"),
             env={**rank_variables(request, c.threads_per_rank), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
             files={request.config_file: request.config_text},
@@ -108,7 +116,7 @@ class LegacyLaunchDriver:
         if code and not failures:
             log_file = existing(os.path.join(request.log_dir, "launcher.log"))
             failures = (RankFailure(rank=0, exit_code=code if code > 0 else EXIT_FAILURE, log_file=log_file),)
-        return Outcome(failures=failures, signum=told.signum, world_size=plan.nproc_per_node * c.nnodes)
+        return Outcome(failures=failures, signum=told.signum, world_size=plan.world_size or 0)
 
 
 def _failures(log_dir: str) -> tuple[RankFailure, ...]:

@@ -21,7 +21,8 @@ class LocalConfig(DriverConfig):
 class LocalDriver:
     """One process, this one: the easiest to debug."""
 
-    config_type = LocalConfig
+    name = "local"
+    config_type: type[DriverConfig] = LocalConfig
 
     def __init__(self, config: LocalConfig) -> None:
         self.config = config
@@ -29,7 +30,8 @@ class LocalDriver:
     def plan(self, request: LaunchRequest) -> LaunchPlan:
         """Plan a run in this process (or of the app's outside program)."""
         return LaunchPlan(
-            driver="local",
+            driver=self.name,
+            log_dir=request.log_dir,
             command=request.command or (sys.executable, *request.worker),
             nproc_per_node=1,
             summary=("processes: 1 (this one)",),

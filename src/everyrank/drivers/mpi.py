@@ -30,11 +30,22 @@ class MpiConfig(DriverConfig):
     mpirun: str = field(default="mpirun", doc="The program.")
     mpi_args: list[str] = field(factory=list, doc="Further options of mpirun, as they are.")
 
+    @property
+    def num_nodes(self) -> int:
+        """Hosts that are named here; what a hostfile says is mpirun's to know."""
+        return max(len(self.hosts), 1)
+
+    @property
+    def shares_folder(self) -> bool:
+        """One mpirun, started here, is all that uses the folder."""
+        return False
+
 
 class MpiDriver:
     """Runs mpirun as a child and reads what its ranks recorded."""
 
-    config_type = MpiConfig
+    name = "mpi"
+    config_type: type[DriverConfig] = MpiConfig
 
     def __init__(self, config: MpiConfig) -> None:
         self.config = config
@@ -65,9 +76,12 @@ class MpiDriver:
         # A rank ends with the daemon that started it, also when that is killed.
         program = guarded(rank_command(sys.executable, request), parent_pid=0)
         return LaunchPlan(
-            driver="mpi",
+            driver=self.name,
+            log_dir=request.log_dir,
             command=(c.mpirun, *flags, *c.mpi_args, *program),
             nproc_per_node=nproc,
+            num_nodes=c.num_nodes,
+            num_ranks=num_ranks,
             summary=(f"processes: {num_ranks}", f"hosts: {c.hostfile or ', '.join(c.hosts) or 'this machine'}"),
             env=env,
             files={request.config_file: request.config_text},
@@ -85,7 +99,7 @@ class MpiDriver:
         failures = recorded_failures(request.log_dir)
         if code and not failures:
             failures = (RankFailure(rank=0, exit_code=code if code > 0 else EXIT_FAILURE),)
-        return Outcome(failures=failures if code else (), signum=told.signum, world_size=int(plan.command[2]))
+        return Outcome(failures=failures if code else (), signum=told.signum, world_size=plan.world_size or 0)
 
 
 def _python_path() -> str:

@@ -45,7 +45,8 @@ class RayConfig(DriverConfig):
 class RayDriver:
     """Runs the app as the training loop of a ``TorchTrainer``."""
 
-    config_type = RayConfig
+    name = "ray"
+    config_type: type[DriverConfig] = RayConfig
 
     def __init__(self, config: RayConfig) -> None:
         self.config = config
@@ -56,7 +57,8 @@ class RayDriver:
         where = f"the cluster at {c.address}" if c.address else "a local Ray, started for this run"
         program = rank_command(sys.executable, request)
         return LaunchPlan(
-            driver="ray",
+            driver=self.name,
+            log_dir=request.log_dir,
             command=program,
             nproc_per_node=c.num_workers,
             summary=(f"workers: {c.num_workers}, by Ray Train on {where}", f"a GPU for each: {c.use_gpu}"),

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from everyrank.diagnosis.outcome import Outcome, RankFailure
 from everyrank.diagnosis.rank_files import clear_errors, existing, log_file
 from everyrank.drivers.cluster import SLURM, recorded_failures
-from everyrank.drivers.driver import LaunchPlan, LaunchRequest, rank_variables
+from everyrank.drivers.driver import DriverConfig, LaunchPlan, LaunchRequest, rank_variables
 from everyrank.drivers.slurm_script import SlurmConfig, batch_script
 from everyrank.elastic.signals import forwarded
 from everyrank.errors import EXIT_FAILURE, EXIT_PREEMPTED, DriverError, did_you_mean
@@ -30,7 +30,8 @@ _PATIENCE_S = 60.0  # a controller that is restarted answers again by then
 class SlurmDriver:
     """Writes a batch script, submits it, and follows the job."""
 
-    config_type = SlurmConfig
+    name = "slurm"
+    config_type: type[DriverConfig] = SlurmConfig
 
     def __init__(self, config: SlurmConfig) -> None:
         self.config = config
@@ -43,9 +44,11 @@ class SlurmDriver:
         script = f"{request.run_dir}/job.sh"
         tasks = "a node, running torch's engine" if c.task_per == "node" else "a rank"
         return LaunchPlan(
-            driver="slurm",
+            driver=self.name,
+            log_dir=request.log_dir,
             command=("sbatch", "--parsable", script),
             nproc_per_node=c.nproc_per_node,
+            num_nodes=c.nodes,
             summary=(
                 f"processes per node: {c.nproc_per_node} (one Slurm task {tasks})",
                 f"nodes: {c.nodes}",

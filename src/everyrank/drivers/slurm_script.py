@@ -45,6 +45,11 @@ class SlurmConfig(DriverConfig):
     wait: bool = field(default=True, doc="Wait for the job and show rank 0's log; false: submit and return.")
     poll_s: float = field(default=2.0, gt=0, doc="Seconds between two looks at the job.")
 
+    @property
+    def num_nodes(self) -> int:
+        """Nodes of the job."""
+        return self.nodes
+
 
 def batch_script(config: SlurmConfig, request: LaunchRequest, env: dict[str, str], name: str) -> str:
     """The whole script as text.

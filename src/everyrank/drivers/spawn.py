@@ -40,7 +40,8 @@ class SpawnConfig(DriverConfig):
 class SpawnDriver:
     """Fresh interpreters started by ``torch.multiprocessing``, as in PyTorch's tutorials."""
 
-    config_type = SpawnConfig
+    name = "spawn"
+    config_type: type[DriverConfig] = SpawnConfig
 
     def __init__(self, config: SpawnConfig) -> None:
         self.config = config
@@ -50,7 +51,8 @@ class SpawnDriver:
         nproc = resolve_nproc(self.config.nproc_per_node, "driver.nproc_per_node", request.device)
         port = self.config.master_port
         return LaunchPlan(
-            driver="spawn",
+            driver=self.name,
+            log_dir=request.log_dir,
             command=request.command or ("python", *request.worker),
             nproc_per_node=nproc,
             summary=(
@@ -69,13 +71,15 @@ class SpawnDriver:
 
         from everyrank.rendezvous.loopback import LoopbackRendezvous
 
+        world_size = plan.world_size
+        assert world_size is not None
         meeting = LoopbackRendezvous("spawn", self.config.master_port or 0)
         store = meeting.next_rendezvous().bootstrap_store_info
         assert store is not None
         shared = {
             **plan.env,
-            "WORLD_SIZE": str(plan.nproc_per_node),
-            "LOCAL_WORLD_SIZE": str(plan.nproc_per_node),
+            "WORLD_SIZE": str(world_size),
+            "LOCAL_WORLD_SIZE": str(world_size),
             "MASTER_ADDR": store.master_addr,
             "MASTER_PORT": str(store.master_port),
             # This process holds the store; the ranks connect to it and listen on nothing.
@@ -86,7 +90,7 @@ class SpawnDriver:
         context = mp.start_processes(
             _spawned_rank,
             args=(request.config_file, request.command, request.log_dir, shared, os.getpid()),
-            nprocs=plan.nproc_per_node,
+            nprocs=world_size,
             join=False,
             start_method="spawn",
         )
@@ -113,7 +117,7 @@ class SpawnDriver:
             for rank, process in enumerate(processes)
             if process.exitcode
         )
-        return Outcome(failures=failures, signum=told.signum, world_size=plan.nproc_per_node)
+        return Outcome(failures=failures, signum=told.signum, world_size=world_size)
 
 
 def _wait(processes: list[Any], told: Any) -> set[int]:

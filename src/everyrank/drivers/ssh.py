@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from everyrank.diagnosis.outcome import Outcome, RankFailure
 from everyrank.diagnosis.rank_files import clear_errors
 from everyrank.drivers.cluster import SSH, exports, node_command, recorded_failures
-from everyrank.drivers.driver import LaunchPlan, LaunchRequest, rank_variables
+from everyrank.drivers.driver import DriverConfig, LaunchPlan, LaunchRequest, rank_variables
 from everyrank.drivers.torchrun_config import TorchrunConfig
 from everyrank.elastic.guarded import guarded
 from everyrank.elastic.signals import forwarded
@@ -27,94 +27,106 @@ _SSH_FAILED = 255
 _FAREWELL_S = 20.0  # how long the other nodes have to end by themselves after one has failed
 
 
-def plan(config: TorchrunConfig, request: LaunchRequest) -> LaunchPlan:
-    """Plan one command for each host.
+class SshDriver:
+    """Starts a node on each host and holds the other end of its standard input."""
 
-    Raises:
-        DriverError: Settings that contradict ``driver.hosts``.
-    """
-    c = config
-    if c.rdzv_endpoint or c.rdzv_backend or c.min_nodes or c.max_nodes or c.nnodes not in (1, len(c.hosts)):
-        raise DriverError(
-            f"driver.hosts={list(c.hosts)} was set with driver.nnodes, driver.min_nodes or a rendezvous. The hosts are "
-            f"the nodes: leave the others out, or leave driver.hosts out and start each node yourself."
+    name = "torchrun"
+    config_type: type[DriverConfig] = TorchrunConfig
+
+    def __init__(self, config: TorchrunConfig) -> None:
+        self.config = config
+
+    def plan(self, request: LaunchRequest) -> LaunchPlan:
+        """Plan one command for each host.
+
+        Raises:
+            DriverError: Settings that contradict ``driver.hosts``.
+        """
+        c = self.config
+        if c.rdzv_endpoint or c.rdzv_backend or c.min_nodes or c.max_nodes or c.nnodes not in (1, len(c.hosts)):
+            raise DriverError(
+                f"driver.hosts={list(c.hosts)} was set with driver.nnodes, driver.min_nodes or a rendezvous. The hosts "
+                "are the nodes: leave the others out, or leave driver.hosts out and start each node yourself."
+            )
+        env = rank_variables(request, c.threads_per_rank)
+        commands = [self._command(request, env, rank) for rank in range(len(c.hosts))]
+        return LaunchPlan(
+            driver=self.name,
+            log_dir=request.log_dir,
+            command=commands[0],
+            nproc_per_node=c.nproc_per_node if isinstance(c.nproc_per_node, int) else None,
+            num_nodes=c.num_nodes,
+            summary=(
+                *(f"command: {shlex.join(command)}" for command in commands[1:]),
+                f"processes per node: {c.nproc_per_node}",
+                f"nodes: {len(c.hosts)} (over ssh: {', '.join(c.hosts)})",
+            ),
+            env=env,
+            files={request.config_file: request.config_text},
         )
-    env = rank_variables(request, c.threads_per_rank)
-    commands = [_command(c, request, env, rank) for rank in range(len(c.hosts))]
-    return LaunchPlan(
-        driver="torchrun",
-        command=commands[0],
-        nproc_per_node=c.nproc_per_node if isinstance(c.nproc_per_node, int) else 0,
-        summary=(
-            *(f"command: {shlex.join(command)}" for command in commands[1:]),
-            f"processes per node: {c.nproc_per_node}",
-            f"nodes: {len(c.hosts)} (over ssh: {', '.join(c.hosts)})",
-        ),
-        env=env,
-        files={request.config_file: request.config_text},
-    )
 
+    def _command(self, request: LaunchRequest, env: dict[str, str], node_rank: int) -> tuple[str, ...]:
+        c = self.config
+        settings = {
+            "nproc_per_node": c.nproc_per_node,
+            "max_restarts": c.max_restarts,
+            "start_method": c.start_method,
+            "rdzv_timeout_s": c.rdzv_timeout_s,
+            "shutdown_timeout_s": c.shutdown_timeout_s,
+            "no_python": str(c.no_python).lower(),
+        }
+        if len(c.hosts) > 1:
+            settings["nnodes"] = len(c.hosts)
+            settings["node_rank"] = node_rank
+            settings["master_addr"] = c.master_addr or c.hosts[0].rpartition("@")[2]
+            settings["master_port"] = c.master_port or DEFAULT_PORT
+        flags = [f"driver.{key}={value}" for key, value in settings.items() if value is not None]
+        start = "exec " + shlex.join(node_command(sys.executable, request, "--attached", *flags))
+        script = "; ".join([*exports(env, request.cwd), f"cd {shlex.quote(request.cwd)} && {start}"])
+        return ("ssh", "-o", "BatchMode=yes", *c.ssh_args, c.hosts[node_rank], script)
 
-def _command(c: TorchrunConfig, request: LaunchRequest, env: dict[str, str], node_rank: int) -> tuple[str, ...]:
-    settings = {
-        "nproc_per_node": c.nproc_per_node,
-        "max_restarts": c.max_restarts,
-        "start_method": c.start_method,
-        "rdzv_timeout_s": c.rdzv_timeout_s,
-        "shutdown_timeout_s": c.shutdown_timeout_s,
-        "no_python": str(c.no_python).lower(),
-    }
-    if len(c.hosts) > 1:
-        settings["nnodes"] = len(c.hosts)
-        settings["node_rank"] = node_rank
-        settings["master_addr"] = c.master_addr or c.hosts[0].rpartition("@")[2]
-        settings["master_port"] = c.master_port or DEFAULT_PORT
-    flags = [f"driver.{key}={value}" for key, value in settings.items() if value is not None]
-    start = "exec " + shlex.join(node_command(sys.executable, request, "--attached", *flags))
-    script = "; ".join([*exports(env, request.cwd), f"cd {shlex.quote(request.cwd)} && {start}"])
-    return ("ssh", "-o", "BatchMode=yes", *c.ssh_args, c.hosts[node_rank], script)
+    def run(self, plan: LaunchPlan, request: LaunchRequest) -> Outcome:
+        """Start all nodes and wait for their end."""
+        SSH.require()
+        clear_errors(request.log_dir)
+        hosts, env = self.config.hosts, dict(plan.env)
+        nodes = [
+            subprocess.Popen(
+                guarded(self._command(request, env, rank)), stdin=subprocess.PIPE, text=True, process_group=0
+            )
+            for rank in range(len(hosts))
+        ]
 
+        def send(signum: int) -> None:
+            for node in nodes:
+                with contextlib.suppress(OSError, ValueError):
+                    assert node.stdin is not None
+                    print(signum, file=node.stdin, flush=True)
 
-def run(config: TorchrunConfig, launch_plan: LaunchPlan, request: LaunchRequest) -> Outcome:
-    """Start all nodes and wait for their end."""
-    SSH.require()
-    clear_errors(request.log_dir)
-    env = dict(launch_plan.env)
-    commands = [_command(config, request, env, rank) for rank in range(len(config.hosts))]
-    nodes = [
-        subprocess.Popen(guarded(command), stdin=subprocess.PIPE, text=True, process_group=0) for command in commands
-    ]
+        def kill() -> None:
+            for node in nodes:
+                node.kill()
 
-    def send(signum: int) -> None:
-        for node in nodes:
-            with contextlib.suppress(OSError, ValueError):
-                assert node.stdin is not None
-                print(signum, file=node.stdin, flush=True)
-
-    def kill() -> None:
-        for node in nodes:
-            node.kill()
-
-    with forwarded(send, kill) as told:
-        codes, first = _wait(nodes)
-    if first is not None and codes[first] == _SSH_FAILED:
-        host = config.hosts[first]
-        raise DriverError(
-            f"driver.hosts names {host}, but ssh could not start anything there, or lost it (it said why above). "
-            f"To mend it: make `ssh -o BatchMode=yes {host} true` work from here, without a password; "
-            "driver.ssh_args takes further options."
-        )
-    failures = recorded_failures(request.log_dir) if any(codes) else ()
-    if EXIT_PREEMPTED in codes and not failures:
-        failures = (RankFailure(rank=0, exit_code=EXIT_PREEMPTED),)
-    message = ""
-    if any(codes) and not failures and told.signum is None:
-        node_rank = min(
-            (rank for rank, code in enumerate(codes) if code), key=lambda rank: codes[rank] != EXIT_BAD_INPUT
-        )
-        host, code = config.hosts[node_rank], codes[node_rank]
-        message = f"node {node_rank} ({host}) ended with exit code {code}; what it said is above"
-    return Outcome(failures=failures, signum=told.signum, message=message, user_error=EXIT_BAD_INPUT in codes)
+        with forwarded(send, kill) as told:
+            codes, first = _wait(nodes)
+        if first is not None and codes[first] == _SSH_FAILED:
+            raise DriverError(
+                f"driver.hosts names {hosts[first]}, but ssh could not start anything there, or lost it (it said why "
+                f"above). To mend it: make `ssh -o BatchMode=yes {hosts[first]} true` work from here, without a "
+                "password; driver.ssh_args takes further options."
+            )
+        failures = recorded_failures(request.log_dir) if any(codes) else ()
+        if EXIT_PREEMPTED in codes and not failures:
+            failures = (RankFailure(rank=0, exit_code=EXIT_PREEMPTED),)
+        message = ""
+        if any(codes) and not failures and told.signum is None:
+            node_rank = min(
+                (rank for rank, code in enumerate(codes) if code), key=lambda rank: codes[rank] != EXIT_BAD_INPUT
+            )
+            message = (
+                f"node {node_rank} ({hosts[node_rank]}) ended with exit code {codes[node_rank]}; what it said is above"
+            )
+        return Outcome(failures=failures, signum=told.signum, message=message, user_error=EXIT_BAD_INPUT in codes)
 
 
 def _wait(nodes: Sequence[subprocess.Popen[str]]) -> tuple[list[int], int | None]:

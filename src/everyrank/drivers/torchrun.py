@@ -6,8 +6,8 @@ import os
 import sys
 
 from everyrank.diagnosis.outcome import Outcome
-from everyrank.drivers import ssh
-from everyrank.drivers.driver import LaunchPlan, LaunchRequest, rank_variables
+from everyrank.drivers.driver import DriverConfig, LaunchPlan, LaunchRequest, rank_variables
+from everyrank.drivers.ssh import SshDriver
 from everyrank.drivers.torchrun_config import TorchrunConfig
 from everyrank.elastic import engine_pool
 from everyrank.elastic.machine import resolve_nproc
@@ -23,7 +23,8 @@ _BACKENDS = ("static", "c10d", "etcd", "etcd-v2")
 class TorchrunDriver:
     """What ``torchrun`` does, by the same engine, with the ranks forked from one import of torch."""
 
-    config_type = TorchrunConfig
+    name = "torchrun"
+    config_type: type[DriverConfig] = TorchrunConfig
 
     def __init__(self, config: TorchrunConfig) -> None:
         self.config = config
@@ -36,7 +37,7 @@ class TorchrunDriver:
         """
         c = self.config
         if c.hosts:
-            return ssh.plan(c, request)
+            return SshDriver(c).plan(request)
         nproc = resolve_nproc(c.nproc_per_node, "driver.nproc_per_node", request.device)
         min_nodes, max_nodes = self._nodes()
         rendezvous, notices = self._rendezvous(min_nodes, max_nodes)
@@ -74,7 +75,8 @@ class TorchrunDriver:
             preload=request.preload,
         )
         return LaunchPlan(
-            driver="torchrun",
+            driver=self.name,
+            log_dir=request.log_dir,
             command=command,
             nproc_per_node=nproc,
             summary=(
@@ -86,12 +88,13 @@ class TorchrunDriver:
             files={request.config_file: request.config_text},
             notices=notices,
             engine=engine,
+            num_nodes=max_nodes,
         )
 
     def run(self, plan: LaunchPlan, request: LaunchRequest) -> Outcome:
         """Carry the plan out on this node."""
         if self.config.hosts:
-            return ssh.run(self.config, plan, request)
+            return SshDriver(self.config).run(plan, request)
         assert plan.engine is not None
         if plan.engine.master_port and plan.engine.rendezvous.backend == "loopback":
             check_port_is_free(plan.engine.master_port)

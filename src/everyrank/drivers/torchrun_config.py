@@ -57,6 +57,16 @@ class TorchrunConfig(DriverConfig):
     failure_grace_s: float = 1.0
 
     @property
+    def num_nodes(self) -> int:
+        """Nodes of the run, the most there may be of an elastic one."""
+        return len(self.hosts) or self.max_nodes or max(self.nnodes, self.min_nodes or 1)
+
+    @property
+    def shares_folder(self) -> bool:
+        """One command a node, each of which uses the folder; with ``hosts`` there is only this one."""
+        return not self.hosts and (self.num_nodes > 1 or self.rdzv_endpoint is not None)
+
+    @property
     def effective_start_method(self) -> str:
         """The start method that was set, or the machine's default.
 

@@ -45,7 +45,8 @@ def _show(cfg: DictConfig, num_samples: int | None) -> None:
     from everyrank.cli.launching import plan_config
 
     notices = _name_nodes(cfg)
-    plan, world_size, num_nodes = plan_config(cfg)
+    plan, world_size = plan_config(cfg)
+    num_nodes = plan.num_nodes
     print(f"world size: {world_size} ({num_nodes} nodes, {world_size // num_nodes} ranks each)")
     config = _trainer_config(cfg)
     if config is None:
