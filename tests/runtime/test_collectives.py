@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -11,7 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from everyrank.errors import BarrierTimeoutError, ProcessGroupError
+from everyrank.errors import BarrierTimeoutError, CheckpointError, DataError, EveryrankError, ProcessGroupError
+from everyrank.runtime.agreement import agree, gather_agreed
 from everyrank.runtime.collectives import (
     barrier,
     broadcast_decision,
@@ -22,7 +24,7 @@ from everyrank.runtime.collectives import (
     reduce_mean,
     reduce_sum,
 )
-from everyrank.runtime.process_group import join
+from everyrank.runtime.process_group import current_world, join
 
 Run = Callable[..., list[Any]]
 DECISIONS = [
@@ -80,7 +82,29 @@ def _check_everything(rank: int, port: int) -> dict[str, Any]:
             seen["failure"] = (type(error).__name__, str(error))
         for _ in range(5):
             monitored_barrier(30)
+        seen["agreed"] = (agree(lambda: rank), agree(lambda: 10 + rank, on=1), gather_agreed(lambda: rank * rank))
+        seen["disagreed"] = []
+        for kind, only in (
+            (DataError, None),
+            (KeyError, None),
+            (BarrierTimeoutError, 1),
+            (_Odd, 2),
+            (CheckpointError, 0),
+        ):
+            try:
+                agree(functools.partial(_fail_on, 1 if only is None else only, kind), on=only)
+            except Exception as error:
+                seen["disagreed"].append((type(error).__name__, str(error)))
         return seen
+
+
+class _Odd(EveryrankError):
+    """An error of a user's own, which the other ranks do not know."""
+
+
+def _fail_on(rank: int, kind: type[Exception]) -> None:
+    if current_world().rank == rank:
+        raise kind("no space")
 
 
 def test_three_ranks(run_ranks: Run, free_port: int) -> None:
@@ -100,6 +124,14 @@ def test_three_ranks(run_ranks: Run, free_port: int) -> None:
         assert seen["decided by 2"] == 2
         assert seen["order"][0] is (rank == 0)
         assert "ran after the failure" not in seen
+        assert seen["agreed"] == (rank, 11, [0, 1, 4])
+        assert seen["disagreed"] == [
+            ("DataError", "rank 1: no space"),
+            ("KeyError", "'no space'") if rank == 1 else ("RankFailedError", "rank 1 failed: KeyError: 'no space'"),
+            ("BarrierTimeoutError", "rank 1: no space"),
+            ("_Odd", "no space") if rank == 2 else ("RankFailedError", "rank 2 failed: _Odd: no space"),
+            ("CheckpointError", "no space"),
+        ]
         kind, text = seen["failure"]
         assert (kind, "disk full" in text) == ("KeyError" if rank == 0 else "ProcessGroupError", True)
 

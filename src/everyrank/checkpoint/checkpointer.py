@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -29,13 +30,28 @@ from everyrank.checkpoint.shards import MARK, OWN, Layout, is_spread, local_part
 from everyrank.checkpoint.snapshot import Snapshot, whole_tensors
 from everyrank.checkpoint.writer import BackgroundTask, Job, write_checkpoint, write_parts
 from everyrank.errors import CheckpointError
-from everyrank.runtime.collectives import broadcast_decision, gather_objects
+from everyrank.runtime.agreement import agree, gather_agreed
+from everyrank.runtime.collectives import gather_objects
 from everyrank.runtime.world import World
 
 logger = logging.getLogger(__name__)
 
 Tensors = dict[str, dict[str, torch.Tensor]]
 _GROUP_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+
+
+class _Report(NamedTuple):
+    """What one rank tells the others before a checkpoint is written."""
+
+    rank_state: Any
+    layout: Layout
+    token: str
+    has_own: bool
+
+    @property
+    def writes(self) -> bool:
+        """Whether the rank writes a file."""
+        return any(self.layout.values()) or self.has_own
 
 
 class Checkpointer:
@@ -133,45 +149,45 @@ class Checkpointer:
         Raises:
             CheckpointError: On all ranks, if the last checkpoint could not be written or this one cannot be taken.
         """
-        self._task.wait()
-        problem, encoded = self._failure(), None
         groups: Tensors = {}
-        layout: Layout = {}
-        try:
+
+        def collect() -> _Report:
             self._check_names(tensors)
-            groups, layout = self._own_groups(tensors)
+            own, layout = self._own_groups(tensors)  # may be collective: before what one rank alone may refuse
+            groups.update(own)
             if own_tensors:
                 groups[own_name(self.world.rank)] = dict(own_tensors)
-            encoded = encode_json(dict(rank_state))
-        except CheckpointError as error:
-            problem = problem or str(error)
-        reports = gather_objects((problem, encoded, layout, new_token(), bool(own_tensors)))
-        self._raise_first([report[0] for report in reports])
-        job = None
-        try:
+            report = _Report(encode_json(dict(rank_state)), layout, new_token(), bool(own_tensors))
+            self.wait()
+            return report
+
+        reports = gather_agreed(collect)
+
+        jobs: list[Job] = []
+
+        def copy() -> None:
             content = {"state": encode_json(dict(state)) if self.world.is_main else None}
-            content["rank_states"] = [report[1] for report in reports]
+            content["rank_states"] = [report.rank_state for report in reports]
             if self.sharded:
-                content["shards"] = [report[2] for report in reports]
+                content["shards"] = [report.layout for report in reports]
             job = Job(
                 step=step,
                 groups=self._snapshot.take(groups),
                 state=json.dumps(content, allow_nan=False) if self.world.is_main else "",
                 metric=None if metric is None else float(metric),
                 world_size=self.world.size,
-                token=reports[0][3],
-                partners=tuple(
-                    rank for rank, report in enumerate(reports) if rank and (any(report[2].values()) or report[4])
-                ),
+                token=reports[0].token,
+                partners=tuple(rank for rank, report in enumerate(reports) if rank and report.writes),
             )
-        except CheckpointError as error:
-            problem = str(error)
-        self._agree(problem, everywhere=self.sharded or own_tensors is not None)
-        if job is not None and (self.world.is_main or self.world.rank in job.partners):
-            self._task.start(lambda: self._write(job), name=f"writing checkpoint {step}")
+            if self.world.is_main or self.world.rank in job.partners:
+                jobs.append(job)
+
+        writers = None if self.sharded or own_tensors is not None else 0  # where only rank 0 writes, only it can fail
+        agree(copy, on=writers)
+        for job in jobs:
+            self._task.start(functools.partial(self._write, job), name=f"writing checkpoint {step}")
         if not self.background:
-            self._task.wait()
-            self._agree(self._failure(), everywhere=self.sharded or own_tensors is not None)
+            agree(self.wait, on=writers)
 
     def _own_groups(self, tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> tuple[Tensors, Layout]:
         """Return the tensors that this rank writes, by file, and where its parts of spread ones belong."""
@@ -198,17 +214,18 @@ class Checkpointer:
         else:
             write_parts(self.folder, job, self.world.rank)
 
-    def _agree(self, problem: str | None, *, everywhere: bool) -> None:
-        """Raise on all ranks if one has a problem. Where only rank 0 writes, only it can have one."""
-        self._raise_first(gather_objects(problem) if everywhere else [broadcast_decision(problem)])
-
     def check(self) -> None:
         """Raise the writer's error, if it has had one. Not collective and without waiting: cheap enough for every step.
 
         Raises:
             CheckpointError: On rank 0, if the last checkpoint could not be written.
         """
-        self._raise_first([self._failure()])
+        error = self._task.take_error()
+        if error is not None:
+            raise CheckpointError(
+                f"The last checkpoint could not be written to {self.folder}: {error}. Earlier checkpoints are whole. "
+                "Make room or mend the folder, then run the same command again to resume."
+            )
 
     def wait(self) -> None:
         """Wait until the last checkpoint is on disk. Not collective; other ranks than 0 have nothing to wait for.
@@ -230,16 +247,17 @@ class Checkpointer:
         Rank 0 compares all checksums and decides; all ranks get its answer.
         """
         self._task.wait()
-        return broadcast_decision(self._newest_whole() if self.world.is_main else None)
+        return agree(self._newest_whole, on=0)
 
     def best(self) -> CheckpointInfo | None:
         """Return the whole checkpoint with the best metric, or None. Rank 0 decides; all ranks get its answer."""
         self._task.wait()
-        found = None
-        if self.world.is_main:
+
+        def find() -> CheckpointInfo | None:
             ranked = self.retention.best(list_checkpoints(self.folder, verify=False))
-            found = next((info for info in map(_verified, ranked) if info.verified), None)
-        return broadcast_decision(found)
+            return next((info for info in map(_verified, ranked) if info.verified), None)
+
+        return agree(find, on=0)
 
     def load(self, checkpoint: CheckpointInfo | Path | str) -> LoadedCheckpoint:
         """Load a checkpoint on all ranks, at any world size. Nothing in it is executed.
@@ -252,16 +270,12 @@ class Checkpointer:
         """
         info = checkpoint if isinstance(checkpoint, CheckpointInfo) else None
         path = Path(checkpoint) if info is None else info.path  # type: ignore[arg-type]
-        problem = None
-        if self.world.is_main and not (info and info.verified):
-            found = describe(path, verify=True)
-            if not found.verified:
-                problem = f"The checkpoint {path} cannot be loaded: {found.reason}. Use an earlier one."
-        self._raise_first([broadcast_decision(problem)])
+        if not (info and info.verified):
+            agree(lambda: _require_whole(path), on=0)
         if all(gather_objects(path.is_dir())):
             return read_checkpoint(path)
         # Nodes without the folder: no file system is shared, so the ranks get it from rank 0.
-        return broadcast_decision(read_checkpoint(path) if self.world.is_main else None)  # type: ignore[return-value]
+        return agree(lambda: read_checkpoint(path), on=0)
 
     def save_objects(self, step: int, *, metric: float | None = None, **objects: Stateful) -> None:
         """Save objects that have a ``state_dict``, and each rank's random generators; otherwise as ``save``.
@@ -300,15 +314,6 @@ class Checkpointer:
             logger.warning("skipping the damaged checkpoint %s: %s", path.name, info.reason)
         return None
 
-    def _failure(self) -> str | None:
-        error = self._task.take_error()
-        if error is None:
-            return None
-        return (
-            f"The last checkpoint could not be written to {self.folder}: {error}. Earlier checkpoints are whole. "
-            "Make room or mend the folder, then run the same command again to resume."
-        )
-
     def _check_names(self, groups: Mapping[str, object]) -> None:
         for name in groups:
             if not _GROUP_NAME.fullmatch(name) or MARK in name or name.startswith(OWN):
@@ -317,10 +322,11 @@ class Checkpointer:
                     f"not {MARK!r}, and not {OWN!r} at the start."
                 )
 
-    def _raise_first(self, problems: list[str | None]) -> None:
-        for problem in problems:
-            if problem is not None:
-                raise CheckpointError(problem)
+
+def _require_whole(path: Path) -> None:
+    found = describe(path, verify=True)
+    if not found.verified:
+        raise CheckpointError(f"The checkpoint {path} cannot be loaded: {found.reason}. Use an earlier one.")
 
 
 def _verified(info: CheckpointInfo) -> CheckpointInfo:

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from everyrank.errors import ConfigError, did_you_mean
+from everyrank.runtime.agreement import agree
 from everyrank.runtime.logs import get_logger
 from everyrank.runtime.world import World
 from everyrank.training.config import TrainerConfig
-from everyrank.training.placement import on_main
 
 logger = get_logger("training")
 
@@ -50,7 +50,7 @@ class Judge:
         Raises:
             ConfigError: If a metric that is to be watched is not among the numbers.
         """
-        stop, improved = on_main(self._world, lambda: self._judge(epoch, values, validated))
+        stop, improved = agree(lambda: self._judge(epoch, values, validated), on=0)
         if improved:
             self.best = values[self._config.training.best_metric]
         return Verdict(stop, improved)

@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from everyrank.config.yaml_loader import to_yaml
-from everyrank.errors import ConfigError, LaunchEnvironmentError, RankFailedError
+from everyrank.errors import ConfigError, LaunchEnvironmentError
 from everyrank.launch_env.detection import detect
-from everyrank.runtime.collectives import broadcast_decision
+from everyrank.runtime.agreement import agree
 from everyrank.runtime.logs import get_logger, setup_logging
 from everyrank.runtime.process_group import current_world
 from everyrank.runtime.world import World
 from everyrank.training.config import TrainerConfig, plain_config
-
-T = TypeVar("T")
 
 logger = get_logger("training")
 
@@ -94,28 +90,6 @@ def resolve_device(name: str, world: World, key: str = "training.device") -> tor
     return device
 
 
-def on_main(world: World, function: Callable[[], T]) -> T:
-    """Run ``function`` on rank 0 and return its result on every rank. Collective.
-
-    Raises:
-        Exception: What it raised, on rank 0.
-        RankFailedError: On the other ranks, if it raised on rank 0: none waits for nothing.
-    """
-    error: Exception | None = None
-    result: tuple[bool, object] = (False, None)
-    if world.is_main:
-        try:
-            result = (True, function())
-        except Exception as caught:
-            error, result = caught, (False, f"{type(caught).__name__}: {caught}")
-    done, value = broadcast_decision(result)
-    if error is not None:
-        raise error
-    if not done:
-        raise RankFailedError(f"rank 0 failed: {value}", rank=0)
-    return value  # type: ignore[return-value]
-
-
 def make_run_folder(config: TrainerConfig, world: World) -> Path:
     """Make the run's folder with the resolved configuration, and send this rank's log there too. Collective."""
     run = Path(os.path.expanduser(config.training.path))
@@ -130,7 +104,7 @@ def make_run_folder(config: TrainerConfig, world: World) -> Path:
                 "Name another."
             ) from error
 
-    on_main(world, make)
+    agree(make, on=0)
     _log_to(run / "logs" / f"rank-{world.rank}.log", world.rank)
     return run
 

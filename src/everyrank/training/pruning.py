@@ -19,13 +19,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from everyrank.runtime.agreement import agree
 from everyrank.runtime.world import World
-from everyrank.training.placement import on_main
 
 
 def has_trial(world: World, trial: Any) -> bool:
     """Tell whether any rank was given a trial: rank 0's counts. Collective."""
-    return on_main(world, lambda: trial is not None)
+    return agree(lambda: trial is not None, on=0)
 
 
 def report_and_prune(world: World, trial: Any, row: Mapping[str, Any]) -> None:
@@ -46,7 +46,7 @@ def report_and_prune(world: World, trial: Any, row: Mapping[str, Any]) -> None:
         trial.report(value, epoch)
         return bool(trial.should_prune())
 
-    if on_main(world, decide):
+    if agree(decide, on=0):
         import optuna
 
         raise optuna.TrialPruned(f"pruned after epoch {epoch} at {value:.6g}")

@@ -200,5 +200,5 @@ def test_two_runs_at_once_do_not_make_the_same_shard(tmp_path: Path) -> None:
 
 def test_an_unwritable_folder_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match=r"rank 0: .*Set env\.data_dir"):
+    with pytest.raises(DataError, match=r"was to be written to .*Fix: set env\.data_dir"):
         load(tmp_path / "file" / "cache", 3)

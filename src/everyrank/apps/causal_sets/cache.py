@@ -12,6 +12,7 @@ and nothing breaks on a file system without locks. Files are written beside and 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
@@ -30,7 +31,7 @@ from safetensors.numpy import save
 
 from everyrank.apps.causal_sets.samples import GENERATOR_VERSION, Recipe, draw_sample
 from everyrank.errors import DataError
-from everyrank.runtime.collectives import gather_objects
+from everyrank.runtime.agreement import agree
 from everyrank.runtime.logs import get_logger
 from everyrank.runtime.world import World
 
@@ -70,7 +71,7 @@ def load_or_make(folder: Path, recipe: Recipe, num_samples: int, world: World) -
     home = Path(folder) / cache_key(recipe)
     paths = [home / f"shard-{shard:05d}.safetensors" for shard in range(-(-num_samples // SHARD_SIZE))]
     for rank, size in ((world.rank, world.size), (world.local_rank, world.local_size)):
-        _agree(_try_to_make(home, recipe, paths, range(rank, len(paths), size)), home)
+        agree(functools.partial(_make_missing, home, recipe, paths, range(rank, len(paths), size)))
     return [_read(path) or make_shard(recipe, shard) for shard, path in enumerate(paths)]
 
 
@@ -87,11 +88,11 @@ def make_shard(recipe: Recipe, shard: int) -> Arrays:
     }
 
 
-def _try_to_make(home: Path, recipe: Recipe, paths: Sequence[Path], mine: Sequence[int]) -> str | None:
-    """Make this rank's missing shards; return what went wrong, so that no rank waits for one that failed."""
+def _make_missing(home: Path, recipe: Recipe, paths: Sequence[Path], mine: Sequence[int]) -> None:
+    """Make this rank's missing shards."""
     missing = [shard for shard in mine if _read(paths[shard], level=logging.WARNING) is None]
     if not missing:
-        return None
+        return
     try:
         home.mkdir(parents=True, exist_ok=True)
         _replace(home / "recipe.json", (json.dumps(asdict(recipe), indent=1) + "\n").encode())
@@ -100,8 +101,10 @@ def _try_to_make(home: Path, recipe: Recipe, paths: Sequence[Path], mine: Sequen
             for wait in (False, True):
                 missing = [shard for shard in missing if not _make_one(recipe, paths[shard], shard, locks, wait)]
     except OSError as error:
-        return f"{type(error).__name__}: {error}"
-    return None
+        raise DataError(
+            f"The cache of causal sets was to be written to {home}, but this failed: {type(error).__name__}: {error}. "
+            "Fix: set env.data_dir to a folder that every rank can write to, with space left."
+        ) from error
 
 
 def _make_one(recipe: Recipe, path: Path, shard: int, locks: _ShardLocks, wait: bool) -> bool:
@@ -147,17 +150,6 @@ def _replace(path: Path, content: bytes) -> None:
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
-
-
-def _agree(problem: str | None, home: Path) -> None:
-    """Wait for all ranks; raise on all of them if one could not write its part."""
-    problems = gather_objects(problem)
-    failed = [f"rank {rank}: {text}" for rank, text in enumerate(problems) if text]
-    if failed:
-        raise DataError(
-            f"The cache of causal sets was to be written to {home}, but this failed on {'; '.join(failed)}. "
-            "Set env.data_dir to a folder that every rank can write to, with space left."
-        )
 
 
 class _ShardLocks:

@@ -12,11 +12,12 @@ import torch
 
 from everyrank.checkpoint.checkpointer import Checkpointer, LoadedCheckpoint
 from everyrank.checkpoint.folder import list_checkpoints, new_token
+from everyrank.runtime.agreement import agree
 from everyrank.runtime.collectives import barrier, broadcast_decision, gather_objects
 from everyrank.runtime.logs import get_logger
 from everyrank.runtime.world import World
 from everyrank.training.config import TrainingConfig
-from everyrank.training.placement import on_main, set_aside
+from everyrank.training.placement import set_aside
 from everyrank.training.saving.ledger import Ledger
 from everyrank.training.saving.reload import find_in
 from everyrank.training.seeding import capture_rng
@@ -43,7 +44,7 @@ class Persistence:
 
     def __init__(self, run: Path, world: World, config: TrainingConfig, device: torch.device) -> None:
         self._world, self._device = world, device
-        source = on_main(world, lambda: _source(run, config.resume))
+        source = agree(lambda: _source(run, config.resume), on=0)
         self.checkpointer = Checkpointer(
             run / "checkpoints",
             world=world,
@@ -58,7 +59,7 @@ class Persistence:
         self.ledger = Ledger(run / "ledger", world) if config.ledger else None
         if self.ledger is not None:
             ledger = self.ledger
-            on_main(world, lambda: ledger.resume(self._last_saved))
+            agree(lambda: ledger.resume(self._last_saved), on=0)
 
     def save(
         self,
@@ -111,7 +112,7 @@ class Persistence:
 
     def finish(self) -> None:
         """Wait until the last checkpoint is on disk. Collective."""
-        on_main(self._world, self.checkpointer.wait)
+        agree(self.checkpointer.wait, on=0)
         if self.ledger is not None:
             self.ledger.confirm(self._last_saved)
 
