@@ -55,6 +55,7 @@ PUBLIC = [
 ]
 # From the ground up: a room imports itself and the rooms before it.
 FLOORS = (
+    "lint",
     "launch_env",
     "config",
     "models",

@@ -28,6 +28,7 @@ everyrank COMMAND --help tells more of each.
 # Each is a module with a line of help as its docstring's first line and main(argv) -> exit code.
 _COMMANDS = {
     "certify": "everyrank.cli.commands.certify",
+    "check": "everyrank.cli.commands.check",
     "checkpoints": "everyrank.cli.commands.checkpoints",
     "export": "everyrank.cli.commands.export",
     "plan": "everyrank.cli.commands.plan",
