@@ -18,8 +18,8 @@ _HEAD = """\
 
 <!-- Made from the docstrings of the rules: python -m everyrank.lint.pages > docs/check/rules.md -->
 
-A rule is on by default unless it is called a hint: hints are often a choice and no mistake; select them by their code or
-with `--select ALL`. A safe fix is applied by `--fix`, an unsafe one by `--fix --unsafe`.
+A rule is on by default unless it is called a hint: hints are often a choice and no mistake. Select them by their code
+or with `--select ALL`. A safe fix is applied by `--fix`, an unsafe one by `--fix --unsafe`.
 
 `ER000` stands for a file that does not parse. It is always reported, unless it is ignored by its whole code.
 """
