@@ -6,7 +6,7 @@ import functools
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, NamedTuple
@@ -16,6 +16,7 @@ import torch
 from everyrank.checkpoint.encoding import encode_json
 from everyrank.checkpoint.folder import (
     CheckpointInfo,
+    checkpoint_name,
     checkpoint_paths,
     describe,
     list_checkpoints,
@@ -74,6 +75,7 @@ class Checkpointer:
             ranks.
         sharded: Each rank writes its own parts of distributed tensors (FSDP2), into a folder that all ranks share,
             instead of gathering them whole on rank 0.
+        after_write: Called on rank 0, in the writer's thread, with the folder of each checkpoint that is whole on disk.
 
     Example:
         >>> with Checkpointer(run / "checkpoints", world=world) as checkpointer:
@@ -92,11 +94,13 @@ class Checkpointer:
         metric_mode: Literal["min", "max"] = "min",
         background: bool = True,
         sharded: bool = False,
+        after_write: Callable[[Path], None] | None = None,
     ) -> None:
         self.folder = Path(folder)
         self.world = world
         self.background = background
         self.sharded = sharded
+        self._after_write = after_write
         self.retention = Retention(
             keep_last=keep_last, keep_best=keep_best, keep_every=keep_every, metric_mode=metric_mode
         )
@@ -211,8 +215,19 @@ class Checkpointer:
         if self.world.is_main:
             write_checkpoint(self.folder, job)
             self.retention.apply(self.folder)
+            if self._after_write is not None:
+                self._call_after_write(self.folder / checkpoint_name(job.step))
         else:
             write_parts(self.folder, job, self.world.rank)
+
+    def _call_after_write(self, path: Path) -> None:
+        assert self._after_write is not None
+        try:
+            self._after_write(path)
+        except Exception as error:
+            raise CheckpointError(
+                f"{path} is saved, but what was to be done with it then failed: {type(error).__name__}: {error}"
+            ) from error
 
     def check(self) -> None:
         """Raise the writer's error, if it has had one. Not collective and without waiting: cheap enough for every step.
@@ -221,6 +236,8 @@ class Checkpointer:
             CheckpointError: On rank 0, if the last checkpoint could not be written.
         """
         error = self._task.take_error()
+        if isinstance(error, CheckpointError):
+            raise error
         if error is not None:
             raise CheckpointError(
                 f"The last checkpoint could not be written to {self.folder}: {error}. Earlier checkpoints are whole. "

@@ -206,6 +206,8 @@ def _shown(value: Any) -> str:
 def fields_at(schema: Any, path: list[str]) -> list[str]:
     """Return the names of the keys a schema has under ``path``."""
     for part in path:
+        if part.isdigit():  # an item of a list of sections
+            continue
         nested = section_of(typing.get_type_hints(schema).get(part))
         if nested is None:
             return []
@@ -217,6 +219,6 @@ def section_of(annotation: Any) -> Any:
     """Return the section class within an annotation such as ``Section | None``, or None."""
     if dataclasses.is_dataclass(annotation):
         return annotation
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType, list):
         return next((found for arg in typing.get_args(annotation) if (found := section_of(arg)) is not None), None)
     return None

@@ -16,6 +16,7 @@ from everyrank.training.config_data import EvaluatorConfig
 from everyrank.training.early_stopping import DefaultEarlyStopping
 from everyrank.training.evaluation.evaluators import DefaultTester, DefaultValidator
 from everyrank.training.parallel.wrapping import prepare_module
+from everyrank.training.parameter_groups import optimizer_groups
 from everyrank.training.placement import resolve_device
 from everyrank.training.seeding import seed_everywhere
 from everyrank.training.step import AUTOCAST, DTYPES
@@ -54,13 +55,13 @@ def build_optimizer(module: nn.Module, config: TrainingConfig) -> torch.optim.Op
     Raises:
         ConfigError: If there are none, or the class refuses its arguments.
     """
-    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    if not parameters:
+    if not any(parameter.requires_grad for parameter in module.parameters()):
         raise ConfigError(
             f"The model ({type(module).__name__}) has no trainable parameters, so there is nothing to train."
         )
     kind, args, kwargs = config.optimizer_type, config.optimizer_args, config.optimizer_kwargs
-    return construct("training.optimizer_type", kind, parameters, *args, **kwargs)
+    groups = optimizer_groups(module, config.parameter_groups)
+    return construct("training.optimizer_type", kind, groups, *args, **kwargs)
 
 
 def build_scheduler(optimizer: torch.optim.Optimizer, config: SchedulerConfig | None) -> Any:

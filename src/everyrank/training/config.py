@@ -13,6 +13,7 @@ from everyrank.config.schema import Bool, Float, Int, ObjectRef, as_mapping, bui
 from everyrank.errors import did_you_mean
 from everyrank.training.config_data import DataConfig, EarlyStoppingConfig, TestingConfig, ValidationConfig
 from everyrank.training.parallel.config import ParallelConfig
+from everyrank.training.parameter_groups import FrozenConfig, ParameterGroupConfig
 
 
 @section
@@ -64,7 +65,12 @@ class TrainingConfig:
     """The training itself."""
 
     path: str = field(doc="The run's folder: configuration, logs, history, checkpoints and figures go here.")
-    num_epochs: Int = field(ge=0, doc="Number of passes over the training data.")
+    num_epochs: Int | None = field(
+        default=None, ge=0, doc="Number of passes over the training data. Give this or `num_steps`."
+    )
+    num_steps: Int | None = field(
+        default=None, ge=1, doc="Number of optimizer steps, over as many passes as that takes, the last maybe in part."
+    )
     batch_size: Int | None = field(
         default=None, ge=1, doc="Samples per rank: a global batch has `batch_size` x world size samples."
     )
@@ -90,6 +96,16 @@ class TrainingConfig:
     )
     optimizer_args: list[Any] = field(factory=list, doc="Positional arguments after the parameters.")
     optimizer_kwargs: dict[str, Any] = field(factory=dict, doc="Keyword arguments: `lr`, `weight_decay`, ...")
+    parameter_groups: list[ParameterGroupConfig] = field(
+        factory=list,
+        doc="Parameters with optimizer settings of their own. A parameter goes to the first group that names it; those "
+        "that none names come first in the optimizer, with `optimizer_kwargs` alone.",
+    )
+    frozen: list[FrozenConfig] = field(
+        factory=list,
+        doc="Parts that are not trained at first: their gradients are dropped before clipping, so that the optimizer "
+        "passes them over.",
+    )
     scheduler: SchedulerConfig | None = field(default=None, doc="Learning-rate scheduler; null keeps the rate.")
     clip_grad_norm: Float | None = field(default=None, gt=0, doc="Scale gradients down to this total 2-norm.")
     clip_grad_value: Float | None = field(default=None, gt=0, doc="Clip each gradient element to this magnitude.")
@@ -121,6 +137,11 @@ class TrainingConfig:
     resume: str = field(
         default="auto",
         doc="`auto`: go on from the newest whole checkpoint of the run's folder; `never`; or a checkpoint's path.",
+    )
+    after_save: ObjectRef | None = field(
+        default=None,
+        doc="A function that rank 0 calls with a `SavedTraining` when a checkpoint is whole on the disk, beside the "
+        "training, in the writer's thread. What it raises ends the run, as a checkpoint that cannot be written does.",
     )
     ledger: Bool = field(
         default=False, doc="Write the sample ids of every committed optimizer step to the run's `ledger/`."
@@ -233,6 +254,16 @@ def _contradictions(config: TrainerConfig) -> list[str]:
             (training.batch_size is None) == (training.global_batch_size is None),
             "training: give either batch_size (samples per rank) or global_batch_size (samples over all ranks), "
             f"but {'both' if training.batch_size else 'neither'} was found.",
+        ),
+        (
+            (training.num_epochs is None) == (training.num_steps is None),
+            "training: give either num_epochs (passes over the data) or num_steps (optimizer steps), but "
+            f"{'neither' if training.num_epochs is None else 'both'} was found.",
+        ),
+        (
+            config.validation.every_n_steps is not None and config.validation.every != 1,
+            f"validation: every {config.validation.every} (epochs) and every_n_steps {config.validation.every_n_steps} "
+            "were found; give one.",
         ),
         (
             training.scheduler is not None

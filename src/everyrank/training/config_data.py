@@ -99,6 +99,9 @@ class ValidationConfig:
         default=None, ge=1, doc="Batches each loader process reads ahead; null is PyTorch's 2."
     )
     every: Int = field(default=1, ge=1, doc="Validate after every n-th epoch (and the last).")
+    every_n_steps: Int | None = field(
+        default=None, ge=1, doc="Validate after every n-th optimizer step, and at the end, instead of after epochs."
+    )
     on: Literal["all", "rank0"] = field(
         default="all",
         doc="`all`: every rank takes its share, sums are added. `rank0`: rank 0 does all of it, the others wait.",

@@ -45,6 +45,7 @@ def build_loader(
     seed: int,
     shuffle: bool,
     collate_fn: Callable[[list[Any]], Any] | None = None,
+    drop_last: bool | None = None,
 ) -> Any:
     """Return a loader of this rank's shares of global batches.
 
@@ -57,6 +58,7 @@ def build_loader(
         seed: Seed of the order.
         shuffle: Whether each epoch has a new order.
         collate_fn: Makes a batch of a list of samples.
+        drop_last: Whether a short last batch is left out; None: as the options say.
     """
     sampler = GlobalBatchSampler(
         num_samples(dataset),
@@ -65,7 +67,7 @@ def build_loader(
         world_size=world_size,
         seed=seed,
         shuffle=shuffle,
-        drop_last=options.drop_last,
+        drop_last=options.drop_last if drop_last is None else drop_last,
     )
     loader = make_loader(
         dataset,
@@ -160,9 +162,9 @@ def prepare_loaders(
         collate_fn: Makes a batch of a list of samples; None for the usual one.
 
     Raises:
-        DataError: If the training data are missing or empty.
+        DataError: If the training data are empty, or there are no data at all.
     """
-    if datasets[0] is None or num_samples(datasets[0]) == 0:
+    if all(dataset is None for dataset in datasets) or (datasets[0] is not None and num_samples(datasets[0]) == 0):
         raise DataError(
             "There is no training data. Either pass it, prepare_dataloaders(dataset=...) or "
             "prepare_dataloaders(train_dataset=..., val_dataset=..., test_dataset=...), or configure it: "

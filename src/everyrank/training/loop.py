@@ -2,27 +2,27 @@
 
 A step itself does nothing but train. What costs a collective, a wait for the device or a file (losses of all ranks,
 finiteness, history, progress, the cursor, signals) happens at *sync points*: every half second or so, and wherever a
-checkpoint is due; with local updates, where the ranks meet. Rank 0 measures how long steps take; its measurement
-travels with the losses, so that all ranks place the next sync point at the same step.
+checkpoint or a validation is due; with local updates, where the ranks meet. Rank 0 measures how long steps take; its
+measurement travels with the losses, so that all ranks place the next sync point at the same step.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from everyrank.data.sampler import GlobalBatchSampler
-from everyrank.errors import DataError, NonFiniteLossError
+from everyrank.errors import NonFiniteLossError
 from everyrank.runtime.collectives import gather_objects, reduce_sum
 from everyrank.runtime.logs import get_logger
 from everyrank.runtime.world import World
 from everyrank.training.config import TrainingConfig
-from everyrank.training.failures import SignalNoticed, describe_samples, explain
+from everyrank.training.failures import describe_samples, explain
 from everyrank.training.loaders import sampler_of
 from everyrank.training.saving.ledger import Ledger
 from everyrank.training.step import TrainStep
@@ -32,6 +32,9 @@ logger = get_logger("training")
 
 _SYNC_EVERY_S = 0.5
 _MAX_STEPS_BETWEEN_SYNCS = 1024
+
+LossRow = tuple[int, float, float | None]
+"""Step, mean loss of its samples, learning rate; the newest loss, which is only shown, has no rate."""
 
 
 @dataclass
@@ -80,8 +83,7 @@ class EpochLoop:
         position: Where the run is; kept up to date at sync points (``step`` always).
         history: Where losses are recorded.
         ledger: Where samples are recorded, or None.
-        at_sync: Called at each sync point, on all ranks, with the last loss.
-        save: Called where a checkpoint by steps is due, on all ranks.
+        stops: Each n-th step of these is a sync point.
     """
 
     def __init__(
@@ -93,24 +95,27 @@ class EpochLoop:
         position: Position,
         history: History,
         ledger: Ledger | None,
-        at_sync: Callable[[list[tuple[int, float, float | None]]], None],
-        save: Callable[[], None],
+        stops: Sequence[int],
     ) -> None:
         self.step, self.world, self.config = step, world, config
         self.position, self.history, self.ledger = position, history, ledger
-        self._at_sync, self._save = at_sync, save
         self.sync_every = 1
+        self._stops = stops
         self._losses: list[torch.Tensor] = []
         self._steps: list[_Step] = []
         self._since_s = 0.0
 
-    def run(self, loader: Any) -> None:
-        """Train from the sampler's cursor to the end of its epoch."""
+    def run(self, loader: Any) -> Iterator[list[LossRow]]:
+        """Train from the sampler's cursor to the end of its epoch, or to the run's last step.
+
+        Yields:
+            At each sync point, on all ranks: the recorded losses since the last, and the newest one.
+        """
         sampler = sampler_of(loader, "the training loader")
         batch, num_batches = sampler.next_batch, len(sampler)
         try:
-            self._run(loader, sampler, batch, num_batches)
-        except (NonFiniteLossError, SignalNoticed):
+            yield from self._run(loader, sampler, batch, num_batches)
+        except NonFiniteLossError:
             raise
         except Exception as error:
             told = explain(error, self.world, self._where(sampler))
@@ -118,14 +123,16 @@ class EpochLoop:
                 raise
             raise told from error
 
-    def _run(self, loader: Any, sampler: GlobalBatchSampler, batch: int, num_batches: int) -> None:
+    def _run(self, loader: Any, sampler: GlobalBatchSampler, batch: int, num_batches: int) -> Iterator[list[LossRow]]:
         step, position, steps, losses = self.step, self.position, self._steps, self._losses
         every, log_every = self.config.accumulation_steps, self.config.log_every_steps
         rates = step.optimizer.param_groups[0]
         full_weights, full_count = self._weights(sampler, 0, every) if every < num_batches else ([], 0)
+        left = num_batches if self.config.num_steps is None else every * (self.config.num_steps - position.step)
+        end = min(num_batches, batch + left)
         iterator = iter(loader)
         self._since_s, next_sync = time.monotonic(), self._next_sync()
-        while batch < num_batches:
+        while batch < end:
             if batch + every < num_batches:
                 weights, count, taken = full_weights, full_count, every
             else:
@@ -138,14 +145,13 @@ class EpochLoop:
             losses.append(loss)
             batch += taken
             if number >= next_sync:
-                self.synchronize(sampler)
-                next_sync = self._next_sync()
-        self.synchronize(sampler)
+                yield self._synchronize(sampler)
+                self._since_s, next_sync = time.monotonic(), self._next_sync()
+        if losses:
+            yield self._synchronize(sampler)
 
-    def synchronize(self, sampler: GlobalBatchSampler) -> None:
+    def _synchronize(self, sampler: GlobalBatchSampler) -> list[LossRow]:
         """Bring everything up to date with the steps taken since the last time. Collective."""
-        if not self._losses:
-            return
         steps, losses = list(self._steps), torch.stack(self._losses).double()
         elapsed_s = time.monotonic() - self._since_s if self.world.is_main else 0.0
         # With local updates each rank skips for itself; otherwise all have skipped the same steps.
@@ -154,7 +160,7 @@ class EpochLoop:
         means = [total / self.world.size for total in shared[: len(steps)]]
         if not all(math.isfinite(mean) for mean in means):
             self._not_finite(sampler, losses.tolist(), means)
-        rows = []
+        rows: list[LossRow] = []
         num_skips = shared[len(steps) + 1 :] or [step.skipped for step in steps]
         for step, mean, num_skip in zip(steps, means, num_skips, strict=True):
             step.skipped = bool(num_skip)
@@ -170,11 +176,7 @@ class EpochLoop:
         self._place_next(shared[len(steps)] / len(steps))
         if self.step.local is not None and self.step.local.is_due(self.position.step):
             self.step.local.meet()
-        every = self.config.checkpoint_every_steps
-        if every is not None and self.position.step % every == 0:
-            self._save()
-        self._at_sync([*rows, (self.position.step, means[-1], None)])
-        self._since_s = time.monotonic()
+        return [*rows, (self.position.step, means[-1], None)]
 
     def _record(self, sampler: GlobalBatchSampler, step: _Step, mean: float) -> None:
         if step.skipped:
@@ -205,11 +207,11 @@ class EpochLoop:
 
     def _next_sync(self) -> int:
         """Return the step of the next sync point, the same on all ranks."""
-        step, every = self.position.step, self.config.checkpoint_every_steps
+        step = self.position.step
         wanted = step + self.sync_every
         if self.step.local is not None:
             wanted = self.step.local.next_sync(step, wanted)
-        return wanted if every is None else min(wanted, step - step % every + every)
+        return min([wanted, *(step - step % every + every for every in self._stops)])
 
     def _place_next(self, step_s: float) -> None:
         wanted = int(_SYNC_EVERY_S / max(step_s, 1e-9))
@@ -251,9 +253,3 @@ class EpochLoop:
             return where
         samples = self._samples(sampler, _Step(0, batch, taken, 0, False, None))
         return f"{where}, samples {describe_samples(samples)}"
-
-
-def check_epoch_length(loader: Any, name: str) -> None:
-    """Raise DataError if a loader has nothing to give."""
-    if len(loader) == 0:
-        raise DataError(f"{name} is empty. Give it data, or leave it out.")

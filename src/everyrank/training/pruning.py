@@ -21,6 +21,7 @@ from typing import Any
 
 from everyrank.runtime.agreement import agree
 from everyrank.runtime.world import World
+from everyrank.training.config_data import ValidationConfig
 
 
 def has_trial(world: World, trial: Any) -> bool:
@@ -28,25 +29,29 @@ def has_trial(world: World, trial: Any) -> bool:
     return agree(lambda: trial is not None, on=0)
 
 
-def report_and_prune(world: World, trial: Any, row: Mapping[str, Any]) -> None:
-    """Report an epoch's value to the trial and stop on all ranks if it is to be pruned. Collective.
+def report_and_prune(world: World, trial: Any, row: Mapping[str, Any], config: ValidationConfig) -> None:
+    """Report a result to the trial and stop on all ranks if it is to be pruned. Collective.
 
     Args:
         world: The joined world.
         trial: Rank 0's trial; what the other ranks pass is ignored.
-        row: The epoch's row of the history; its validation loss is reported (without validation, its training loss).
+        row: A row of the history: of an epoch, whose validation loss is reported (without validation, its training
+            loss); or of a validation, if the run validates after a number of steps, by which it is then counted.
+        config: The ``validation`` section.
 
     Raises:
-        optuna.TrialPruned: On every rank, in the same epoch.
+        optuna.TrialPruned: On every rank, at the same step.
     """
-
-    value, epoch = float(row.get("val_loss", row["train_loss"])), int(row["epoch"])
+    unit = "epoch" if config.every_n_steps is None else "step"
+    if unit == "step" and "val_loss" not in row:
+        return
+    value, number = float(row.get("val_loss", row.get("train_loss"))), int(row[unit])
 
     def decide() -> bool:
-        trial.report(value, epoch)
+        trial.report(value, number)
         return bool(trial.should_prune())
 
     if agree(decide, on=0):
         import optuna
 
-        raise optuna.TrialPruned(f"pruned after epoch {epoch} at {value:.6g}")
+        raise optuna.TrialPruned(f"pruned after {unit} {number} at {value:.6g}")

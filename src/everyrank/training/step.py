@@ -20,6 +20,7 @@ from everyrank.training.config import TrainerConfig, TrainingConfig
 from everyrank.training.ema import WeightAverage
 from everyrank.training.parallel.local_updates import LocalUpdates
 from everyrank.training.parallel.wrapping import without_sync
+from everyrank.training.parameter_groups import Frozen
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
@@ -39,6 +40,7 @@ class TrainStep:
         scheduler: A scheduler to step after each optimizer step, or None.
         ema: A weight average to update after each optimizer step, or None.
         local: Local updates, or None.
+        frozen: Parts that are frozen at first, or None.
     """
 
     def __init__(
@@ -53,8 +55,9 @@ class TrainStep:
         scheduler: Any = None,
         ema: WeightAverage | None = None,
         local: LocalUpdates | None = None,
+        frozen: Frozen | None = None,
     ) -> None:
-        self.local = local
+        self.local, self.frozen = local, frozen
         self.model, self.module, self.optimizer = model, module, optimizer
         self.criterion, self.apply_model = criterion, apply_model
         self.config, self.device, self.scheduler, self.ema = config, device, scheduler, ema
@@ -68,9 +71,8 @@ class TrainStep:
         )
         self._move = make_mover(device, DTYPES[config.dtype] if config.dtype else None)
         self._autocast = AUTOCAST[config.mixed_precision] if config.mixed_precision else None
-        self._is_plain = not any(
-            (config.mixed_precision, config.clip_grad_norm, config.clip_grad_value, scheduler, ema, self._move, local)
-        ) and (config.nan_policy != "skip")
+        own_ways = (config.mixed_precision, config.clip_grad_norm, config.clip_grad_value, config.nan_policy == "skip")
+        self._is_plain = not any((*own_ways, scheduler, ema, self._move, local, frozen))
         self._checked = False
 
     def __call__(self, batches: Iterator[Any], weights: Sequence[float]) -> Tensor:
@@ -164,6 +166,8 @@ class TrainStep:
         if local is not None:
             local.before_step(self._parameters)
         is_apart = local is not None and local.is_apart
+        if self.frozen is not None and not self.frozen.drop_gradients():
+            self.frozen = None
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         if config.clip_grad_norm is not None:
@@ -212,23 +216,29 @@ class _Chain(Iterator[Any]):
         return self._first.pop() if self._first else next(self._rest)
 
 
-def step_at_epoch_end(scheduler: Any, config: TrainerConfig, values: Mapping[str, float]) -> None:
+def step_by_results(scheduler: Any, config: TrainerConfig, values: Mapping[str, float], *, epoch_ended: bool) -> None:
     """Step a scheduler whose ``interval`` is ``epoch``; nothing for the others.
+
+    ``ReduceLROnPlateau`` is given its metric where that is measured: after an epoch, or after a validation.
 
     Args:
         scheduler: The scheduler, or None.
         config: The whole configuration.
-        values: The epoch's numbers.
+        values: The numbers of the epoch or validation.
+        epoch_ended: Whether it was an epoch.
 
     Raises:
         ConfigError: If the metric that ``ReduceLROnPlateau`` is to be given is not among them.
     """
-    section = config.training.scheduler
+    section, validation = config.training.scheduler, config.validation
     if section is None or section.interval != "epoch":
         return
+    is_of_validation = section.metric.startswith("val_")
     if not isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-        scheduler.step()
+        if epoch_ended:
+            scheduler.step()
     elif section.metric in values:
-        scheduler.step(values[section.metric])
-    elif config.validation.every == 1 or not section.metric.startswith("val_"):
+        if epoch_ended or is_of_validation:
+            scheduler.step(values[section.metric])
+    elif not is_of_validation or (validation.every == 1 and validation.every_n_steps is None):
         raise ConfigError(f"training.scheduler.metric is {section.metric!r}, but the run has {', '.join(values)}.")

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +17,23 @@ from everyrank.training import build
 from everyrank.training.config import TrainerConfig, read_config
 from everyrank.training.decisions import Judge
 from everyrank.training.ema import WeightAverage
-from everyrank.training.evaluation.evaluators import DefaultValidator, EvaluationResult
-from everyrank.training.failures import SignalNoticed, explain
-from everyrank.training.loaders import num_samples, prepare_loaders, sampler_of
-from everyrank.training.loop import EpochLoop, Position
+from everyrank.training.evaluation.evaluation import Evaluation
+from everyrank.training.evaluation.evaluators import EvaluationResult
+from everyrank.training.failures import SignalNoticed
+from everyrank.training.loaders import build_loader, num_samples, prepare_loaders, sampler_of
+from everyrank.training.loop import Position
 from everyrank.training.parallel.local_updates import make_local_updates
 from everyrank.training.parallel.own_state import pack_own
-from everyrank.training.parallel.wrapping import powersgd_of, send_buffers, wrap
+from everyrank.training.parallel.wrapping import powersgd_of, wrap
+from everyrank.training.parameter_groups import Frozen
 from everyrank.training.placement import make_run_folder, notice_differences, resolve_device, resolve_world
 from everyrank.training.pruning import has_trial, report_and_prune
+from everyrank.training.run_loop import RunLoop
 from everyrank.training.saving.persistence import Persistence
 from everyrank.training.saving.reload import load_model
-from everyrank.training.saving.state import pack, unpack
+from everyrank.training.saving.state import pack, put_foreign, unpack
 from everyrank.training.seeding import restore_rng, seed_rank
-from everyrank.training.step import TrainStep, step_at_epoch_end
+from everyrank.training.step import TrainStep
 from everyrank.training.tracking.history import History, Row
 from everyrank.training.tracking.observers import Observers
 
@@ -89,6 +91,7 @@ class TrainerDDP:
         self.scheduler = build.build_scheduler(self.optimizer, training.scheduler)
         self.ema = WeightAverage(self.module, training.ema) if training.ema else None
         self._local = make_local_updates(self.module, self.config.parallel, self.world, self.ema)
+        self._frozen = Frozen(self.module, training.frozen) if training.frozen else None
         self.run = make_run_folder(self.config, self.world)  # only now: what is wrong above leaves no file behind
         self.history = History(self.run / "history.jsonl" if self.world.is_main else None)
         by_step = training.scheduler is not None and training.scheduler.interval == "step"
@@ -103,21 +106,32 @@ class TrainerDDP:
             scheduler=self.scheduler if by_step else None,
             ema=self.ema,
             local=self._local,
+            frozen=self._frozen,
         )
-        self._judge = Judge(self.config, self.world, self.early_stopping)
+        self._evaluation = Evaluation(self.module, self.world, self.ema, self._local)
         self._position = Position()
-        self._stopped_early = False
-        self._sync_every = 1
+        self._loop = RunLoop(
+            config=self.config,
+            world=self.world,
+            position=self._position,
+            history=self.history,
+            step=self._step,
+            scheduler=self.scheduler,
+            judge=Judge(self.config, self.world, self.early_stopping),
+            evaluation=self._evaluation,
+            validator=self.validator,
+            save=self._save,
+        )
         self._train_loader: Any = None
         self._loaders: tuple[Any, Any, Any] | None = None
-        self._watch: PreemptionWatch | None = None
+        self._is_foreign = False
         self.global_batch_size = training.global_batch_size or (training.batch_size or 0) * self.world.size
         self._persistence = Persistence(self.run, self.world, training, self.device)
         self._resume_from = self._persistence.loaded
         if self._resume_from is not None:
             self._restore(self._resume_from)
         else:
-            self.history.load_state_dict({"num_rows": 0, "epochs": []})
+            self.history.load_state_dict({"num_rows": 0, "rows": []})
 
     @property
     def epoch(self) -> int:
@@ -154,7 +168,7 @@ class TrainerDDP:
             Three loaders of this rank's shares; None for a part without data.
 
         Raises:
-            DataError: If no data are given or configured, or the training data are empty.
+            DataError: If no data are given or configured, or the dataset or the training data are empty.
         """
         data = self.config.data
         if dataset is None and train_dataset is None and data is not None:
@@ -182,7 +196,8 @@ class TrainerDDP:
             until_epoch: Return when this many epochs are done; the next call goes on. By default all.
 
         Returns:
-            The training and the validation history: a row (a dictionary) for each epoch, those before a resume too.
+            The training and the validation history: a row (a dictionary) for each epoch and for each validation, those
+            before a resume too. An epoch that the run ends in the middle of has a row as far as it went.
 
         Raises:
             Preempted: A signal asked to stop; a checkpoint is saved, and the same command goes on from it.
@@ -191,6 +206,8 @@ class TrainerDDP:
         """
         if train_loader is None:
             train_loader, val_loader, _ = self._loaders or self.prepare_dataloaders()
+        if train_loader is None:
+            raise DataError("There is no training data. Give prepare_dataloaders a train_dataset, or configure `data`.")
         self._train_loader = train_loader
         self._start_from_here(train_loader)
         is_trial = has_trial(self.world, trial)
@@ -201,15 +218,18 @@ class TrainerDDP:
             stack.enter_context(observers)
             for loader in (train_loader, val_loader):
                 stack.enter_context(getattr(loader, "shield", nullcontext()))
-            self._watch = stack.enter_context(PreemptionWatch()) if self.config.training.handle_signals else None
+            self._loop.watch = stack.enter_context(PreemptionWatch()) if self.config.training.handle_signals else None
             try:
-                for row in self._epochs(train_loader, val_loader, observers, until_epoch):
+                self.model.train()
+                for row in self._loop.run(train_loader, val_loader, self._persistence.ledger, observers, until_epoch):
+                    observers.results(row)
                     if is_trial:
-                        report_and_prune(self.world, trial, row)
+                        report_and_prune(self.world, trial, row, self.config.validation)
             except SignalNoticed as noticed:
                 signal_name = str(noticed)
                 self._save(None)
-            self._meet()
+            if self._local is not None:
+                self._local.meet()
             self._persistence.finish()
         if signal_name is not None:
             raise Preempted(
@@ -230,10 +250,68 @@ class TrainerDDP:
         loader = test_loader if test_loader is not None else (self._loaders or self.prepare_dataloaders())[2]
         if loader is None:
             raise DataError("There is no test data: the split leaves none, or no test_dataset was given.")
-        result = self._evaluate(self.tester, loader, None)
+        result = self._evaluation.evaluate(self.tester, loader, self._position)
         self.tester.report(result)
         self.history.add_other("test", {"step": self.step, **result.as_dict()})
         return result
+
+    def predict(
+        self, dataset: Any, function: Callable[[Any, Any], Any] = lambda output, data: output, batch_size: int = 64
+    ) -> Any:
+        """Return what the model says of every sample of a dataset. Collective; every rank gets all of it.
+
+        The ranks share the samples, each of which is asked about once. The model is the one that is validated.
+
+        Args:
+            dataset: A map-style dataset, not empty.
+            function: ``(output, data)`` of a batch to a tensor, or a mapping of tensors, with a row for each sample.
+            batch_size: Samples per rank and batch.
+
+        Returns:
+            The function's tensors for the whole dataset, in its order, on the CPU.
+
+        Raises:
+            DataError: If the dataset is empty, or the function gives no row for each sample.
+        """
+        loader = build_loader(
+            dataset,
+            self.config.testing,
+            global_batch_size=batch_size * self.world.size,
+            rank=self.world.rank,
+            world_size=self.world.size,
+            seed=self.config.training.seed,
+            shuffle=False,
+            drop_last=False,
+        )
+        return self._evaluation.predict(self.tester, loader, function, self._position)
+
+    def start_from(
+        self,
+        step: int,
+        model: Mapping[str, Any],
+        average: Mapping[str, Any] | None = None,
+        optimizer: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Go on from weights of another program, as if this run had done ``step`` optimizer steps.
+
+        Every rank calls it with the same values, before ``run_training``. Learning rates are the configuration's at that
+        step, and randomness starts anew.
+
+        Args:
+            step: Optimizer steps done.
+            model: The model's state dict.
+            average: A state dict of averaged weights; None: the model's, where the run keeps an average.
+            optimizer: The optimizer's state dict; None starts its state anew.
+
+        Raises:
+            CheckpointError: If they do not fit.
+        """
+        parts = {"module": self.module, "ema": self.ema, "optimizer": self.optimizer}
+        put_foreign(step, model, average, optimizer, **parts, scheduler=self._step.scheduler)
+        self._position.step = step
+        self._resume_from, self._is_foreign = None, True
+        if self._frozen is not None:
+            self._frozen.num_steps = step
 
     def save_checkpoint(self) -> Path:
         """Save a checkpoint of this moment and return its folder when it is on disk. Collective."""
@@ -245,111 +323,18 @@ class TrainerDDP:
 
     load_model = staticmethod(load_model)
 
-    def _epochs(
-        self, train_loader: Any, val_loader: Any, observers: Observers, until_epoch: int | None
-    ) -> Iterator[Row]:
-        """Train epoch after epoch; yield the row of each when all is decided and saved."""
-        training = self.config.training
-
-        def at_sync(rows: list[tuple[int, float, float | None]]) -> None:
-            observers.steps(self._position, rows)
-            self._stop_if_signalled()
-
-        loop = EpochLoop(
-            step=self._step,
-            world=self.world,
-            config=training,
-            position=self._position,
-            history=self.history,
-            ledger=self._persistence.ledger,
-            at_sync=at_sync,
-            save=lambda: self._save(None),
-        )
-        loop.sync_every = self._sync_every  # what an earlier call has found
-        self.model.train()
-        num_epochs = min(training.num_epochs, until_epoch if until_epoch is not None else training.num_epochs)
-        while self._position.epoch < num_epochs and not self._stopped_early:
-            started = time.monotonic()
-            loop.run(train_loader)
-            self._sync_every = loop.sync_every
-            result = self._validate(val_loader, loop.sync_every)
-            row = self._end_epoch(result, time.monotonic() - started)
-            observers.epoch(row)
-            yield row
-
-    def _validate(self, val_loader: Any, look_up_every: int) -> EvaluationResult | None:
-        """Validate if it is due; signals are looked up every ``look_up_every`` batches."""
-        epoch, validation = self._position.epoch, self.config.validation
-        if val_loader is None or ((epoch + 1) % validation.every and epoch + 1 != self.config.training.num_epochs):
-            return None
-
-        def look_up() -> None:
-            if (self.validator.batch + 1) % look_up_every == 0:
-                self._stop_if_signalled()
-
-        result = self._evaluate(self.validator, val_loader, look_up if validation.on == "all" else None)
-        self._stop_if_signalled()
-        self.validator.report(result)
-        return result
-
-    def _end_epoch(self, result: EvaluationResult | None, seconds: float) -> Row:
-        """Record the epoch, decide, step the scheduler, move on and save what is due."""
-        training, position = self.config.training, self._position
-        values = {"train_loss": position.mean_loss}
-        if result is not None:
-            values.update({f"val_{name}": value for name, value in result.as_dict().items()})
-        row: Row = {"epoch": position.epoch, "step": position.step, **values}
-        row.update(lr=float(self.optimizer.param_groups[0]["lr"]), seconds=seconds)
-        if self.world.is_main:
-            done = f"{position.epoch + 1}/{training.num_epochs}"
-            logger.info("Epoch %s: train_loss=%.4g, %.1f s", done, position.mean_loss, seconds)
-        verdict = self._judge.decide(position.epoch, values, validated=result is not None)
-        step_at_epoch_end(self.scheduler, self.config, values)
-        self.history.add_epoch(row)
-        position.epoch += 1
-        position.loss_sum, position.num_samples = 0.0, 0
-        sampler_of(self._train_loader, "the training loader").set_epoch(position.epoch)
-        self._stopped_early = verdict.stop
-        is_due = training.checkpoint_at is not None and position.epoch % training.checkpoint_at == 0
-        if is_due or verdict.improved or verdict.stop or position.epoch == training.num_epochs:
-            self._save(values.get(training.best_metric))
-        return row
-
-    def _evaluate(
-        self, evaluator: DefaultValidator, loader: Any, between_batches: Callable[[], None] | None
-    ) -> EvaluationResult:
-        if self._local is None:
-            send_buffers(self.module, self.world)
-        self._meet()
-        averaged: AbstractContextManager[None] = nullcontext()
-        if self.ema is not None and self.ema.config.evaluate:
-            averaged = self.ema.in_place_of_weights()
-        try:
-            with averaged:
-                return evaluator.evaluate(self.module, loader, between_batches)
-        except SignalNoticed:
-            raise
-        except Exception as error:
-            told = explain(error, self.world, f"epoch {self.epoch}, {evaluator.where(loader)}")
-            if told is error:
-                raise
-            raise told from error
-
-    def _meet(self) -> None:
-        """With local updates, make one model of the ranks' before anything else than training is done with it."""
-        if self._local is not None:
-            self._local.meet()
-
-    def _stop_if_signalled(self) -> None:
-        if self._local is not None and self._local.num_apart:
-            return  # a checkpoint here would be a meeting that the uninterrupted run does not have
-        if self._watch is not None and (signal_name := self._watch.agreed()) is not None:
-            raise SignalNoticed(signal_name)
-
     def _start_from_here(self, train_loader: Any) -> None:
         """Set the cursor and this rank's randomness to where the run is."""
         sampler = sampler_of(train_loader, "the training loader")
         saved, self._resume_from = self._resume_from, None
+        if saved is None and self._is_foreign:
+            every = self.config.training.accumulation_steps
+            self._position.epoch, step = divmod(self.step, -(-len(sampler) // every))
+            sampler.set_epoch(self._position.epoch)
+            sampler.commit(step * every)
+            seed_rank(self.config.training.seed, self.world.rank, self.step)
+            self._is_foreign = False
+            return
         if saved is None:
             sampler.set_epoch(self._position.epoch)
             if self.step == 0:  # a later call goes on with the randomness as it is
@@ -375,7 +360,8 @@ class TrainerDDP:
         }
 
     def _save(self, metric: float | None) -> None:
-        self._meet()
+        if self._local is not None:
+            self._local.meet()
         self.history.flush()
         stopping = self.early_stopping
         tensors, state = pack(
@@ -384,8 +370,8 @@ class TrainerDDP:
             extra={
                 "sampler": sampler_of(self._train_loader, "the training loader").state_dict(),
                 "history": self.history.state_dict(),
-                "best": self._judge.best,
-                "stopped_early": self._stopped_early,
+                "best": self._loop.judge.best,
+                "stopped_early": self._loop.stopped_early,
                 "early_stopping": stopping.state_dict() if stopping is not None else None,
             },
         )
@@ -394,10 +380,13 @@ class TrainerDDP:
 
     def _restore(self, saved: LoadedCheckpoint) -> None:
         """Go back to the checkpoint, all but the cursor and the randomness, which wait for the start of training."""
-        self._position = unpack(saved, world=self.world, **self._parts())
-        self._judge.best, self._stopped_early = saved.state["best"], saved.state["stopped_early"]
+        vars(self._position).update(vars(unpack(saved, world=self.world, **self._parts())))
+        self._loop.judge.best, self._loop.stopped_early = saved.state["best"], saved.state["stopped_early"]
         self.global_batch_size = int(saved.state["sampler"]["global_batch_size"])
-        self.history.load_state_dict(saved.state["history"])
+        if self._frozen is not None:
+            self._frozen.num_steps = self.step
+        current = None if self._loop.is_over(epoch_is_open=False) else self.epoch
+        self.history.load_state_dict(saved.state["history"], current_epoch=current)
         if self.early_stopping is not None and saved.state["early_stopping"] is not None:
             self.early_stopping.load_state_dict(saved.state["early_stopping"])
         if self.world.is_main:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -276,3 +277,49 @@ def rank0_validation_and_splits(folder: Path) -> dict[str, Any]:
         )
         result = outcome(trainer, trainer.run_training(train_loader, val_loader))
     return {**result, "split": [part.dataset.indices.tolist() for part in parts]}
+
+
+def note_save(saved: Any) -> None:
+    """What ``after_save`` is set to: write the step and a number of each part beside the checkpoints."""
+    average = saved.average
+    numbers = {
+        "model": saved.model["0.weight"].sum().item(),
+        "average": average["0.weight"].sum().item() if average is not None else None,
+        "num_groups": len(saved.optimizer["param_groups"]),
+    }
+    (saved.path.parent.parent / f"after-{saved.step}.json").write_text(json.dumps(numbers))
+
+
+def is_bias(name: str, parameter: Tensor) -> bool:
+    """A part of the model by a function."""
+    return name.endswith("bias")
+
+
+def predict(folder: Path) -> dict[str, Any]:
+    """Train a little and ask the model about each sample of several datasets."""
+    with everyrank.join(device="cpu") as world:
+        trainer = TrainerDDP(config=make_config(folder, num_epochs=1, ema={"decay": 0.5}), world=world)
+        trainer.prepare_dataloaders(train_dataset=make_data(20))
+        trainer.run_training()
+        sizes = (11, 2)
+        return {
+            "average": {name: value.clone() for name, value in trainer.ema.average.items()} if trainer.ema else {},
+            "plain": [trainer.predict(make_data(size), batch_size=3) for size in sizes],
+            "mapped": trainer.predict(
+                make_data(7), lambda output, data: {"x": data[0], "y": output[:, 0]}, batch_size=2
+            ),
+        }
+
+
+def start_from(folder: Path, step: int, state: dict[str, Any]) -> dict[str, Any]:
+    """Go on from the state of another program."""
+    with everyrank.join(device="cpu") as world:
+        config = make_config(folder, num_epochs=2, scheduler={"type": _step_lr, "interval": "step"})
+        trainer = TrainerDDP(config=config, world=world)
+        trainer.prepare_dataloaders(train_dataset=make_data())
+        trainer.start_from(step, **state)
+        return outcome(trainer, trainer.run_training())
+
+
+def _step_lr(optimizer: torch.optim.Optimizer) -> Any:
+    return torch.optim.lr_scheduler.StepLR(optimizer, step_size=7, gamma=0.5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,14 +84,16 @@ def compute(config: TrainerConfig, num_samples: int, world_size: int) -> Numbers
     global_batch = training.global_batch_size or (training.batch_size or 1) * world_size
     batches, last, epoch_per_rank = _epoch(num_train, global_batch, world_size, training.drop_last)
     steps_per_epoch = -(-batches // training.accumulation_steps)
-    num_steps = steps_per_epoch * training.num_epochs
+    num_steps = training.num_steps or steps_per_epoch * (training.num_epochs or 0)
+    num_epochs = training.num_epochs or num_steps // max(steps_per_epoch, 1)
     module = _skeleton(config)
     parameters = [p for p in module.parameters() if p.requires_grad]
     parallel = config.parallel if config.parallel is not None else ParallelConfig()
     local = parallel.local_updates
     narrow = parallel.comm_hook if local is None else local.compress
     gradient_bytes = sum(p.numel() * _BYTES_ON_THE_WIRE.get(narrow or "", p.element_size()) for p in parameters)
-    steps = _checkpoint_steps(config, steps_per_epoch, num_steps)
+    steps = _checkpoint_steps(config, steps_per_epoch, num_steps, num_epochs)
+    validations = _validation_steps(config, steps_per_epoch, num_steps, num_epochs) if num_validation else set()
     kept = {step for step in steps if training.keep_every and step % training.keep_every == 0}
     return Numbers(
         world_size=world_size,
@@ -103,14 +106,14 @@ def compute(config: TrainerConfig, num_samples: int, world_size: int) -> Numbers
         epoch_per_rank=epoch_per_rank,
         steps_per_epoch=steps_per_epoch,
         num_steps=num_steps,
-        learning_rates=_learning_rates(config, steps_per_epoch, num_steps),
+        learning_rates=_learning_rates(config, num_steps, num_epochs),
         num_parameters=sum(p.numel() for p in parameters),
         gradient_bytes=gradient_bytes,
         sent_every=local.every if local is not None else 1,
         sent_per_step=2 * (world_size - 1) * gradient_bytes // world_size,
         checkpoint_bytes=_checkpoint_bytes(config, module, world_size if local is not None else 1),
         checkpoint_steps=steps,
-        most_checkpoints=len({*steps, *_epoch_ends(config, steps_per_epoch, 1 if num_validation else None)}),
+        most_checkpoints=len({*steps, *validations}),
         num_kept=training.keep_last + training.keep_best + len(kept),
     )
 
@@ -151,16 +154,15 @@ def _skeleton(config: TrainerConfig) -> nn.Module:
         return config.model.build().to(dtype=dtype)
 
 
-def _learning_rates(config: TrainerConfig, steps_per_epoch: int, num_steps: int) -> tuple[float, float, float] | None:
+def _learning_rates(config: TrainerConfig, num_steps: int, num_epochs: int) -> tuple[float, float, float] | None:
     """First, largest and last learning rate, by walking through the schedule."""
-    weight = nn.Linear(1, 1)
-    optimizer = build_optimizer(weight, config.training)
+    optimizer = build_optimizer(nn.Linear(1, 1), dataclasses.replace(config.training, parameter_groups=[]))
     scheduler = build_scheduler(optimizer, config.training.scheduler)
     first = float(optimizer.param_groups[0]["lr"])
     if scheduler is None or config.training.scheduler is None:
         return first, first, first
     by_step = config.training.scheduler.interval == "step"
-    turns = num_steps if by_step else config.training.num_epochs
+    turns = num_steps if by_step else num_epochs
     if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau) or turns > MOST_SIMULATED:
         return None
     rates = [first]
@@ -190,15 +192,20 @@ def _state_bytes(optimizer: Any, module: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def _checkpoint_steps(config: TrainerConfig, steps_per_epoch: int, num_steps: int) -> tuple[int, ...]:
+def _checkpoint_steps(config: TrainerConfig, steps_per_epoch: int, num_steps: int, num_epochs: int) -> tuple[int, ...]:
     training = config.training
     steps = {num_steps} if num_steps else set()
-    if training.checkpoint_every_steps:
-        steps |= set(range(training.checkpoint_every_steps, num_steps + 1, training.checkpoint_every_steps))
-    return tuple(sorted(steps | _epoch_ends(config, steps_per_epoch, training.checkpoint_at)))
+    steps |= _every(training.checkpoint_every_steps, num_steps)
+    steps |= {epoch * steps_per_epoch for epoch in _every(training.checkpoint_at, num_epochs)}
+    return tuple(sorted(steps))
 
 
-def _epoch_ends(config: TrainerConfig, steps_per_epoch: int, every: int | None) -> set[int]:
-    """Steps at the end of every n-th epoch."""
-    epochs = range(every, config.training.num_epochs + 1, every) if every else ()
-    return {epoch * steps_per_epoch for epoch in epochs}
+def _validation_steps(config: TrainerConfig, steps_per_epoch: int, num_steps: int, num_epochs: int) -> set[int]:
+    validation = config.validation
+    if validation.every_n_steps is not None:
+        return _every(validation.every_n_steps, num_steps)
+    return {epoch * steps_per_epoch for epoch in _every(validation.every, num_epochs)}
+
+
+def _every(number: int | None, last: int) -> set[int]:
+    return set(range(number, last + 1, number)) if number else set()

@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from everyrank.data.sampler import GlobalBatchSampler
 from everyrank.errors import ConfigError
 from everyrank.runtime.collectives import reduce_sum
 from everyrank.runtime.logs import get_logger
@@ -160,16 +159,12 @@ class DefaultValidator:
         self, model: nn.Module, loader: Any, between_batches: Callable[[], None] | None, *, reduce: bool
     ) -> EvaluationResult:
         sampler = sampler_of(loader, f"the {self.name.lower()} loader")
-        model = _on_device(model, self.device)
         self.metrics.reset()
         # loss sum, sum of squares, samples, batches without samples' losses, batches that are no mean of them
         sums = torch.zeros(5, dtype=torch.float64, device=self.device)
-        with _evaluating(model), torch.no_grad(), self._precision():
-            batches = iter(loader)
-            for number in range(len(sampler)):
-                self.batch = number
-                data = next(batches)
-                self._add(sums, model, self._move(data) if self._move else data, sampler, number)
+        with self._evaluating(model) as evaluated:
+            for number, data in self._batches(loader):
+                self._add(sums, *self.compute_batch(evaluated, data), data, sampler.share(number).num_local)
                 if between_batches is not None:
                     between_batches()
         local = torch.cat([sums, self.metrics.sums])
@@ -185,9 +180,22 @@ class DefaultValidator:
             std_over="samples" if per_sample else "batches",
         )
 
-    def _add(self, sums: Tensor, model: nn.Module, data: Any, sampler: GlobalBatchSampler, number: int) -> None:
-        output, loss = self.compute_batch(model, data)
-        num_samples = sampler.share(number).num_local
+    def outputs(self, model: nn.Module, loader: Any) -> Iterator[tuple[int, Any, Any]]:
+        """Yield number, output and data of each batch of this rank, a placeholder's too."""
+        with self._evaluating(model) as evaluated:
+            for number, data in self._batches(loader):
+                if self.apply_model is None:
+                    self.apply_model = make_apply(evaluated, data)
+                yield number, self.apply_model(evaluated, data), data
+
+    def _batches(self, loader: Any) -> Iterator[tuple[int, Any]]:
+        batches = iter(loader)
+        for number in range(len(sampler_of(loader, f"the {self.name.lower()} loader"))):
+            self.batch = number
+            data = next(batches)
+            yield number, self._move(data) if self._move else data
+
+    def _add(self, sums: Tensor, output: Any, loss: Tensor, data: Any, num_samples: int) -> None:
         if num_samples == 0:
             return  # a placeholder: this rank has no sample of this global batch
         loss = loss.detach().double()
@@ -214,8 +222,19 @@ class DefaultValidator:
             self._vectorised = False
         return sample_losses(self.criterion, output, data, num_samples)
 
-    def _precision(self) -> torch.autocast:
-        return torch.autocast(self.device.type, dtype=self._autocast, enabled=self._autocast is not None)
+    @contextmanager
+    def _evaluating(self, model: nn.Module) -> Iterator[nn.Module]:
+        """Give the model on this device in evaluation mode; put each of its modules back into the mode it was in."""
+        model = _on_device(model, self.device)
+        modes = {module: module.training for module in model.modules()}
+        model.eval()
+        autocast = torch.autocast(self.device.type, dtype=self._autocast, enabled=self._autocast is not None)
+        try:
+            with torch.no_grad(), autocast:
+                yield model
+        finally:
+            for module, training in modes.items():
+                module.training = training
 
 
 class DefaultTester(DefaultValidator):
@@ -231,15 +250,3 @@ def _on_device(model: nn.Module, device: torch.device) -> nn.Module:
     if parameter is None or parameter.device.type == device.type:
         return model
     return copy.deepcopy(model).to(device)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Put the model into evaluation mode, and each of its modules back into the mode it was in."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training

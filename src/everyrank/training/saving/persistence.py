@@ -20,6 +20,7 @@ from everyrank.training.config import TrainingConfig
 from everyrank.training.placement import set_aside
 from everyrank.training.saving.ledger import Ledger
 from everyrank.training.saving.reload import find_in
+from everyrank.training.saving.saved import SavedTraining
 from everyrank.training.seeding import capture_rng
 
 logger = get_logger("training")
@@ -44,6 +45,7 @@ class Persistence:
 
     def __init__(self, run: Path, world: World, config: TrainingConfig, device: torch.device) -> None:
         self._world, self._device = world, device
+        after_save = config.after_save
         source = agree(lambda: _source(run, config.resume), on=0)
         self.checkpointer = Checkpointer(
             run / "checkpoints",
@@ -52,6 +54,7 @@ class Persistence:
             keep_best=config.keep_best,
             keep_every=config.keep_every,
             metric_mode=config.best_mode,
+            after_write=(lambda path: after_save(SavedTraining(path))) if after_save is not None else None,
         )
         found = self.checkpointer.latest() if config.resume == "auto" else source
         self.loaded: LoadedCheckpoint | None = self.checkpointer.load(found) if found is not None else None

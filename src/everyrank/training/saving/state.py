@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -150,6 +151,54 @@ def unpack(
         source = loaded.tensors.get("ema") or {name: loaded.tensors["model"][name] for name in ema.average}
         ema.load(source, loaded.state.get("ema", {}).get("num_updates", 0))
     return position
+
+
+def put_foreign(
+    step: int,
+    model: Mapping[str, Any],
+    average: Mapping[str, Any] | None,
+    state: Mapping[str, Any] | None,
+    *,
+    module: nn.Module,
+    ema: WeightAverage | None,
+    optimizer: torch.optim.Optimizer,
+    scheduler: Any,
+) -> None:
+    """Put state dicts of another program into the parts of a run, as if it had done ``step`` steps.
+
+    Args:
+        step: Optimizer steps done.
+        model: The model's state dict.
+        average: The average's, or None.
+        state: The optimizer's, or None. Learning rates are those of the configuration all the same.
+        module: The bare model.
+        ema: The run's moving average, or None.
+        optimizer: Its optimizer.
+        scheduler: A scheduler that is stepped with the optimizer, or None.
+
+    Raises:
+        CheckpointError: If they do not fit.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # "lr_scheduler.step() before optimizer.step()"
+        for _ in range(step if scheduler is not None else 0):
+            scheduler.step()
+    rates = [{key: group[key] for key in ("lr", "initial_lr") if key in group} for group in optimizer.param_groups]
+    try:
+        if is_sharded(module):
+            from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+            set_model_state_dict(module, dict(model), options=StateDictOptions(full_state_dict=True))
+        else:
+            module.load_state_dict(model)
+        if ema is not None:
+            ema.load(average if average is not None else model, 0)
+        if state is not None:
+            optimizer.load_state_dict(dict(state))
+    except (ValueError, KeyError, RuntimeError) as error:
+        raise CheckpointError(f"The state to start from does not fit this run: {error}") from error
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group.update(rate)
 
 
 def _plain_state(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,24 +7,29 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 Row = dict[str, Any]
 
 
 class History:
-    """Records rows of two kinds: ``step`` (loss and learning rate) and ``epoch`` (training and validation results).
+    """Records rows of several kinds: ``step`` (loss and learning rate), ``epoch`` (training and validation results),
+    ``validation`` (between two steps of an epoch), ``test``.
 
-    Every rank keeps the rows of epochs, which ``run_training`` returns; rank 0 writes all rows to the file. A
-    checkpoint holds the position in the file, so that a resumed run cuts off what came after it and goes on.
+    Every rank keeps the rows of epochs and validations, which ``run_training`` returns; rank 0 writes all rows to the
+    file. A checkpoint holds the position in the file, so that a resumed run cuts off what came after it and goes on.
 
     Args:
         path: The file, on the rank that writes; None on the others.
+
+    Attributes:
+        rows: The rows of epochs and validations.
+        num_rows: Number of all rows.
     """
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
-        self.epochs: list[Row] = []
+        self.rows: list[Row] = []
         self.num_rows = 0
         self._pending: list[str] = []
 
@@ -32,11 +37,12 @@ class History:
         """Record a step; it reaches the file at the next ``flush``."""
         self._add({"kind": "step", **row})
 
-    def add_epoch(self, row: Row) -> None:
-        """Record an epoch and flush."""
-        self.epochs.append(row)
-        self._add({"kind": "epoch", **row})
+    def add_result(self, kind: Literal["epoch", "validation"], row: Row) -> Row:
+        """Record an epoch or a validation, flush, and return the whole row."""
+        self.rows.append({"kind": kind, **row})
+        self._add(self.rows[-1])
         self.flush()
+        return self.rows[-1]
 
     def add_other(self, kind: str, row: Row) -> None:
         """Record a row of another kind, such as ``test``, and flush."""
@@ -56,27 +62,41 @@ class History:
         return [{**{key: row[key] for key in keys}, "loss": row["train_loss"]} for row in self.epochs]
 
     def validation(self) -> list[Row]:
-        """Return a row for each validated epoch: ``epoch``, ``step``, ``loss``, ``loss_std``, and the metrics."""
+        """Return a row for each validation: ``epoch``, ``step``, ``loss``, ``loss_std``, and the metrics."""
         return [
             {"epoch": row["epoch"], "step": row["step"], **_without_prefix(row)}
-            for row in self.epochs
+            for row in self.rows
             if "val_loss" in row
         ]
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the position and the rows of epochs."""
-        return {"num_rows": self.num_rows, "epochs": [dict(row) for row in self.epochs]}
+    @property
+    def epochs(self) -> list[Row]:
+        """The rows of epochs."""
+        return [row for row in self.rows if row["kind"] == "epoch"]
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go back to a saved position: what the file holds beyond it belongs to steps that were lost."""
-        self.epochs = [dict(row) for row in state["epochs"]]
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position, and the rows of epochs and validations."""
+        return {"num_rows": self.num_rows, "rows": [dict(row) for row in self.rows]}
+
+    def load_state_dict(self, state: Mapping[str, Any], *, current_epoch: int | None = None) -> None:
+        """Go back to a saved position: what the file holds beyond it belongs to steps that were lost.
+
+        Args:
+            state: What ``state_dict`` returned.
+            current_epoch: The epoch that is trained on. Where the run had ended in the middle of it, and has been given
+                more steps since, the row that it ended with is forgotten.
+        """
+        self.rows = [dict(row) for row in state["rows"]]
         self.num_rows = int(state["num_rows"])
+        if self.rows and self.rows[-1]["kind"] == "epoch" and self.rows[-1]["epoch"] == current_epoch:
+            self.rows.pop()
+            self.num_rows -= 1
         self._pending.clear()
         if self.path is None:
             return
         lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if self.path.exists() else []
-        if len(lines) < self.num_rows:  # the file is another run's, or was lost: keep at least the epochs
-            lines = [_to_line({"kind": "epoch", **row}) for row in self.epochs]
+        if len(lines) < self.num_rows:  # the file is another run's, or was lost: keep at least these rows
+            lines = [_to_line(row) for row in self.rows]
             self.num_rows = len(lines)
         replacement = self.path.with_suffix(".tmp")
         replacement.write_text("".join(lines[: self.num_rows]), encoding="utf-8")

@@ -11,7 +11,7 @@ from everyrank.data.sampler import GlobalBatchSampler
 from everyrank.runtime.logs import get_logger
 from everyrank.runtime.world import World
 from everyrank.training.config import TrainerConfig, plain_config
-from everyrank.training.loop import Position
+from everyrank.training.loop import LossRow, Position
 from everyrank.training.tracking.history import Row
 from everyrank.training.tracking.plots import draw_curves
 from everyrank.training.tracking.progress import Progress
@@ -45,6 +45,7 @@ class Observers:
         progress = Progress(
             training.progress,
             num_epochs=training.num_epochs,
+            num_steps=training.num_steps,
             steps_per_epoch=-(-len(sampler) // training.accumulation_steps),
             samples_per_step=sampler.global_batch_size * training.accumulation_steps,
             world_size=world.size,
@@ -72,8 +73,8 @@ class Observers:
         if self._config.training.plots:
             draw_curves(self._run / "history.jsonl", self._run / "curves.png")
 
-    def steps(self, position: Position, rows: Sequence[tuple[int, float, float | None]]) -> None:
-        """Take in the losses of recorded steps: (step, loss, learning rate); the last has no rate and is only shown."""
+    def steps(self, position: Position, rows: Sequence[LossRow]) -> None:
+        """Take in the losses of recorded steps; the last has no rate and is only shown."""
         if not self._is_main:
             return
         for step, loss, lr in rows:
@@ -81,8 +82,8 @@ class Observers:
                 self._log({"train/loss_step": loss, "train/lr": lr}, step)
         self._progress.update(position.epoch, position.step, rows[-1][1])
 
-    def epoch(self, row: Row) -> None:
-        """Take in the results of an epoch."""
+    def results(self, row: Row) -> None:
+        """Take in the results of an epoch or a validation."""
         if self._is_main:
             named = {"train/loss" if key == "train_loss" else key.replace("val_", "val/", 1): row[key] for key in row}
             self._log({key: value for key, value in named.items() if "/" in key}, row["step"])

@@ -29,7 +29,7 @@ def draw_curves(history: Path, figure: Path) -> bool:
         return False
     if not rows:
         return False
-    epochs = [row for row in rows if row["kind"] == "epoch"]
+    epochs = [row for row in rows if row["kind"] in ("epoch", "validation")]
     metrics = sorted({key for row in epochs for key in row if key.startswith("val_") and key not in _PLAIN})
     # The object interface: pyplot would choose a backend for the whole process.
     canvas = Figure(figsize=(7.0, 3.2 * (1 + len(metrics))), layout="constrained")

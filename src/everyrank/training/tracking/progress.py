@@ -18,27 +18,30 @@ class Progress:
 
     Args:
         mode: ``live``, ``plain``, ``off``, or ``auto``: live if standard error is a terminal.
-        num_epochs: Number of epochs of the run.
+        num_epochs: Number of epochs of the run; None if it ends after a number of steps.
         steps_per_epoch: Optimizer steps of an epoch.
         samples_per_step: Samples of a global batch (of all that one optimizer step takes).
         world_size: Number of ranks.
         first_step: The step the run goes on from.
+        num_steps: Number of optimizer steps of the run, where that is what ends it.
     """
 
     def __init__(
         self,
         mode: Literal["auto", "live", "plain", "off"],
         *,
-        num_epochs: int,
+        num_epochs: int | None,
         steps_per_epoch: int,
         samples_per_step: int,
         world_size: int,
         first_step: int = 0,
+        num_steps: int | None = None,
     ) -> None:
         self.mode = ("live" if sys.stderr.isatty() else "plain") if mode == "auto" else mode
-        self._num_epochs, self._steps_per_epoch = num_epochs, steps_per_epoch
+        self._total = num_steps if num_steps is not None else (num_epochs or 0) * steps_per_epoch
+        self._num_epochs = num_epochs if num_epochs is not None else -(-self._total // steps_per_epoch)
+        self._steps_per_epoch = steps_per_epoch
         self._samples_per_step, self._world_size = samples_per_step, world_size
-        self._total = num_epochs * steps_per_epoch
         self._first_step, self._started, self._last_line = first_step, time.monotonic(), time.monotonic()
         self._live: Any = None
         self._task: Any = None

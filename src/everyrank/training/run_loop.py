@@ -1,0 +1,186 @@
+"""A run from where it is to its end: steps, validations, decisions and what is saved after them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+from everyrank.data.sampler import GlobalBatchSampler
+from everyrank.runtime.logs import get_logger
+from everyrank.runtime.preemption import PreemptionWatch
+from everyrank.runtime.world import World
+from everyrank.training.agenda import Agenda
+from everyrank.training.config import TrainerConfig
+from everyrank.training.decisions import Judge
+from everyrank.training.evaluation.evaluation import Evaluation
+from everyrank.training.evaluation.evaluators import DefaultValidator, EvaluationResult
+from everyrank.training.failures import SignalNoticed
+from everyrank.training.loaders import sampler_of
+from everyrank.training.loop import EpochLoop, Position
+from everyrank.training.saving.ledger import Ledger
+from everyrank.training.step import TrainStep, step_by_results
+from everyrank.training.tracking.history import History, Row
+from everyrank.training.tracking.observers import Observers
+
+logger = get_logger("training")
+
+
+class RunLoop:
+    """Trains epoch after epoch, and does what is due between the steps.
+
+    Args:
+        config: The whole configuration.
+        world: The joined world.
+        position: Where the run is; kept up to date.
+        history: Where results are recorded.
+        step: Takes one optimizer step.
+        scheduler: The scheduler, or None.
+        judge: Decides what follows from results.
+        evaluation: Evaluates the model.
+        validator: How it is evaluated.
+        save: Called, on all ranks, where a checkpoint is due, with the value that it is ranked by or None.
+
+    Attributes:
+        stopped_early: Whether early stopping has ended the run.
+        watch: Notices signals; None: they are not looked for.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: TrainerConfig,
+        world: World,
+        position: Position,
+        history: History,
+        step: TrainStep,
+        scheduler: Any,
+        judge: Judge,
+        evaluation: Evaluation,
+        validator: DefaultValidator,
+        save: Callable[[float | None], None],
+    ) -> None:
+        self.config, self.world, self.position, self.history = config, world, position, history
+        self.judge, self.stopped_early = judge, False
+        self.watch: PreemptionWatch | None = None
+        self._step, self._scheduler, self._save = step, scheduler, save
+        self._evaluation, self._validator = evaluation, validator
+        self._agenda = Agenda(config)
+        self._sync_every = 1
+
+    def is_over(self, *, epoch_is_open: bool) -> bool:
+        """Return whether there is nothing more to do; ``epoch_is_open`` if the current epoch is not concluded."""
+        return self.stopped_early or self._agenda.is_over(self.position, epoch_is_open=epoch_is_open)
+
+    def run(
+        self,
+        train_loader: Any,
+        val_loader: Any,
+        ledger: Ledger | None,
+        observers: Observers,
+        until_epoch: int | None,
+    ) -> Iterator[Row]:
+        """Train to the end; yield the row of each epoch and validation when all is decided and saved."""
+        position, agenda = self.position, self._agenda
+        sampler = sampler_of(train_loader, "the training loader")
+        loop = EpochLoop(
+            step=self._step,
+            world=self.world,
+            config=self.config.training,
+            position=position,
+            history=self.history,
+            ledger=ledger,
+            stops=agenda.stops,
+        )
+        loop.sync_every = self._sync_every  # what an earlier call has found
+        if val_loader is not None and self._owes_a_validation(sampler):
+            yield self._conclude("validation", self._validate(val_loader), time.monotonic(), sampler)
+        while not self.is_over(epoch_is_open=self._epoch_is_open(sampler)):
+            if until_epoch is not None and position.epoch >= until_epoch:
+                return
+            started = time.monotonic()
+            for losses in loop.run(train_loader):
+                self._sync_every = loop.sync_every
+                observers.steps(position, losses)
+                ends = agenda.ends_here(position, epoch_is_trained=_is_trained(sampler))
+                if val_loader is not None and agenda.validates_at_step(position.step) and not ends:
+                    yield self._conclude("validation", self._validate(val_loader), started, sampler)
+                elif agenda.saves_at_step(position.step):
+                    self._save(None)
+                self._stop_if_signalled()
+                if self.stopped_early:
+                    return
+            result = self._validate(val_loader) if agenda.validates_after(position) else None
+            yield self._conclude("epoch", result, started, sampler)
+
+    def _epoch_is_open(self, sampler: GlobalBatchSampler) -> bool:
+        """Whether steps of the current epoch are done that no row of the history concludes."""
+        last = self.history.epochs[-1:]
+        return sampler.position > 0 and not (last and last[0]["epoch"] == self.position.epoch)
+
+    def _owes_a_validation(self, sampler: GlobalBatchSampler) -> bool:
+        """Whether a signal came into the validation that was due after the last step."""
+        position, rows = self.position, self.history.rows[-1:]
+        is_due = self.history.num_rows > 0 and self._agenda.validates_at_step(position.step)
+        ends = self._agenda.ends_here(position, epoch_is_trained=_is_trained(sampler))
+        return is_due and not ends and not (rows and rows[0]["step"] == position.step)
+
+    def _validate(self, val_loader: Any) -> EvaluationResult | None:
+        if val_loader is None:
+            return None
+
+        def look_up() -> None:
+            if (self._validator.batch + 1) % self._sync_every == 0:
+                self._stop_if_signalled()
+
+        between_batches = look_up if self.config.validation.on == "all" else None
+        result = self._evaluation.evaluate(self._validator, val_loader, self.position, between_batches)
+        self._stop_if_signalled()
+        self._validator.report(result)
+        return result
+
+    def _conclude(
+        self,
+        kind: Literal["epoch", "validation"],
+        result: EvaluationResult | None,
+        started: float,
+        sampler: GlobalBatchSampler,
+    ) -> Row:
+        """Record an epoch or a validation, decide, step the scheduler, move on and save what is due."""
+        training, position = self.config.training, self.position
+        values = {"train_loss": position.mean_loss}
+        if result is not None:
+            values.update({f"val_{name}": value for name, value in result.as_dict().items()})
+        row: Row = {"epoch": position.epoch, "step": position.step, **values}
+        row.update(lr=float(self._step.optimizer.param_groups[0]["lr"]), seconds=time.monotonic() - started)
+        verdict = self.judge.decide(position.epoch, values, validated=result is not None)
+        moves_on = kind == "epoch" and _is_trained(sampler)
+        step_by_results(self._scheduler, self.config, values, epoch_ended=moves_on)
+        if kind == "epoch":
+            is_due = self._agenda.saves_after(position)
+            if self.world.is_main:
+                of = f"/{training.num_epochs}" if training.num_epochs is not None else ""
+                text = "Epoch %d%s: train_loss=%.4g, %.1f s"
+                logger.info(text, position.epoch + 1, of, position.mean_loss, row["seconds"])
+        else:
+            is_due = self._agenda.saves_at_step(position.step)
+            del row["train_loss"]  # of an epoch that goes on
+        row = self.history.add_result(kind, row)
+        if moves_on:
+            position.epoch += 1
+            position.loss_sum, position.num_samples = 0.0, 0
+            sampler.set_epoch(position.epoch)
+        self.stopped_early = verdict.stop
+        if is_due or verdict.improved or verdict.stop:
+            self._save(values.get(training.best_metric))
+        return row
+
+    def _stop_if_signalled(self) -> None:
+        if self._step.local is not None and self._step.local.num_apart:
+            return  # a checkpoint here would be a meeting that the uninterrupted run does not have
+        if self.watch is not None and (signal_name := self.watch.agreed()) is not None:
+            raise SignalNoticed(signal_name)
+
+
+def _is_trained(sampler: GlobalBatchSampler) -> bool:
+    return sampler.next_batch == len(sampler)
