@@ -294,8 +294,8 @@ class TrainerDDP:
     ) -> None:
         """Go on from weights of another program, as if this run had done ``step`` optimizer steps.
 
-        Every rank calls it with the same values, before ``run_training``. Learning rates are the configuration's at that
-        step, and randomness starts anew.
+        Every rank calls it with the same values, before ``run_training``. Learning rates are the configuration's at
+        that step, and randomness starts anew.
 
         Args:
             step: Optimizer steps done.
