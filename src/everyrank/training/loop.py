@@ -175,7 +175,7 @@ class EpochLoop:
         self._steps.clear()
         self._place_next(shared[len(steps)] / len(steps))
         if self.step.local is not None and self.step.local.is_due(self.position.step):
-            self.step.local.meet()
+            self.step.local.synchronize()
         return [*rows, (self.position.step, means[-1], None)]
 
     def _record(self, sampler: GlobalBatchSampler, step: _Step, mean: float) -> None:

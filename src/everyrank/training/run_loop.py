@@ -13,8 +13,8 @@ from everyrank.runtime.world import World
 from everyrank.training.agenda import Agenda
 from everyrank.training.config import TrainerConfig
 from everyrank.training.decisions import Judge
-from everyrank.training.evaluation.evaluation import Evaluation
 from everyrank.training.evaluation.evaluators import DefaultValidator, EvaluationResult
+from everyrank.training.evaluation.evaluators.evaluation import Evaluation
 from everyrank.training.failures import SignalNoticed
 from everyrank.training.loaders import sampler_of
 from everyrank.training.loop import EpochLoop, Position

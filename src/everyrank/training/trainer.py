@@ -17,8 +17,8 @@ from everyrank.training import build
 from everyrank.training.config import TrainerConfig, read_config
 from everyrank.training.decisions import Judge
 from everyrank.training.ema import WeightAverage
-from everyrank.training.evaluation.evaluation import Evaluation
 from everyrank.training.evaluation.evaluators import EvaluationResult
+from everyrank.training.evaluation.evaluators.evaluation import Evaluation
 from everyrank.training.failures import SignalNoticed
 from everyrank.training.loaders import build_loader, num_samples, prepare_loaders, sampler_of
 from everyrank.training.loop import Position
@@ -229,7 +229,7 @@ class TrainerDDP:
                 signal_name = str(noticed)
                 self._save(None)
             if self._local is not None:
-                self._local.meet()
+                self._local.synchronize()
             self._persistence.finish()
         if signal_name is not None:
             raise Preempted(
@@ -361,7 +361,7 @@ class TrainerDDP:
 
     def _save(self, metric: float | None) -> None:
         if self._local is not None:
-            self._local.meet()
+            self._local.synchronize()
         self.history.flush()
         stopping = self.early_stopping
         tensors, state = pack(

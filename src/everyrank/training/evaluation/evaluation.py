@@ -67,7 +67,7 @@ class Evaluation:
         if self._local is None:
             send_buffers(self._module, self._world)
         else:
-            self._local.meet()
+            self._local.synchronize()
         is_averaged = self._ema is not None and self._ema.config.evaluate
         try:
             if is_averaged:
