@@ -18,7 +18,7 @@ from everyrank.training.config import TrainerConfig, read_config
 from everyrank.training.decisions import Judge
 from everyrank.training.ema import WeightAverage
 from everyrank.training.evaluation.evaluators import EvaluationResult
-from everyrank.training.evaluation.shared_model import Evaluation
+from everyrank.training.evaluation.evaluators.shared_model import Evaluation
 from everyrank.training.failures import SignalNoticed
 from everyrank.training.loaders import build_loader, num_samples, prepare_loaders, sampler_of
 from everyrank.training.loop import Position
