@@ -15,7 +15,7 @@ _EXPORTS = {
     "CheckpointError": "errors",
     "Checkpointer": "checkpoint.checkpointer",
     "ConfigError": "errors",
-    "DefaultEarlyStopping": "training.early_stopping",
+    "DefaultEarlyStopping": "training.decisions.early_stopping",
     "DefaultTester": "training.evaluation.evaluators",
     "DefaultValidator": "training.evaluation.evaluators",
     "EveryrankError": "errors",
@@ -100,7 +100,7 @@ if TYPE_CHECKING:  # for type checkers and editors, which do not follow __getatt
     from everyrank.runtime.process_group import initialize_ddp as initialize_ddp
     from everyrank.runtime.process_group import join as join
     from everyrank.runtime.world import World as World
-    from everyrank.training.early_stopping import DefaultEarlyStopping as DefaultEarlyStopping
+    from everyrank.training.decisions.early_stopping import DefaultEarlyStopping as DefaultEarlyStopping
     from everyrank.training.evaluation.evaluators import DefaultTester as DefaultTester
     from everyrank.training.evaluation.evaluators import DefaultValidator as DefaultValidator
     from everyrank.training.trainer import TrainerDDP as TrainerDDP

@@ -9,7 +9,7 @@ import importlib
 from typing import Any
 
 _EXPORTS = {
-    "DefaultEarlyStopping": "early_stopping",
+    "DefaultEarlyStopping": "decisions.early_stopping",
     "DefaultTester": "evaluation.evaluators",
     "DefaultValidator": "evaluation.evaluators",
     "EvaluationResult": "evaluation.evaluators",

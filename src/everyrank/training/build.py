@@ -13,7 +13,7 @@ from everyrank.errors import ConfigError
 from everyrank.runtime.world import World
 from everyrank.training.config import CompileConfig, SchedulerConfig, TrainerConfig, TrainingConfig
 from everyrank.training.config_data import EvaluatorConfig
-from everyrank.training.early_stopping import DefaultEarlyStopping
+from everyrank.training.decisions.early_stopping import DefaultEarlyStopping
 from everyrank.training.evaluation.evaluators import DefaultTester, DefaultValidator
 from everyrank.training.parallel.wrapping import prepare_module
 from everyrank.training.parameter_groups import optimizer_groups

@@ -15,10 +15,10 @@ from everyrank.runtime.preemption import PreemptionWatch
 from everyrank.runtime.world import World
 from everyrank.training import build
 from everyrank.training.config import TrainerConfig, read_config
-from everyrank.training.decisions import Judge
+from everyrank.training.decisions.judge import Judge
+from everyrank.training.decisions.pruning import has_trial, report_and_prune
 from everyrank.training.ema import WeightAverage
 from everyrank.training.evaluation.evaluators import EvaluationResult
-from everyrank.training.evaluation.evaluators.shared_model import Evaluation
 from everyrank.training.failures import SignalNoticed
 from everyrank.training.loaders import build_loader, num_samples, prepare_loaders, sampler_of
 from everyrank.training.loop import Position
@@ -27,12 +27,12 @@ from everyrank.training.parallel.own_state import pack_own
 from everyrank.training.parallel.wrapping import powersgd_of, wrap
 from everyrank.training.parameter_groups import Frozen
 from everyrank.training.placement import make_run_folder, notice_differences, resolve_device, resolve_world
-from everyrank.training.pruning import has_trial, report_and_prune
 from everyrank.training.run_loop import RunLoop
 from everyrank.training.saving.persistence import Persistence
 from everyrank.training.saving.reload import load_model
 from everyrank.training.saving.state import pack, put_foreign, unpack
 from everyrank.training.seeding import restore_rng, seed_rank
+from everyrank.training.shared_model import Evaluation
 from everyrank.training.step import TrainStep
 from everyrank.training.tracking.history import History, Row
 from everyrank.training.tracking.observers import Observers
