@@ -12,7 +12,7 @@ The text is Python's own language reference, which comes with every interpreter 
 is held out. All contenders train the same model with AdamW (learning rate 1e-3, by a cosine to zero) on the same 64
 samples per step, in the same two processes, a round of 32 steps at a time, in another order each round. Only the loop
 written by hand has another order of the samples, that of ``DistributedSampler``. The numbers behind local SGD and
-DiLoCo are the steps from one meeting to the next. The table has
+DiLoCo are the steps from one sync to the next. The table has
 
 - the median over rounds of the time per step, and its ratio to the DDP loop written by hand;
 - what each rank sent per step, by the counters of its interface, and for how long that alone fills the link;
@@ -178,7 +178,7 @@ def with_everyrank(parallel: dict[str, Any]) -> SetUp:
         def one_round() -> float:
             history, _ = trainer.run_training(loader, until_epoch=trainer.epoch + 1)
             data.epoch += 1
-            return history[-1]["seconds"] / STEPS  # of the steps and meetings of the epoch
+            return history[-1]["seconds"] / STEPS  # of the steps and syncs of the epoch
 
         return Contender(one_round, trainer.module)
 

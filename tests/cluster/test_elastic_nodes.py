@@ -99,19 +99,19 @@ def test_a_cut_link_is_noticed_on_both_sides_and_only_one_goes_on(job: Job, host
     hosts[1].cut()
     job.reaches(1)
     assert job.nodes[1].wait() == 1, job.nodes[1].output
-    assert "this node (node1) has lost the meeting place at node0:29500" in job.nodes[1].output
+    assert "this node (node1) has lost the store at node0:29500" in job.nodes[1].output
     assert job.nodes[0].process.poll() is None
     job.stop()
     assert job.nodes[0].wait() == 0, job.nodes[0].output
 
 
-def test_without_the_meeting_place_the_others_stop_and_say_so(job: Job) -> None:
+def test_without_the_store_the_others_stop_and_say_so(job: Job) -> None:
     job.start(0)
     job.start(1)
     job.reaches(2)
     job.nodes[0].process.send_signal(signal.SIGKILL)
     assert job.nodes[1].wait() == 1, job.nodes[1].output
-    assert "has lost the meeting place at node0:29500" in job.nodes[1].output
+    assert "has lost the store at node0:29500" in job.nodes[1].output
 
 
 def test_a_node_with_another_limit_is_refused_and_the_job_goes_on(job: Job) -> None:

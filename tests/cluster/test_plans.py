@@ -12,7 +12,7 @@ from everyrank.drivers.slurm_script import SlurmConfig
 from everyrank.drivers.torchrun import TorchrunDriver
 from everyrank.drivers.torchrun_config import TorchrunConfig
 from everyrank.errors import DriverError
-from everyrank.rendezvous.endpoint import split_endpoint
+from everyrank.rendezvous.ports import split_endpoint
 
 REQUEST = LaunchRequest(
     config_file="/runs/a/run.yaml",

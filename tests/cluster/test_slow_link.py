@@ -76,7 +76,7 @@ def test_with_local_updates_a_step_sends_nothing(
     parallel["local_updates"]["every"] = 8
     plain = train(start_on, tmp_path, "plain", {})
     apart = train(start_on, tmp_path, "apart", parallel)
-    # Three meetings in place of 24 exchanges, which may be in bfloat16. The kernel still sends the end of a meeting
+    # Three syncs in place of 24 exchanges, which may be in bfloat16. The kernel still sends the end of a sync
     # while the next steps are taken, so single steps tell little; half of them are after that.
     share = 3 / 24 * (0.5 if parallel["local_updates"].get("compress") else 1)
     for rank in (0, 1):

@@ -38,7 +38,7 @@ def test_on_one_machine(run_cli: RunCli, tmp_path: Path, launcher: str) -> None:
     assert done.returncode == (1 if launcher == "torchrun" else 2), done.stderr
     assert "GLOO_SOCKET_IFNAME=lo0 was set on" in done.stderr
     assert "there is no interface lo0 there, but" in done.stderr
-    assert "Did you mean 'lo'? To mend it: unset it (then lo is used, as all ranks are on this machine)" in done.stderr
+    assert "Did you mean 'lo'? Fix: unset it (then lo is used, as all ranks are on this machine)" in done.stderr
     assert "train.py" not in done.stderr.replace("train.py FAILED", ""), "a traceback of the user's script"
     assert "joined" not in done.stdout
 
@@ -66,6 +66,6 @@ def test_tasks_of_srun_on_two_nodes(start_on: Start, slurm: dict[str, str], bare
         tasks = steps[interface]
         assert tasks.wait() == 2, tasks.output
         assert f"GLOO_SOCKET_IFNAME={interface} was set on node2, but {found}" in tasks.output
-        assert "To mend it: unset it (then eth0 is used, which leads to node1)" in tasks.output
+        assert "Fix: unset it (then eth0 is used, which leads to node1)" in tasks.output
         assert "Traceback" not in tasks.output
         assert "joined" not in tasks.output

@@ -244,7 +244,7 @@ def test_refuses_what_is_half_set_or_contradictory(name: str) -> None:
     environ, argv, parts = BAD[name]
     with pytest.raises(LaunchEnvironmentError) as caught:
         detect(environ, argv)
-    for part in (*parts, "Set: ", "To mend it: "):
+    for part in (*parts, "Set: ", "Fix: "):
         assert part in str(caught.value)
 
 
@@ -271,7 +271,7 @@ def test_arguments_for_a_remote_master_are_not_taken_for_one_machine() -> None:
     "arguments", [{"rank": 0}, {"world_size": 2}, {"rank": 2, "world_size": 2}, {"master_port": "x"}]
 )
 def test_refuses_half_or_contradictory_arguments(arguments: dict[str, int]) -> None:
-    with pytest.raises(LaunchEnvironmentError, match="To mend it"):
+    with pytest.raises(LaunchEnvironmentError, match="Fix: "):
         detect_with_arguments({}, [], **arguments)  # type: ignore[arg-type]
 
 

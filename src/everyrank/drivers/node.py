@@ -4,7 +4,7 @@ For schedulers that start one task a node: each runs torch's engine with the ran
 the resolved one that the launching process wrote; the settings are those of ``driver=torchrun``.
 
 With ``--attached`` the launching process holds the other end of the standard input (``ssh.py``): a number on a line of
-it is a signal to pass on, its end is the end of the launching process, and what went wrong is told over there.
+it is a signal to pass on, its end is the end of the launching process, and what went wrong is told by that process.
 """
 
 from __future__ import annotations

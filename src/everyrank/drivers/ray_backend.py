@@ -1,7 +1,7 @@
 """How the ranks of a Ray trainer meet: by the variables that torchrun sets.
 
-Ray's own backend joins the process group before the training loop starts, with its own timeout and without the roll
-call; ours only says where to meet, so that an app joins as under every other launcher.
+Ray's own backend joins the process group before the training loop starts, with its own timeout and without our
+handshake; ours only says where to meet, so that an app joins as under every other launcher.
 """
 
 from __future__ import annotations

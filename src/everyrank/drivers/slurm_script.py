@@ -72,8 +72,8 @@ def batch_script(config: SlurmConfig, request: LaunchRequest, env: dict[str, str
         flags = [f"driver.nproc_per_node={config.nproc_per_node}", f"driver.nnodes={config.nodes}"]
         flags.append(f"driver.max_restarts={config.max_restarts}")
         command = node_command(config.python, request, *flags, "NODE")
-        meeting = '"driver.node_rank=$SLURM_NODEID" "driver.master_addr=$master" "driver.master_port=$port"'
-        step = shlex.join(command).replace(" NODE", f" {meeting if config.nodes > 1 else ''}".rstrip(), 1)
+        rendezvous = '"driver.node_rank=$SLURM_NODEID" "driver.master_addr=$master" "driver.master_port=$port"'
+        step = shlex.join(command).replace(" NODE", f" {rendezvous if config.nodes > 1 else ''}".rstrip(), 1)
         step = f"bash -c {shlex.quote('exec ' + step)}"
     else:
         step = shlex.join(rank_command(config.python, request))

@@ -73,8 +73,8 @@ class SpawnDriver:
 
         world_size = plan.world_size
         assert world_size is not None
-        meeting = LoopbackRendezvous("spawn", self.config.master_port or 0)
-        store = meeting.next_rendezvous().bootstrap_store_info
+        rendezvous = LoopbackRendezvous("spawn", self.config.master_port or 0)
+        store = rendezvous.next_rendezvous().bootstrap_store_info
         assert store is not None
         shared = {
             **plan.env,
@@ -105,7 +105,7 @@ class SpawnDriver:
             with forwarded(send, lambda: send(signal.SIGKILL)) as told:
                 ended_by_us = _wait(processes, told)
         finally:
-            meeting.shutdown()
+            rendezvous.shutdown()
         failures = tuple(
             RankFailure(
                 rank=rank,

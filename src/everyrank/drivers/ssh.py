@@ -21,7 +21,7 @@ from everyrank.drivers.torchrun_config import TorchrunConfig
 from everyrank.elastic.guarded import guarded
 from everyrank.elastic.signals import forwarded
 from everyrank.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED, DriverError
-from everyrank.rendezvous.endpoint import DEFAULT_PORT
+from everyrank.rendezvous.ports import DEFAULT_PORT
 
 _SSH_FAILED = 255
 _FAREWELL_S = 20.0  # how long the other nodes have to end by themselves after one has failed
@@ -112,7 +112,7 @@ class SshDriver:
         if first is not None and codes[first] == _SSH_FAILED:
             raise DriverError(
                 f"driver.hosts names {hosts[first]}, but ssh could not start anything there, or lost it (it said why "
-                f"above). To mend it: make `ssh -o BatchMode=yes {hosts[first]} true` work from here, without a "
+                f"above). Fix: make `ssh -o BatchMode=yes {hosts[first]} true` work from here, without a "
                 "password; driver.ssh_args takes further options."
             )
         failures = recorded_failures(request.log_dir) if any(codes) else ()

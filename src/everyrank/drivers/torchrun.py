@@ -14,8 +14,7 @@ from everyrank.elastic.machine import resolve_nproc
 from everyrank.elastic.spec import EngineRun, RankCommand, RankFunction, Rendezvous
 from everyrank.errors import DriverError, did_you_mean
 from everyrank.launch_env.process_environment import SUPERVISED
-from everyrank.rendezvous.endpoint import split_endpoint
-from everyrank.rendezvous.ports import check_port_is_free
+from everyrank.rendezvous.ports import check_port_is_free, split_endpoint
 
 _BACKENDS = ("static", "c10d", "etcd", "etcd-v2")
 

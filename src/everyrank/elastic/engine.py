@@ -73,7 +73,7 @@ class Engine:
         try:
             wire.send(self._channel, run, [1, 2])
             while not select.select([self._channel], [], [], _TELL_AGAIN_S)[0]:
-                if self._told is not None:  # while it imports torch it is deaf; hearing a signal twice is as once
+                if self._told is not None:  # it hears no signal while it imports torch; two do what one does
                     self.signal(self._told)
             outcome, _ = wire.receive(self._channel)
         except (EOFError, OSError) as error:

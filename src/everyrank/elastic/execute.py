@@ -24,9 +24,9 @@ from everyrank.elastic.lifetime import die_with_parent
 from everyrank.elastic.spec import EngineRun, RankFunction
 from everyrank.errors import ProcessGroupError, UserError
 from everyrank.rendezvous.elastic import ElasticRendezvous
-from everyrank.rendezvous.endpoint import split_endpoint
 from everyrank.rendezvous.interfaces import address_towards, interface_with
 from everyrank.rendezvous.loopback import LoopbackRendezvous
+from everyrank.rendezvous.ports import split_endpoint
 from everyrank.rendezvous.static import StaticRendezvous
 
 _HANDLED = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"

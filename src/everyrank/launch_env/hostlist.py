@@ -73,5 +73,5 @@ def _numbers(inside: str, hostlist: str) -> Iterator[str]:
 def _malformed(hostlist: str) -> LaunchEnvironmentError:
     return LaunchEnvironmentError(
         f"the node list {hostlist!r} is not a Slurm host list such as 'node[01-03,07],login1'. "
-        "To mend it: set MASTER_ADDR to the first node's name, or unset the SLURM_ variables."
+        "Fix: set MASTER_ADDR to the first node's name, or unset the SLURM_ variables."
     )

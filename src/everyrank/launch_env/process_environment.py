@@ -76,7 +76,7 @@ def environment_error(problem: str, environ: Mapping[str, str], mend: str) -> La
         environ: The variables of the process; those of launchers are listed in the message.
         mend: What the user can do, as a sentence.
     """
-    return LaunchEnvironmentError(f"{problem}.\nSet: {describe_variables(environ)}.\nTo mend it: {mend}")
+    return LaunchEnvironmentError(f"{problem}.\nSet: {describe_variables(environ)}.\nFix: {mend}")
 
 
 def read_int(environ: Mapping[str, str], name: str, default: int | None = None) -> int | None:

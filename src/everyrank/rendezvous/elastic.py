@@ -1,6 +1,6 @@
 """Rendezvous of nodes that come and go: torch's c10d rendezvous, and what it lacks.
 
-The meeting itself is torch's ``DynamicRendezvousHandler``. Around it:
+The rendezvous itself is torch's ``DynamicRendezvousHandler``. Around it:
 
 - each round has a store of its own for the ranks, held by the first node's agent. Torch 2.13 publishes one in the
   first round only: a late joiner waits for it for ever, and a restart finds dead addresses in it;
@@ -34,8 +34,9 @@ from torch.distributed.elastic.rendezvous.dynamic_rendezvous import (
 )
 
 from everyrank.errors import ProcessGroupError, RendezvousError
-from everyrank.rendezvous import stores as meeting
+from everyrank.rendezvous import stores
 from everyrank.rendezvous.interfaces import address_towards, is_this_host, why_unreachable
+from everyrank.rendezvous.ports import listen
 
 # torch waits 30 s for further nodes and 15 s for a silent one. Two missed keep-alives of a second were seen to split a
 # job in two; four were not.
@@ -96,18 +97,18 @@ class ElasticRendezvous(RendezvousHandler):
         inner, deadline = self._inner, time.monotonic() + self._timeout_s
         while True:
             try:
-                info = meeting.in_thread(inner.next_rendezvous, _Contact(self._host, self._port).check)
+                info = stores.in_thread(inner.next_rendezvous, _Contact(self._host, self._port).check)
                 self._round = inner._state_holder.state.round
                 place = self._place_of_ranks(info)
             except RendezvousClosedError as error:
                 raise RendezvousError(
-                    f"the run {self._run_id!r} at {self._endpoint} has ended. To mend it: start a new one on all "
+                    f"the run {self._run_id!r} at {self._endpoint} has ended. Fix: start a new one on all "
                     "nodes, with another driver.rdzv_id or another port."
                 ) from error
             except RendezvousTimeoutError as error:
                 raise RendezvousError(
                     f"fewer than driver.min_nodes={self._min_nodes} nodes came to {self._endpoint} within "
-                    f"{self._timeout_s:g} s. To mend it: start the other nodes with the same driver.rdzv_endpoint and "
+                    f"{self._timeout_s:g} s. Fix: start the other nodes with the same driver.rdzv_endpoint and "
                     f"driver.rdzv_id={self._run_id}, or raise driver.rdzv_timeout_s."
                 ) from error
             except (TorchRendezvousError, DistError) as error:
@@ -123,18 +124,18 @@ class ElasticRendezvous(RendezvousHandler):
         store: Store | None = None
         if is_this_host(self._host):
             try:
-                store = meeting.host_store(meeting.listen(self._port, "the port of driver.rdzv_endpoint"))
+                store = stores.host_store(listen(self._port, "the port of driver.rdzv_endpoint", loopback=False))
             except RendezvousError as error:
                 if why_unreachable(self._host, self._port):
                     raise
                 del error  # another node of this run, on this same machine, may have it: then it answers below
         if store is None:
-            store = meeting.connect(
-                self._host, self._port, self._timeout_s, "the node that hosts the meeting", "driver.rdzv_endpoint"
+            store = stores.connect(
+                self._host, self._port, self._timeout_s, "the node that hosts the store", "driver.rdzv_endpoint"
             )
         self._address = address_towards(self._host) or socket.gethostname()
-        meeting.check_alike(store, {"driver.min_nodes": self._min_nodes, "driver.max_nodes": self._max_nodes})
-        meeting.check_interface(store, self._host)
+        stores.check_alike(store, {"driver.min_nodes": self._min_nodes, "driver.max_nodes": self._max_nodes})
+        stores.check_interface(store, self._host)
         return DynamicRendezvousHandler.from_backend(
             self._run_id,
             store,
@@ -152,9 +153,9 @@ class ElasticRendezvous(RendezvousHandler):
     def _place_of_ranks(self, info: RendezvousInfo) -> RendezvousStoreInfo | None:
         """Where the ranks of this round meet; None if the first node went away before it said so."""
         if info.rank == 0:
-            listener = meeting.listen(0, "a port for the ranks")
+            listener = listen(0, "a port for the ranks", loopback=False)
             port = listener.getsockname()[1]
-            self._rank_store = meeting.host_store(listener)
+            self._rank_store = stores.host_store(listener)
             info.store.set("everyrank/place", f"{self._address} {port}")
             return RendezvousStoreInfo(self._address, port)
         contact = _Contact(self._host, self._port)
@@ -163,7 +164,7 @@ class ElasticRendezvous(RendezvousHandler):
             contact.check()
             return info.store.check(["everyrank/place"])
 
-        if not meeting.wait_until(published, _PLACE_S, lambda: "waiting for the first node's word"):
+        if not stores.wait_until(published, _PLACE_S, lambda: "waiting for the first node's word"):
             return None
         address, port_text = info.store.get("everyrank/place").decode().split()
         return RendezvousStoreInfo(address, int(port_text))
@@ -252,9 +253,9 @@ class ElasticRendezvous(RendezvousHandler):
     def _lost(self) -> ProcessGroupError:
         reason = why_unreachable(self._host, self._port)
         return ProcessGroupError(
-            f"this node ({socket.gethostname()}) has lost the meeting place at {self._endpoint}"
+            f"this node ({socket.gethostname()}) has lost the store at {self._endpoint}"
             f"{f' ({reason})' if reason else ''}; without it the nodes cannot agree on who takes part, so this one "
-            "stops. To mend it: look at the node that has this address, and start the same command again."
+            "stops. Fix: look at the node that has this address, and start the same command again."
         )
 
 

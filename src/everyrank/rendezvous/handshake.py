@@ -4,7 +4,7 @@ A store may be older than the run: torch's elastic agent keeps one store through
 outlives a crash. Keys left in it lead to dead addresses. So rank 0 starts a *generation*, hears every rank's hello and
 answers its one-time token; a rank of an earlier attempt cannot answer back. All later keys carry the generation.
 
-The roll call also finds what would otherwise be a hang or a riddle: ranks that do not come, worlds of different size,
+The handshake also finds what would otherwise be a hang or a riddle: ranks that do not come, worlds of different size,
 different versions, a network interface that does not exist, two ranks on one GPU.
 """
 
@@ -26,24 +26,23 @@ import torch.distributed as dist
 from everyrank import __version__
 from everyrank.errors import RendezvousError
 from everyrank.launch_env.process_environment import ProcessEnvironment
-from everyrank.rendezvous.init_method import Meeting, open_meeting
-from everyrank.rendezvous.interfaces import wrong_interface
-from everyrank.rendezvous.network import machine_identity
+from everyrank.rendezvous.init_method import RendezvousStore, open_store
+from everyrank.rendezvous.interfaces import machine_identity, wrong_interface
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gathering:
+class Handshake:
     """The processes of a run, all here.
 
     Attributes:
-        meeting: Where they met.
+        rendezvous: Where they met.
         store: Key-value store of this attempt alone.
         places: For each rank where it runs, for messages: ``"pid 7 on node1"``.
         main_host: Host name of rank 0.
         delegates: The first rank of each machine (or network namespace), so rank 0 first.
     """
 
-    meeting: Meeting
+    rendezvous: RendezvousStore
     store: dist.Store
     places: list[str]
     main_host: str
@@ -59,9 +58,9 @@ _SHORTEST_POLL_S, _LONGEST_POLL_S = 0.001, 0.05
 _GRACE_S = 5.0  # others wait so much longer than rank 0, whose verdict names who is missing
 
 
-def meet(
+def shake_hands(
     environment: ProcessEnvironment, init_method: str, timeout_s: float, environ: Mapping[str, str], gpu: str = ""
-) -> Gathering:
+) -> Handshake:
     """Open the store, wait until every rank is here, and agree on a fresh part of the store.
 
     Args:
@@ -75,20 +74,20 @@ def meet(
         Where they met, a store whose keys belong to this attempt alone, and who is here.
 
     Raises:
-        UserError: As :func:`everyrank.rendezvous.init_method.open_meeting`.
+        UserError: As :func:`everyrank.rendezvous.init_method.open_store`.
         RendezvousError: Ranks are missing or do not fit together. All ranks that came raise it and name them.
     """
     deadline = time.monotonic() + timeout_s
     while True:
-        meeting = open_meeting(environment, init_method, max(deadline - time.monotonic(), 0.1), environ)
+        rendezvous = open_store(environment, init_method, max(deadline - time.monotonic(), 0.1), environ)
         try:
             hello = _hello(environment, environ, gpu)
-            return _call_the_roll(meeting, environment, deadline, timeout_s, hello)
+            return _exchange(rendezvous, environment, deadline, timeout_s, hello)
         except dist.DistNetworkError as error:
             # The server went away while it was talked to. Perhaps it was that of the group this program has just left,
             # and the new one on the same port is about to come.
             if environment.rank == 0 or time.monotonic() > deadline:
-                raise _no_roll_call(environment, timeout_s, meeting.endpoint) from error
+                raise _unanswered(environment, timeout_s, rendezvous.endpoint) from error
 
 
 def _hello(environment: ProcessEnvironment, environ: Mapping[str, str], gpu: str) -> dict[str, Any]:
@@ -108,11 +107,15 @@ def _hello(environment: ProcessEnvironment, environ: Mapping[str, str], gpu: str
     }
 
 
-def _call_the_roll(
-    meeting: Meeting, environment: ProcessEnvironment, deadline: float, timeout_s: float, hello: dict[str, Any]
-) -> Gathering:
-    rank, endpoint, token = environment.rank, meeting.endpoint, hello["token"]
-    base = dist.PrefixStore("everyrank", meeting.store)
+def _exchange(
+    rendezvous: RendezvousStore,
+    environment: ProcessEnvironment,
+    deadline: float,
+    timeout_s: float,
+    hello: dict[str, Any],
+) -> Handshake:
+    rank, endpoint, token = environment.rank, rendezvous.endpoint, hello["token"]
+    base = dist.PrefixStore("everyrank", rendezvous.store)
     try:
         if rank == 0:
             generation = str(base.add("generation", 1))
@@ -130,13 +133,13 @@ def _call_the_roll(
     except dist.DistNetworkError:
         raise
     except (dist.DistError, RuntimeError) as error:
-        raise _no_roll_call(environment, timeout_s, endpoint) from error
+        raise _unanswered(environment, timeout_s, endpoint) from error
     if verdict["problem"]:
         raise RendezvousError(verdict["problem"])
-    fresh = dist.PrefixStore(f"everyrank/group/{generation}", meeting.store)
+    fresh = dist.PrefixStore(f"everyrank/group/{generation}", rendezvous.store)
     fresh.set_timeout(timedelta(seconds=timeout_s))
-    return Gathering(
-        meeting=meeting,
+    return Handshake(
+        rendezvous=rendezvous,
         store=fresh,
         places=verdict["places"],
         main_host=verdict["main_host"],
@@ -144,10 +147,10 @@ def _call_the_roll(
     )
 
 
-def _no_roll_call(environment: ProcessEnvironment, timeout_s: float, endpoint: str) -> RendezvousError:
+def _unanswered(environment: ProcessEnvironment, timeout_s: float, endpoint: str) -> RendezvousError:
     return RendezvousError(
-        f"rank {environment.rank} of {environment.world_size} came to {endpoint}, but rank 0 did not call the roll "
-        f"within {timeout_s:g} s. To mend it: look at rank 0's log; check that all processes use the same master "
+        f"rank {environment.rank} of {environment.world_size} came to {endpoint}, but rank 0 did not answer "
+        f"within {timeout_s:g} s. Fix: look at rank 0's log; check that all processes use the same master "
         "address and port, or raise timeout_s."
     )
 
@@ -188,7 +191,7 @@ def _gather_hellos(
     if waiting:
         names = ("ranks " if len(waiting) > 1 else "rank ") + ", ".join(map(str, sorted(waiting)))
         problem = (
-            f"{names} of {world_size} did not come to {endpoint} within {timeout_s:g} s. To mend it: look at the logs "
+            f"{names} of {world_size} did not come to {endpoint} within {timeout_s:g} s. Fix: look at the logs "
             f"of {names}; check that {world_size} processes were started and that all use the same master address and "
             "port, or raise timeout_s."
         )
@@ -219,7 +222,7 @@ def _misfit(hellos: list[dict[str, Any]], *, on_one_machine: bool) -> str:
             if hello[field] != hellos[0][field]:
                 return (
                     f"rank 0 ({hellos[0]['place']}) has {name} {hellos[0][field]}, but rank {rank} ({hello['place']}) "
-                    f"has {hello[field]}. To mend it: start all processes with the same {name}."
+                    f"has {hello[field]}. Fix: start all processes with the same {name}."
                 )
     wrong = (hello["wrong_interface"]["alone" if on_one_machine else "among others"] for hello in hellos)
     if problem := next(filter(None, wrong), ""):
@@ -230,7 +233,7 @@ def _misfit(hellos: list[dict[str, Any]], *, on_one_machine: bool) -> str:
         if hello["gpu"] and gpu in seen:
             return (
                 f"ranks {seen[gpu]} and {rank} are both on GPU {hello['gpu']} of {hello['host']}, which nccl refuses. "
-                "To mend it: start one process for each GPU, show each process its own, or use backend='gloo'."
+                "Fix: start one process for each GPU, show each process its own, or use backend='gloo'."
             )
         seen[gpu] = rank
     return ""

@@ -2,35 +2,12 @@
 
 from __future__ import annotations
 
-import socket
 from datetime import timedelta
 
 from torch.distributed import TCPStore
 from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousInfo, RendezvousStoreInfo
 
-from everyrank.rendezvous.ports import busy_port
-
-LOOPBACK = "127.0.0.1"
-
-
-def listen_on_loopback(port: int = 0) -> socket.socket:
-    """Return a socket that listens on 127.0.0.1.
-
-    Args:
-        port: The port that was asked for, or 0 for any free one.
-
-    Raises:
-        DriverError: The port is taken.
-    """
-    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((LOOPBACK, port))
-    except OSError as error:
-        listener.close()
-        raise busy_port(port) from error
-    listener.listen(2048)
-    return listener
+from everyrank.rendezvous.ports import LOOPBACK, listen
 
 
 class FixedRendezvous(RendezvousHandler):
@@ -77,7 +54,7 @@ class LoopbackRendezvous(FixedRendezvous):
 
     def next_rendezvous(self) -> RendezvousInfo:
         """Open a fresh store; this node is node 0 of 1."""
-        listener = listen_on_loopback(self._port)
+        listener = listen(self._port, "driver.master_port", loopback=True)
         # The agent still holds the last round's store, so a port that was asked for serves the first round only.
         self._port = 0
         port = listener.getsockname()[1]

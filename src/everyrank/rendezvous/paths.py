@@ -69,6 +69,6 @@ def _find_path(store: dist.Store, rank: int, after: int, places: Sequence[str]) 
         return ""
     return (
         f"rank {rank} ({places[rank]}) cannot reach rank {after} ({places[after]}) at {address}:{port} ({reason}), "
-        "though both came to the master. Ranks talk to each other on ports of the kernel's choice. To mend it: let TCP "
+        "though both came to the master. Ranks talk to each other on ports of the kernel's choice. Fix: let TCP "
         "through between the nodes on all ports, or set GLOO_SOCKET_IFNAME to an interface that joins them."
     )

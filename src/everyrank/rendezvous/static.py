@@ -15,9 +15,10 @@ from torch.distributed import DistError, PrefixStore, Store, TCPStore
 from torch.distributed.elastic.rendezvous import RendezvousInfo, RendezvousStoreInfo
 
 from everyrank.errors import RendezvousError
-from everyrank.rendezvous import stores as meeting
+from everyrank.rendezvous import stores
 from everyrank.rendezvous.interfaces import is_this_host, why_unreachable
 from everyrank.rendezvous.loopback import FixedRendezvous
+from everyrank.rendezvous.ports import listen
 
 _SETTINGS = "driver.master_addr and driver.master_port"
 _LOOK_S = 1.0  # between two looks at whether another node has begun a new attempt
@@ -89,12 +90,12 @@ class StaticRendezvous(FixedRendezvous):
                     f"this machine ({socket.gethostname()}); node 0 is the one that the others reach at that address",
                     file=sys.stderr,
                 )
-            store: Store = meeting.host_store(meeting.listen(self._port, "driver.master_port"))
+            store: Store = stores.host_store(listen(self._port, "driver.master_port", loopback=False))
         else:
-            store = meeting.connect(self._host, self._port, self._timeout_s, "node 0", _SETTINGS)
+            store = stores.connect(self._host, self._port, self._timeout_s, "node 0", _SETTINGS)
         store = PrefixStore(f"everyrank/{self._run_id}", store)
-        meeting.check_alike(store, {"driver.nnodes": self._num_nodes})
-        meeting.check_interface(store, self._host)
+        stores.check_alike(store, {"driver.nnodes": self._num_nodes})
+        stores.check_interface(store, self._host)
         return store
 
     def _gather(self, store: Store) -> None:
@@ -103,14 +104,14 @@ class StaticRendezvous(FixedRendezvous):
         if taken_by != socket.gethostname():
             raise RendezvousError(
                 f"driver.node_rank={self._node_rank} was set on {socket.gethostname()} and on {taken_by}. "
-                f"To mend it: number the nodes from 0 to {self._num_nodes - 1}, each once."
+                f"Fix: number the nodes from 0 to {self._num_nodes - 1}, each once."
             )
         waiting = list(range(self._num_nodes))
 
         def complete() -> bool:
             assert self._store is not None
-            if self._store.check([meeting.MISFIT]):
-                raise RendezvousError(self._store.get(meeting.MISFIT).decode())
+            if self._store.check([stores.MISFIT]):
+                raise RendezvousError(self._store.get(stores.MISFIT).decode())
             if self._node_rank != 0:
                 return store.check(["go"])
             waiting[:] = [r for r in waiting if not store.check([f"node/{r}"])]
@@ -120,9 +121,9 @@ class StaticRendezvous(FixedRendezvous):
             rest = [r for r in range(self._num_nodes) if not store.check([f"node/{r}"])]
             return f"{_nodes(rest)} of {self._num_nodes} did not come to {self._host}:{self._port} yet"
 
-        if not meeting.wait_until(complete, self._timeout_s, missing):
+        if not stores.wait_until(complete, self._timeout_s, missing):
             raise RendezvousError(
-                f"{missing().removesuffix(' yet')} within {self._timeout_s:g} s. To mend it: run the same command "
+                f"{missing().removesuffix(' yet')} within {self._timeout_s:g} s. Fix: run the same command "
                 f"there with its driver.node_rank, check that driver.nnodes={self._num_nodes} is right, or raise "
                 "driver.rdzv_timeout_s."
             )
@@ -137,9 +138,9 @@ class StaticRendezvous(FixedRendezvous):
         if self._round == 0:
             return RendezvousStoreInfo(self._host, self._port)
         if self._node_rank == 0:
-            listener = meeting.listen(0, "driver.master_port")
+            listener = listen(0, "driver.master_port", loopback=False)
             port = listener.getsockname()[1]
-            self._rank_store = meeting.host_store(listener)
+            self._rank_store = stores.host_store(listener)
             store.set("port", str(port))
         store.wait(["port"], timedelta(seconds=self._timeout_s))
         return RendezvousStoreInfo(self._host, int(store.get("port")))
@@ -178,7 +179,7 @@ class StaticRendezvous(FixedRendezvous):
 
     def _lost(self) -> RendezvousError:
         return RendezvousError(
-            f"the connection to node 0 at {self._host}:{self._port} was lost. To mend it: look at node 0's output."
+            f"the connection to node 0 at {self._host}:{self._port} was lost. Fix: look at node 0's output."
         )
 
 

@@ -6,7 +6,6 @@ end it, and on a link that is cut it waits for ever.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import platform
@@ -32,16 +31,15 @@ MISFIT = "misfit"  # key under which a node that does not fit says why
 _FIRST_NOTICE_S, _NOTICE_S = 5.0, 30.0
 _PROBE_S = 2.0
 _ANSWER_S = 15.0  # how long a store that accepted the connection has to speak torch's language
-_BACKLOG = 4096
 
 
-def wait_until(arrived: Callable[[], bool], timeout_s: float, describe: Callable[[], str]) -> bool:
+def wait_until(arrived: Callable[[], bool], timeout_s: float, describe: Callable[[], str] | None) -> bool:
     """Wait until ``arrived()``, saying now and then what for.
 
     Args:
         arrived: Tells whether it has come; called often, must be quick.
         timeout_s: Give up after so many seconds.
-        describe: What is waited for, as a sentence without its full stop.
+        describe: What is waited for, as a sentence without its full stop; None: nothing is said.
 
     Returns:
         False if it did not come in time.
@@ -52,7 +50,7 @@ def wait_until(arrived: Callable[[], bool], timeout_s: float, describe: Callable
         now = time.monotonic()
         if now - started > timeout_s:
             return False
-        if now >= next_notice:
+        if describe is not None and now >= next_notice:
             print(f"notice: {describe()}; {timeout_s - (now - started):.0f} s left", file=sys.stderr, flush=True)
             next_notice = now + _NOTICE_S
         time.sleep(pause_s)
@@ -60,8 +58,50 @@ def wait_until(arrived: Callable[[], bool], timeout_s: float, describe: Callable
     return True
 
 
+class NoAnswerError(TimeoutError):
+    """Nothing answers where a store should be; its text is the reason."""
+
+
+def open_client(
+    host: str, port: int, timeout_s: float, describe: Callable[[str], str] | None = None, **options: Any
+) -> TCPStore:
+    """Connect to a store that another process serves, waiting until it is there.
+
+    torch is asked when something answers at the address: until then it would wait in C++, and say why it gave up on
+    the standard error, in pages. For a server that accepts and then says nothing it would wait for ever.
+
+    Args:
+        host: The server's host.
+        port: Its port.
+        timeout_s: Give up after so many seconds.
+        describe: What is waited for, given the reason that it does not answer yet: said now and then. None: silent.
+        **options: For torch's ``TCPStore``.
+
+    Raises:
+        NoAnswerError: Nothing answers in time.
+        Exception: Something answers, but not as a store.
+    """
+    deadline, reason = time.monotonic() + timeout_s, ""
+
+    def answers() -> bool:
+        nonlocal reason
+        reason = why_unreachable(host, port, min(_PROBE_S, max(deadline - time.monotonic(), 0.01)))
+        return not reason
+
+    if not wait_until(answers, timeout_s, describe and (lambda: describe(reason))):
+        raise NoAnswerError(reason)
+    last_s = min(time.monotonic() + _ANSWER_S, max(deadline, time.monotonic()) + _PROBE_S)
+
+    def check_answer() -> None:
+        if time.monotonic() > last_s:
+            raise TimeoutError("it accepts connections and says nothing")
+
+    options = {"timeout": timedelta(seconds=_ANSWER_S), "wait_for_workers": False, **options}
+    return in_thread(lambda: TCPStore(host, port, is_master=False, **options), check_answer)
+
+
 def connect(host: str, port: int, timeout_s: float, whose: str, settings: str) -> TCPStore:
-    """Connect to a store that another node hosts, waiting until it is there.
+    """Connect to a store that another node hosts, waiting until it is there and saying so.
 
     Args:
         host: Its host.
@@ -73,52 +113,19 @@ def connect(host: str, port: int, timeout_s: float, whose: str, settings: str) -
     Raises:
         RendezvousError: It cannot be reached in time, or is no such store.
     """
-    reason = ""
-
-    def answers() -> bool:
-        nonlocal reason
-        reason = why_unreachable(host, port)
-        return not reason
-
-    if not wait_until(answers, timeout_s, lambda: f"waiting for {whose} at {host}:{port} ({reason})"):
-        raise RendezvousError(
-            f"{whose} could not be reached at {host}:{port} within {timeout_s:g} s ({reason}). "
-            f"To mend it: check that it runs, that {settings} name it, the same on every node, and that no firewall "
-            f"stops TCP between the nodes; raise driver.rdzv_timeout_s if it starts later than that."
-        )
     try:
-        return TCPStore(host, port, is_master=False, timeout=timedelta(seconds=_ANSWER_S), wait_for_workers=False)
-    except (DistError, RuntimeError, ValueError) as error:
+        return open_client(host, port, timeout_s, lambda reason: f"waiting for {whose} at {host}:{port} ({reason})")
+    except NoAnswerError as error:
+        raise RendezvousError(
+            f"{whose} could not be reached at {host}:{port} within {timeout_s:g} s ({error}). "
+            f"Fix: check that it runs, that {settings} name it, the same on every node, and that no firewall "
+            f"stops TCP between the nodes; raise driver.rdzv_timeout_s if it starts later than that."
+        ) from error
+    except (DistError, RuntimeError, TimeoutError, ValueError) as error:
         raise RendezvousError(
             f"something listens at {host}:{port}, but it is no store of torch.distributed: another program has the "
-            f"port. To mend it: choose another port in {settings}, the same on every node."
+            f"port. Fix: choose another port in {settings}, the same on every node."
         ) from error
-
-
-def listen(port: int, key: str) -> socket.socket:
-    """A socket that listens on ``port`` (0: any free one) of all addresses of this machine.
-
-    Raises:
-        RendezvousError: The port is taken.
-    """
-    dual = socket.has_dualstack_ipv6()
-    listener = socket.socket(socket.AF_INET6 if dual else socket.AF_INET, socket.SOCK_STREAM)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if dual:
-            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        listener.bind(("::" if dual else "0.0.0.0", port))
-    except OSError as error:
-        listener.close()
-        if error.errno not in (errno.EADDRINUSE, errno.EACCES):
-            raise
-        found = "is in use by another process" if error.errno == errno.EADDRINUSE else "needs privileges"
-        raise RendezvousError(
-            f"{key}={port} was set, but port {port} of this machine {found}. To mend it: set another port, the same "
-            f"on every node, or end the program that has it (ss -tlnp 'sport = :{port}' names it)."
-        ) from error
-    listener.listen(_BACKLOG)
-    return listener
 
 
 def host_store(listener: socket.socket) -> TCPStore:
@@ -156,7 +163,7 @@ def check_alike(store: Store, settings: Mapping[str, Any]) -> None:
         if first.get(name) != value:
             message = (
                 f"node {first_node}, which came first, has {name} {first.get(name)}, but node {node} has {value}. "
-                f"To mend it: give every node the same {name}."
+                f"Fix: give every node the same {name}."
             )
             store.set(MISFIT, message)
             raise RendezvousError(message)

@@ -29,7 +29,7 @@ def bind_device(environment: ProcessEnvironment, device: str = "auto") -> torch.
         return chosen
     if not torch.cuda.is_available():
         raise ConfigError(
-            f"device={device!r} was asked for, but this torch ({torch.__version__}) sees no CUDA GPU. To mend it: "
+            f"device={device!r} was asked for, but this torch ({torch.__version__}) sees no CUDA GPU. Fix: "
             "set device='auto' or 'cpu', or install a torch built for CUDA and check nvidia-smi."
         )
     visible = torch.cuda.device_count()
@@ -38,7 +38,7 @@ def bind_device(environment: ProcessEnvironment, device: str = "auto") -> torch.
         asked = f"device={device!r}" if chosen.index is not None else f"local rank {environment.local_rank}"
         raise ConfigError(
             f"{asked} needs GPU {index}, but {visible} GPU{'s are' if visible != 1 else ' is'} visible to this "
-            f"process. To mend it: start at most {visible} processes on this node (nproc_per_node), "
+            f"process. Fix: start at most {visible} processes on this node (nproc_per_node), "
             "widen CUDA_VISIBLE_DEVICES, or set device='cpu'."
         )
     bound = torch.device("cuda", index)
@@ -64,12 +64,12 @@ def choose_backend(backend: str | None, device: torch.device) -> str:
     if not {"gloo": dist.is_gloo_available, "nccl": dist.is_nccl_available, "mpi": dist.is_mpi_available}[name]():
         raise ConfigError(
             f"backend={backend!r} was asked for, but this torch ({torch.__version__}) was built without {name}. "
-            f"To mend it: set backend='auto'{', or build torch from source against your MPI' if name == 'mpi' else ''}."
+            f"Fix: set backend='auto'{', or build torch from source against your MPI' if name == 'mpi' else ''}."
         )
     if name == "nccl" and device.type != "cuda":
         raise ConfigError(
             f"backend='nccl' was asked for, but this process's device is {device}: nccl moves CUDA tensors only. "
-            "To mend it: set backend='auto' or 'gloo', or device='cuda'."
+            "Fix: set backend='auto' or 'gloo', or device='cuda'."
         )
     return name
 
@@ -86,5 +86,5 @@ def _parse(device: str) -> torch.device:
         return torch.device(device)
     except RuntimeError:
         raise ConfigError(
-            f"device={device!r} is no device. To mend it: use 'auto', 'cpu', 'cuda' or one GPU such as 'cuda:0'."
+            f"device={device!r} is no device. Fix: use 'auto', 'cpu', 'cuda' or one GPU such as 'cuda:0'."
         ) from None

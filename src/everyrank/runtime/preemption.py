@@ -18,7 +18,7 @@ from everyrank.runtime.logs import get_logger
 
 _WATCHED = ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT")
 _AT_ONCE = ("SIGTERM", "SIGINT")
-# A signal to a process group reaches a rank directly and once more through its launcher: that is one wish, not two.
+# A signal to a process group reaches a rank directly and once more through its launcher: the two count as one.
 _SAME_WISH_S = 2.0
 
 

@@ -24,9 +24,9 @@ from everyrank.launch_env.detection import (
     is_loopback_name,
 )
 from everyrank.launch_env.process_environment import ProcessEnvironment
-from everyrank.rendezvous.handshake import Gathering, meet
+from everyrank.rendezvous.handshake import Handshake, shake_hands
 from everyrank.rendezvous.init_method import master_of_url
-from everyrank.rendezvous.network import choose_interfaces
+from everyrank.rendezvous.interfaces import choose_interfaces
 from everyrank.rendezvous.paths import check_paths
 from everyrank.runtime.device import bind_device, choose_backend, device_identity
 from everyrank.runtime.membership import Membership, get_membership, set_membership
@@ -174,23 +174,23 @@ def _enter(
     environment: ProcessEnvironment, init_method: str, backend: str | None, timeout_s: float, device: str
 ) -> World:
     if not dist.is_available():
-        raise ConfigError("this torch was built without torch.distributed. To mend it: install another build of torch.")
+        raise ConfigError("this torch was built without torch.distributed. Fix: install another build of torch.")
     if not timeout_s > 0:
-        raise ConfigError(f"timeout_s={timeout_s!r} is not a positive number of seconds. To mend it: use e.g. 600.")
+        raise ConfigError(f"timeout_s={timeout_s!r} is not a positive number of seconds. Fix: use e.g. 600.")
     if dist.is_initialized():
         raise ProcessGroupError(
             f"this process is already in a process group, as rank {dist.get_rank()} of {dist.get_world_size()}. "
-            "To mend it: join once, around the whole program, or leave first (cleanup_ddp)."
+            "Fix: join once, around the whole program, or leave first (cleanup_ddp)."
         )
     bound = bind_device(environment, device)
     chosen = choose_backend(backend, bound)
     gpu = device_identity(bound) if chosen == "nccl" else ""
-    gathering = meet(environment, init_method, timeout_s, os.environ, gpu)
-    meeting, saved = gathering.meeting, _set_interfaces(gathering, environment, chosen)
+    handshake = shake_hands(environment, init_method, timeout_s, os.environ, gpu)
+    rendezvous, saved = handshake.rendezvous, _set_interfaces(handshake, environment, chosen)
     try:
         interface = os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0]
-        check_paths(gathering.store, environment.rank, gathering.places, gathering.delegates, interface)
-        _make_group(environment, chosen, bound, gathering.store, timeout_s)
+        check_paths(handshake.store, environment.rank, handshake.places, handshake.delegates, interface)
+        _make_group(environment, chosen, bound, handshake.store, timeout_s)
     except BaseException:
         _restore(saved)
         raise
@@ -198,19 +198,19 @@ def _enter(
     set_membership(
         Membership(
             world=world,
-            store=gathering.store,
-            base_store=meeting.store,
-            host=meeting.host,
-            endpoint=meeting.endpoint,
+            store=handshake.store,
+            base_store=rendezvous.store,
+            host=rendezvous.host,
+            endpoint=rendezvous.endpoint,
             timeout_s=timeout_s,
-            roster=gathering.places,
+            roster=handshake.places,
             num_references=_num_references(),
             saved_variables=saved,
         )
     )
     _log.info(
         "joined as rank %d of %d at %s (launcher %s by %s, backend %s, device %s)",
-        *(world.rank, world.size, meeting.endpoint, environment.launcher, environment.detected_by, chosen, bound),
+        *(world.rank, world.size, rendezvous.endpoint, environment.launcher, environment.detected_by, chosen, bound),
     )
     return world
 
@@ -233,13 +233,13 @@ def _make_group(
     dist.init_process_group(backend, store=store, rank=environment.rank, world_size=environment.world_size, **options)
 
 
-def _set_interfaces(gathering: Gathering, environment: ProcessEnvironment, backend: str) -> dict[str, str | None]:
+def _set_interfaces(handshake: Handshake, environment: ProcessEnvironment, backend: str) -> dict[str, str | None]:
     """Tell the backends their network interfaces, as long as the group lives; return the variables' earlier values."""
     towards = environment.master_addr
     if towards is None or is_loopback_name(towards):  # a shared file, or a master that calls itself localhost
-        towards = gathering.main_host
+        towards = handshake.main_host
     chosen, said = choose_interfaces(
-        os.environ, on_one_machine=gathering.on_one_machine, towards=towards, backend=backend
+        os.environ, on_one_machine=handshake.on_one_machine, towards=towards, backend=backend
     )
     saved = {name: os.environ.get(name) for name in chosen}
     os.environ.update(chosen)

@@ -23,7 +23,7 @@ TOLERANCE = 1e-10
 ADAM = {"optimizer_type": torch.optim.AdamW, "optimizer_kwargs": {"lr": 0.01, "weight_decay": 0.1}}
 SGD = {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01}
 DILOCO = {"kwargs": {"lr": 0.5, "momentum": 0.8, "nesterov": True}}
-# 103 samples in batches of 10: 11 steps an epoch, shares that differ, meetings that do not fall on an epoch's end.
+# 103 samples in batches of 10: 11 steps an epoch, shares that differ, syncs that do not fall on an epoch's end.
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "local": ({"num_epochs": 3}, {"every": 4}),
     "diloco": ({"num_epochs": 3, **ADAM}, {"every": 5, "outer_optimizer": DILOCO}),
@@ -112,7 +112,7 @@ def test_nothing_is_sent_between_two_meetings(tmp_path: Path, outer: Any) -> Non
         counts = rank["counts"]
         assert len(counts) == 22
         grew = [number for number in range(1, 22) if counts[number] > counts[number - 1]]
-        # each of the first 3 steps, the meetings after 7, 11, 15 and 19; 11 is the end of an epoch as well
+        # each of the first 3 steps, the syncs after 7, 11, 15 and 19; 11 is the end of an epoch as well
         assert grew == [1, 2, 3, 7, 11, 15, 19]
 
 
@@ -146,7 +146,7 @@ def test_a_rank_skips_its_own_step_and_the_others_go_on(tmp_path: Path) -> None:
         assert rank["stop"]["rank"] == found[0]["stop"]["rank"]
 
 
-# A checkpoint every 6 steps, of which most fall between two meetings, and dropout: each rank's own randomness.
+# A checkpoint every 6 steps, of which most fall between two syncs, and dropout: each rank's own randomness.
 RESUMED = with_local(
     {
         "checkpoint_every_steps": 6,

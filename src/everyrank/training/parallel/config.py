@@ -26,11 +26,11 @@ class OuterOptimizerConfig:
 class LocalUpdatesConfig:
     """Optimizer steps of each rank on its own, for ranks that are joined by a slow network.
 
-    Nothing is sent between two meetings of the ranks. At a meeting the parameters are averaged (local SGD), or an
+    Nothing is sent between two syncs of the ranks. At a sync the parameters are averaged (local SGD), or an
     outer optimizer is given the mean of the ranks' updates (DiLoCo, arXiv:2311.08105).
     """
 
-    every: Int = field(default=32, ge=1, doc="Optimizer steps from one meeting to the next.")
+    every: Int = field(default=32, ge=1, doc="Optimizer steps from one sync to the next.")
     start_step: Int = field(
         default=0, ge=0, doc="Optimizer steps at the start of the run in which gradients are averaged, as in DDP."
     )

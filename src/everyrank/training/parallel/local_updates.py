@@ -1,6 +1,6 @@
 """Local updates: each rank takes optimizer steps on its own, and now and then the ranks meet.
 
-For ranks that are joined by a slow network. Between two meetings nothing is sent. At a meeting each rank's update, the
+For ranks that are joined by a slow network. Between two syncs nothing is sent. At a sync each rank's update, the
 difference between where all ranks parted (the *anchor*) and where it is now, is averaged over the ranks, and
 
 - without an outer optimizer all ranks go to ``anchor - mean(update)``, the mean of their parameters: local SGD
@@ -42,12 +42,12 @@ class LocalUpdates:
         module: The bare model; rank 0's parameters and buffers are sent to all ranks.
         config: The section.
         world: The joined world.
-        ema: An average of the weights: while the ranks are apart, only the model of a meeting is taken into it, with
+        ema: An average of the weights: while the ranks are apart, only the model of a sync is taken into it, with
             the weight that the steps since the last one would have had.
 
     Attributes:
         num_steps: Optimizer steps of the run so far.
-        num_apart: Those since the last meeting; 0 while all ranks have the same model.
+        num_apart: Those since the last sync; 0 while all ranks have the same model.
         outer: The outer optimizer, or None.
 
     Raises:
@@ -76,7 +76,7 @@ class LocalUpdates:
         return since > 0 and since % self.config.every == 0
 
     def next_sync(self, step: int, wanted: int) -> int:
-        """Return the step of the next sync point: at first not beyond the start of local updates, then each meeting.
+        """Return the step of the next sync point: at first not beyond the start of local updates, then each sync.
 
         Args:
             step: Optimizer steps done.
@@ -105,7 +105,7 @@ class LocalUpdates:
         self.num_steps += 1
         self._num_since += 1
 
-    def meet(self) -> None:
+    def synchronize(self) -> None:
         """Make one model of the ranks' models. Collective; nothing is sent where no step was taken since the last."""
         if self._num_since == 0:
             return
@@ -119,7 +119,7 @@ class LocalUpdates:
         self._last_buffers = self._copy_buffers()
 
     def state(self) -> tuple[dict[str, Tensor], Any]:
-        """Return the outer optimizer's tensors by name and the rest of its state; after a meeting there is no more."""
+        """Return the outer optimizer's tensors by name and the rest of its state; after a sync there is no more."""
         return flatten_state(self.outer.state_dict() if self.outer is not None else {})
 
     def load(self, loaded: LoadedCheckpoint, num_steps: int) -> None:
