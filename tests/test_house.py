@@ -57,6 +57,7 @@ PUBLIC = [
 FLOORS = (
     "lint",
     "launch_env",
+    "rehearsal",
     "config",
     "models",
     "rendezvous",
@@ -90,6 +91,16 @@ def test_a_misspelt_name_is_answered_with_the_nearest() -> None:
 
 def test_importing_everyrank_imports_no_dependency() -> None:
     code = "import sys, everyrank; print(sorted({'torch', 'numpy', 'hydra', 'pydantic', 'yaml'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_normal_run_never_imports_the_rehearsal() -> None:
+    """Of the rooms, only what starts processes may know of it, and those modules import it when one is asked for."""
+    code = (
+        "import sys, everyrank.worker, everyrank.cli.main, everyrank.cli.launching, everyrank.training.trainer;"
+        "print([name for name in sys.modules if name.startswith('everyrank.rehearsal')])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

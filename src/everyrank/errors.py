@@ -7,6 +7,7 @@
     │   ├── ConfigError                 a key, type or value of a configuration
     │   ├── LaunchEnvironmentError      launcher variables that are half-set or contradict each other
     │   ├── DriverError                 a launch that cannot be planned, or a launcher that is missing
+    │   ├── RehearsalError              a part of a GPU program that a CPU cannot rehearse
     │   └── DataError                   data that is missing, or does not have the form that was promised
     ├── ProcessGroupError (RuntimeError)   joining, leaving or using a process group
     │   ├── BarrierTimeoutError         names the ranks that did not come
@@ -56,6 +57,10 @@ class LaunchEnvironmentError(UserError):
 
 class DriverError(UserError):
     """A launch that cannot be planned, or a launcher that is not installed."""
+
+
+class RehearsalError(UserError):
+    """A part of a GPU program that cannot be rehearsed on a CPU; the message names it."""
 
 
 class DataError(UserError):

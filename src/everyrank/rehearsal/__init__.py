@@ -1,0 +1,36 @@
+"""A program written for CUDA and NCCL runs its real training on CPU ranks, unchanged.
+
+``environment`` gives the variables that switch it on in every Python of a job; ``install`` switches it on in a process
+that has imported torch already. Nothing here is imported by a run that does not rehearse.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+REHEARSE = "EVERYRANK_REHEARSE"
+DEVICES = "EVERYRANK_REHEARSE_DEVICES"
+_SITE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "site")
+
+
+def environment(local_world_size: int, environ: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Variables that make every Python of a job rehearse, also those which the program starts itself.
+
+    Args:
+        local_world_size: CUDA devices to show where no launcher says how many ranks this machine has.
+        environ: The variables the job would have otherwise, for their PYTHONPATH; those of this process by default.
+
+    Returns:
+        The variables to set. A ``sitecustomize`` of the user's is run as before.
+    """
+    python_path = (os.environ if environ is None else environ).get("PYTHONPATH", "")
+    folders = [_SITE, *(folder for folder in python_path.split(os.pathsep) if folder and folder != _SITE)]
+    return {REHEARSE: "cpu", DEVICES: str(local_world_size), "PYTHONPATH": os.pathsep.join(folders)}
+
+
+def install() -> None:
+    """Rehearse in this process, from its first ``import torch`` on, or at once if torch is imported already."""
+    from everyrank.rehearsal.hook import install_hook
+
+    install_hook()

@@ -1,0 +1,1 @@
+"""``torch.cuda``: its functions, memory figures, random generators, streams and events."""
