@@ -13,7 +13,7 @@
     │   ├── BarrierTimeoutError         names the ranks that did not come
     │   └── RendezvousError             also a UserError: the processes of a run cannot meet
     ├── CheckpointError (RuntimeError)  a checkpoint that cannot be written or read
-    ├── NonFiniteLossError (RuntimeError)  a loss is NaN or infinite: its rank, epoch, step and samples
+    ├── NonFiniteLossError (RuntimeError)  a loss or weight is NaN or infinite: rank, epoch, step, samples
     ├── RankFailedError (RuntimeError)  a rank raised or died: its rank, traceback and log file
     └── Preempted                       a signal asked the run to stop and its checkpoint is safe; exit code 75
 """
@@ -88,13 +88,13 @@ class CheckpointError(EveryrankError, RuntimeError):
 
 
 class NonFiniteLossError(EveryrankError, RuntimeError):
-    """A loss is not finite, and the run was told to stop then. All ranks raise it.
+    """A loss or a weight is not finite, and the run was told to stop then. All ranks raise it.
 
     Attributes:
-        rank: The rank whose loss it is.
+        rank: The rank whose loss or weight it is.
         epoch: Epoch, from 0.
         step: Optimizer step, from 1.
-        samples: Ids of that rank's samples in the step.
+        samples: Ids of that rank's samples in the step; empty for weights, which tell of themselves only later.
     """
 
     def __init__(self, message: str, *, rank: int, epoch: int, step: int, samples: Sequence[int]) -> None:

@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from everyrank.checkpoint.encoding import encode_json
+from everyrank.checkpoint.finite import flag_not_finite, name_not_finite, say_names
 from everyrank.checkpoint.folder import (
     CheckpointInfo,
     checkpoint_name,
@@ -23,7 +24,7 @@ from everyrank.checkpoint.folder import (
     new_token,
     remove_leftovers,
 )
-from everyrank.checkpoint.objects import Stateful, put_states, take_states
+from everyrank.checkpoint.objects import Stateful, named_parameters, put_states, take_states
 from everyrank.checkpoint.reading import LoadedCheckpoint, read_checkpoint
 from everyrank.checkpoint.retention import Retention
 from everyrank.checkpoint.rng import capture_rng, restore_rng
@@ -32,7 +33,7 @@ from everyrank.checkpoint.snapshot import Snapshot, whole_tensors
 from everyrank.checkpoint.writer import BackgroundTask, Job, write_checkpoint, write_parts
 from everyrank.errors import CheckpointError
 from everyrank.runtime.agreement import agree, gather_agreed
-from everyrank.runtime.collectives import gather_objects
+from everyrank.runtime.collectives import gather_objects, reduce_sum
 from everyrank.runtime.world import World
 
 logger = logging.getLogger(__name__)
@@ -301,7 +302,20 @@ class Checkpointer:
             step: Number of optimizer steps done.
             metric: Value that ``keep_best`` ranks by.
             **objects: The objects by name, for example ``model=model, optimizer=optimizer, sampler=sampler``.
+
+        Raises:
+            CheckpointError: On all ranks, as ``save``; also if a parameter of a module is NaN or infinite on one. To
+                save it all the same, give its ``state_dict`` to ``save``, which stores what it is given.
         """
+        parameters = {f"{name}.{key}": p for name, key, p in named_parameters(objects)}
+        if parameters and reduce_sum(flag_not_finite(parameters.values())).item():
+            found = gather_objects(say_names(name_not_finite(parameters)))
+            rank = next(rank for rank, names in enumerate(found) if names)
+            raise CheckpointError(
+                f"The weights are not finite at step {step} on rank {rank}: {found[rank]}. They are not saved; the "
+                "last checkpoint is whole. Fix: leave out steps whose gradients are not finite (clip_grad_norm_ returns "
+                "their norm), or look at the learning rate."
+            )
         tensors, state = take_states(objects)
         self.save(step, tensors=tensors, state=state, rank_state={"rng": capture_rng()}, metric=metric)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
+from everyrank.checkpoint.finite import name_not_finite, say_names
 from everyrank.checkpoint.folder import checkpoint_paths, describe
 from everyrank.checkpoint.reading import group_names, read_group
 from everyrank.checkpoint.tensor_file import SUFFIX
@@ -20,7 +21,7 @@ logger = logging.getLogger(__name__)
 _PICKLED = (".pth", ".pt")
 
 
-def export(path: Path | str, out: Path | str, *, group: str = "model") -> Path:
+def export(path: Path | str, out: Path | str, *, group: str = "model", allow_non_finite: bool = False) -> Path:
     """Write one group of a checkpoint's tensors to a single file.
 
     Args:
@@ -28,13 +29,14 @@ def export(path: Path | str, out: Path | str, *, group: str = "model") -> Path:
         out: Where to write. ``.safetensors``, or ``.pth`` / ``.pt`` for a plain dict of tensors as ``torch.save``
             writes it (``torch.load(out, weights_only=True)`` reads it). An existing file is replaced in one step.
         group: Which tensors: ``"model"``, or another name that was given to ``Checkpointer.save``.
+        allow_non_finite: Write tensors that hold NaN or infinity too, such as a mask of ``-inf``.
 
     Returns:
         The path written.
 
     Raises:
         UserError: If ``out`` has another suffix, or the checkpoint has no such group.
-        CheckpointError: If there is no whole checkpoint.
+        CheckpointError: If there is no whole checkpoint, or it holds a tensor that is not finite.
     """
     source, target = Path(path), Path(out)
     if target.suffix not in (SUFFIX, *_PICKLED):
@@ -50,6 +52,11 @@ def export(path: Path | str, out: Path | str, *, group: str = "model") -> Path:
             + did_you_mean(group, groups)
         )
     tensors = read_group(checkpoint, group)
+    if not allow_non_finite and (found := name_not_finite(tensors)):
+        raise CheckpointError(
+            f"{checkpoint} holds NaN or infinity in {say_names(found)}. Fix: export an earlier checkpoint; or, if that "
+            "is meant (a mask), allow it: --allow-non-finite (allow_non_finite=True)."
+        )
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
     try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -42,6 +42,14 @@ def take_states(objects: Mapping[str, Stateful]) -> tuple[dict[str, dict[str, to
         if found:
             tensors[name] = found
     return tensors, {_KEY: rest}
+
+
+def named_parameters(objects: Mapping[str, Stateful]) -> Iterator[tuple[str, str, torch.Tensor]]:
+    """Yield the object's name, the parameter's name and the parameter, for all modules among these objects."""
+    for name, item in objects.items():
+        if isinstance(item, nn.Module):
+            for key, parameter in _unwrap(item).named_parameters():
+                yield name, key, parameter
 
 
 def put_states(

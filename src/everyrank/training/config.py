@@ -123,7 +123,8 @@ class TrainingConfig:
     nan_policy: Literal["stop", "skip", "continue"] = field(
         default="stop",
         doc="When a loss is not finite: `stop` the run, `skip` the optimizer step (looks at every step's gradients), "
-        "or `continue` with a warning. Each says rank, epoch, step and sample ids.",
+        "or `continue` with a warning. Each says rank, epoch, step and sample ids. Weights that are not finite are "
+        "never saved, short of `continue`.",
     )
     checkpoint_at: Int | None = field(
         default=None, ge=1, doc="Checkpoint after every n-th epoch; the last is always kept."

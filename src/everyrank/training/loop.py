@@ -156,10 +156,13 @@ class EpochLoop:
         elapsed_s = time.monotonic() - self._since_s if self.world.is_main else 0.0
         # With local updates each rank skips for itself; otherwise all have skipped the same steps.
         skips = [float(step.skipped) for step in steps] if self.step.local is not None else []
-        shared = reduce_sum(torch.cat([losses, losses.new_tensor([elapsed_s, *skips])])).tolist()
+        flag = self.step.finite.flag().reshape(1).to(losses.device)
+        shared = reduce_sum(torch.cat([losses, losses.new_tensor([elapsed_s, *skips]), flag])).tolist()
         means = [total / self.world.size for total in shared[: len(steps)]]
         if not all(math.isfinite(mean) for mean in means):
             self._not_finite(sampler, losses.tolist(), means)
+        if shared.pop():
+            self.step.finite.refuse(self.position.epoch, self.position.step, steps[0].number)
         rows: list[LossRow] = []
         num_skips = shared[len(steps) + 1 :] or [step.skipped for step in steps]
         for step, mean, num_skip in zip(steps, means, num_skips, strict=True):

@@ -18,6 +18,7 @@ from everyrank.errors import ConfigError
 from everyrank.training.batch import make_apply, make_mover
 from everyrank.training.config import TrainerConfig, TrainingConfig
 from everyrank.training.ema import WeightAverage
+from everyrank.training.finite import FiniteWeights
 from everyrank.training.parallel.local_updates import LocalUpdates
 from everyrank.training.parallel.wrapping import without_sync
 from everyrank.training.parameter_groups import Frozen
@@ -63,6 +64,8 @@ class TrainStep:
         self.config, self.device, self.scheduler, self.ema = config, device, scheduler, ema
         self.scaler = torch.amp.GradScaler(device.type) if config.mixed_precision == "fp16" else None
         self.skipped = False  # whether the last step left the weights as they were
+        self.finite = FiniteWeights(module, ema, config.nan_policy)
+        self._statistics: list[tuple[Tensor, Tensor]] = []  # what to put back if the step is skipped
         # optimizer.zero_grad() is a loop over the parameters inside several microseconds of profiling.
         self._zero_grad = (
             self._drop_gradients
@@ -132,6 +135,8 @@ class TrainStep:
         return loss
 
     def _accumulate(self, batches: Iterator[Any], weights: Sequence[float]) -> Tensor:
+        if self.config.nan_policy == "skip":
+            self._statistics = [(buffer, buffer.clone()) for buffer in self.module.buffers()]
         total: Tensor | None = None
         for number, weight in enumerate(weights):
             data = next(batches)
@@ -195,6 +200,9 @@ class TrainStep:
             self.skipped = self.config.nan_policy == "skip" and not self._gradients_are_finite()
             if not self.skipped:
                 self.optimizer.step()
+            else:
+                for statistic, kept in self._statistics:  # a sample that is NaN is in them by now
+                    statistic.copy_(kept)
         return not self.skipped
 
     def _gradients_are_finite(self) -> bool:

@@ -362,6 +362,7 @@ class TrainerDDP:
     def _save(self, metric: float | None) -> None:
         if self._local is not None:
             self._local.synchronize()
+        self._step.finite.check(self.epoch, self.step)
         self.history.flush()
         stopping = self.early_stopping
         tensors, state = pack(

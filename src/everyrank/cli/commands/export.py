@@ -14,9 +14,13 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("source", help="a checkpoint's folder, or a run's (its newest whole checkpoint)")
     parser.add_argument("out", help="the file to write: NAME.safetensors or NAME.pth")
     parser.add_argument("--group", default="model", help="which tensors: model (default), ema, ...")
+    parser.add_argument(
+        "--allow-non-finite", action="store_true", help="also write tensors that hold NaN or infinity, such as masks"
+    )
     arguments = parser.parse_args(argv)
 
     from everyrank.checkpoint.export import export
 
-    print(f"wrote {export(arguments.source, arguments.out, group=arguments.group)}")
+    allowed = arguments.allow_non_finite
+    print(f"wrote {export(arguments.source, arguments.out, group=arguments.group, allow_non_finite=allowed)}")
     return EXIT_OK
