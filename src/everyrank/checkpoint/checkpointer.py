@@ -313,8 +313,8 @@ class Checkpointer:
             rank = next(rank for rank, names in enumerate(found) if names)
             raise CheckpointError(
                 f"The weights are not finite at step {step} on rank {rank}: {found[rank]}. They are not saved; the "
-                "last checkpoint is whole. Fix: leave out steps whose gradients are not finite (clip_grad_norm_ returns "
-                "their norm), or look at the learning rate."
+                "last checkpoint is whole. Fix: leave out steps whose gradients are not finite (clip_grad_norm_ "
+                "returns their norm), or look at the learning rate."
             )
         tensors, state = take_states(objects)
         self.save(step, tensors=tensors, state=state, rank_state={"rng": capture_rng()}, metric=metric)

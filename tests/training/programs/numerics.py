@@ -82,3 +82,116 @@ def save_by_hand(folder: Path) -> dict[str, str]:
         except CheckpointError as error:
             return {"error": str(error)}
     return {"error": ""}
+
+
+class Nested(nn.Module):
+    """Containers in containers, a block that stands in two places, and weights that are tied across them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        block = nn.Linear(8, 8)
+        self.first = nn.Linear(4, 8)
+        self.rows = nn.ModuleList([nn.ModuleList([nn.Linear(8, 8), block]), nn.ModuleList([block])])
+        self.inner = nn.Sequential(nn.Sequential(nn.Linear(8, 8), nn.Tanh()), nn.LayerNorm(8), nn.Linear(8, 8))
+        self.inner[2].weight = self.inner[0][0].weight
+        self.tied = nn.Sequential(nn.Tanh(), nn.Linear(8, 8))
+        self.again = nn.Linear(8, 8)
+        self.again.weight = self.tied[1].weight
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, 4) to (N, 2)."""
+        x = self.first(x)
+        for layer in (layer for row in self.rows for layer in row):
+            x = torch.tanh(layer(x))
+        return self.head(self.again(self.tied(self.inner(x))))
+
+
+class Residual(nn.Module):
+    """A block of a residual network, from 1 x 2 x 2 images."""
+
+    def __init__(self, width: int, out: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(width, out, 3, padding=1), nn.GroupNorm(2, out), nn.ReLU())
+        self.downsample = nn.Sequential(nn.Conv2d(width, out, 1), nn.GroupNorm(2, out)) if width != out else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, width, H, W) to (N, out, H, W)."""
+        return self.body(x) + (x if self.downsample is None else self.downsample(x))
+
+
+class ResNetShape(nn.Module):
+    """Sequentials of blocks with Sequentials inside, as in torchvision."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(1, 4, 1), nn.ReLU())
+        self.layer1 = nn.Sequential(Residual(4, 4), Residual(4, 4))
+        self.layer2 = nn.Sequential(Residual(4, 8), Residual(8, 8))
+        self.fc = nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, 4) to (N, 2)."""
+        return self.fc(self.layer2(self.layer1(self.stem(x.view(-1, 1, 2, 2)))).mean((2, 3)))
+
+
+class ViTShape(nn.Module):
+    """An encoder of layers, a token that is a bare parameter, and a head that is a Sequential in a Sequential."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.zeros(1, 1, 8))
+        self.patch = nn.Linear(1, 8)
+        layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Sequential(nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 2)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, 4) to (N, 2)."""
+        patches = self.patch(x[..., None])
+        return self.head(self.encoder(torch.cat([self.token.expand(len(x), -1, -1), patches], 1))[:, 0])
+
+
+class Graphs(nn.Module):
+    """Our own graph network with ``layer: gin``, on rings of four nodes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        block = {"layer": "gin", "out_dim": 8, "repeat": 2}
+        self.network = everyrank.GNNModel.from_config({"in_dim": 1, "blocks": [block], "heads": {"y": {"out_dim": 2}}})
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, 4) to (N, 2)."""
+        from torch_geometric.data import Batch, Data
+
+        ring = torch.tensor([[0, 1, 2, 3], [1, 2, 3, 0]])
+        return self.network(Batch.from_data_list([Data(x=row[:, None], edge_index=ring) for row in x]))
+
+
+MODELS: dict[str, Any] = {
+    "tiny": tiny.TinyNet,
+    "nested": Nested,
+    "resnet": ResNetShape,
+    "vit": ViTShape,
+    "gin": Graphs,
+}
+
+
+def train_both_ways(folder: Path, variants: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Train each variant with DDP and with FSDP2; return what came of each."""
+    found: dict[str, dict[str, Any]] = {}
+    with everyrank.join(device="cpu") as world:
+        for name, changes in variants.items():
+            for strategy in ("ddp", "fsdp2"):
+                changes = dict(changes)
+                model = MODELS[changes.pop("model", "tiny")]
+                config = tiny.make_config(folder / f"{name}-{strategy}", **changes, parallel={"strategy": strategy})
+                trainer = TrainerDDP(config={**config, "model": {"type": model}}, world=world)
+                data, held_out = tiny.make_data(43), tiny.make_data(20, seed=1)
+                loaders = trainer.prepare_dataloaders(train_dataset=data, val_dataset=held_out)
+                result = tiny.outcome(trainer, trainer.run_training(*loaders[:2]))
+                averages = trainer.ema.average if trainer.ema is not None else {}
+                whole = {n: a.full_tensor() if hasattr(a, "full_tensor") else a for n, a in averages.items()}
+                found.setdefault(name, {})[strategy] = {**result, "average": whole}
+                changes["model"] = next(key for key, kind in MODELS.items() if kind is model)
+    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -79,8 +80,9 @@ def wrap(module: nn.Module, config: ParallelConfig | None, world: World, device:
 def shard(module: nn.Module, world: World, device: torch.device) -> nn.Module:
     """Shard a module's parameters over the ranks with FSDP2, in place.
 
-    Each element of a ``ModuleList`` or ``Sequential`` (the usual place of blocks) is a unit whose parameters are
-    gathered when it runs and freed afterwards; the rest is one more unit.
+    Each element of a ``ModuleList`` or ``Sequential`` (the usual place of blocks), nested ones too, is a unit whose
+    parameters are gathered when it runs and freed afterwards; the rest is one more unit. An element that shares a
+    parameter with a module outside of itself (tied weights) is no unit of its own: FSDP2 shards a parameter once.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -91,13 +93,38 @@ def shard(module: nn.Module, world: World, device: torch.device) -> nn.Module:
             "(everyrank.join() or initialize_ddp), or use strategy ddp."
         )
     mesh = init_device_mesh(device.type, (world.size,))
-    for parent in module.modules():
-        if isinstance(parent, nn.ModuleList | nn.Sequential) and parent is not module:
-            for block in parent:
-                if any(parameter.requires_grad for parameter in block.parameters()):
-                    fully_shard(block, mesh=mesh)
+    for unit in _units(module):
+        fully_shard(unit, mesh=mesh)
     fully_shard(module, mesh=mesh)
     return module
+
+
+def _units(module: nn.Module) -> list[nn.Module]:
+    """Return the modules that are to be sharded each by itself, inner ones first, as FSDP2 asks for."""
+    uses = _count_uses(module)
+    units: dict[nn.Module, None] = {}  # a block that stands in two places is one unit
+    for parent in reversed(list(module.modules())):  # children come after their parents in modules()
+        if not isinstance(parent, nn.ModuleList | nn.Sequential):
+            continue
+        for block in parent:
+            if block is module or isinstance(block, nn.ModuleList | nn.ModuleDict):
+                continue  # a list is never called, so nothing would gather its parameters
+            inside = _count_uses(block)
+            if any(parameter.requires_grad for parameter in inside) and all(uses[p] == n for p, n in inside.items()):
+                units[block] = None
+    return list(units)
+
+
+def _count_uses(module: nn.Module) -> Counter[nn.Parameter]:
+    """Return in how many places of a module each of its parameters is."""
+    return Counter(parameter for _, parameter in module.named_parameters(remove_duplicate=False))
+
+
+def free_gathered(module: nn.Module) -> None:
+    """Let go of what FSDP2 has gathered, after parameters were changed by hand; nothing for other modules."""
+    for part in module.modules():
+        if is_sharded(part):
+            part.reshard()  # type: ignore[operator]
 
 
 def powersgd_of(model: nn.Module) -> PowerSGD | None:
