@@ -18,10 +18,10 @@ from everyrank.errors import ConfigError
 from everyrank.training.batch import make_apply, make_mover
 from everyrank.training.config import TrainerConfig, TrainingConfig
 from everyrank.training.ema import WeightAverage
-from everyrank.training.finite import FiniteWeights
 from everyrank.training.parallel.local_updates import LocalUpdates
 from everyrank.training.parallel.wrapping import without_sync
 from everyrank.training.parameter_groups import Frozen
+from everyrank.training.saving.finite import FiniteWeights
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
