@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
+from everyrank.config.yaml_loader import get_loader
 from everyrank.errors import ConfigError
 from everyrank.training import reference
 from everyrank.training.config import TrainerConfig, plain_config, read_config
@@ -91,6 +93,18 @@ def test_keys_beside_the_models_type() -> None:
     wrong = config()
     wrong["model"]["out_feature"] = 3
     assert "model.out_feature: unknown key. Did you mean 'out_features'?" in problems(wrong)[0]
+
+
+@pytest.mark.parametrize("loader", [yaml.SafeLoader, get_loader()])
+def test_words_that_yaml_takes_for_true_and_false(loader: type[yaml.SafeLoader]) -> None:
+    text = "{validation: {on: rank0}, testing: {on: all}, training: {progress: off, shuffle: off, ledger: on}}"
+    values = yaml.load(text, Loader=loader)
+    values["training"] |= config()["training"]
+    found = read_config({**config(), **values})
+    assert (found.validation.on, found.testing.on, found.training.progress) == ("rank0", "all", "off")
+    assert (found.training.shuffle, found.training.ledger) == (False, True)
+    values["training"]["progress"] = True
+    assert "training.progress: found True (bool)" in problems({**config(), **values})[0]
 
 
 def test_it_is_frozen_and_no_mapping_is_an_error() -> None:

@@ -102,7 +102,7 @@ def build(
     if not isinstance(values, Mapping):
         raise ConfigError(f"The {what} must be a mapping of keys to values, but {_shown(values)} was found.")
     try:
-        result = pydantic.TypeAdapter(schema).validate_python(_plain(values))
+        result = pydantic.TypeAdapter(schema).validate_python(_as_meant(schema, _plain(values)))
     except pydantic.ValidationError as error:
         raise _config_error(_problems(schema, error.errors()), what) from None
     problems = checks(result) if checks is not None else []
@@ -133,6 +133,39 @@ def _plain(value: Any) -> Any:
     if isinstance(value, tuple):
         return [_plain(item) for item in value]
     return value
+
+
+# What YAML 1.1 makes of these words, which Hydra and PyYAML follow, cannot be told from true and false afterwards.
+_WORDS = {True: ("on", "yes"), False: ("off", "no")}
+
+
+def _as_meant(annotation: Any, value: Any) -> Any:
+    """Return values with `on`, `off`, `yes` and `no` as words again where a key or a choice of the schema is one.
+
+    YAML 1.1 reads ``on: rank0`` as a key true, and ``progress: off`` as false.
+    """
+    if isinstance(value, bool):
+        choices = _choices(annotation)
+        return next((word for word in _WORDS[value] if word in choices), value)
+    schema = section_of(annotation)
+    if schema is None or not isinstance(value, dict):
+        return value
+    hints = typing.get_type_hints(schema)
+    named = {_as_word(key, hints) if isinstance(key, bool) else key: item for key, item in value.items()}
+    return {key: _as_meant(hints.get(key), item) for key, item in named.items()}
+
+
+def _as_word(key: bool, names: Mapping[str, Any]) -> object:
+    return next((word for word in _WORDS[key] if word in names), key)
+
+
+def _choices(annotation: Any) -> tuple[Any, ...]:
+    """Return the words that an annotation such as ``Literal["a", "b"] | None`` takes."""
+    if typing.get_origin(annotation) is typing.Literal:
+        return typing.get_args(annotation)
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return tuple(word for part in typing.get_args(annotation) for word in _choices(part))
+    return ()
 
 
 def _config_error(problems: list[str], what: str) -> ConfigError:

@@ -15,11 +15,13 @@ import torch
 import torch.distributed as dist
 
 from everyrank.errors import BarrierTimeoutError, ProcessGroupError
-from everyrank.runtime.membership import get_membership
+from everyrank.runtime.membership import Membership, get_membership
+from everyrank.runtime.world import World
 
 T = TypeVar("T")
 P = ParamSpec("P")
 
+_LOOK_EVERY_S = 0.5  # how often a rank that waits asks who has left
 _DECISION_BYTES = 64
 _PAYLOAD_BYTES = _DECISION_BYTES - 2
 _PICKLED, _NONE, _FALSE, _TRUE, _INT, _FLOAT, _TEXT, _LONG = range(8)
@@ -97,17 +99,20 @@ def barrier() -> None:
         dist.barrier()
 
 
-def monitored_barrier(timeout_s: float) -> None:
+def monitored_barrier(timeout_s: float, *, name: str | None = None) -> None:
     """Wait until every rank is here, and say which are not.
 
     Collective. It runs over the store and not over the backend, so that it works with every backend, also beside a
-    collective that hangs. All ranks come to the same verdict, that of the first whose time is up.
+    collective that hangs. All ranks come to the same verdict, that of the first whose time is up. A rank that has left
+    the group is not waited for.
 
     Args:
         timeout_s: How long a rank waits for the others, in seconds.
+        name: What is to be done when all are here, for messages; by default the barrier's number.
 
     Raises:
-        BarrierTimeoutError: On every rank that came (late ones too); it names the ranks that did not come in time.
+        BarrierTimeoutError: On every rank that came (late ones too); it names the ranks that did not come in time, or
+            have left.
         ProcessGroupError: The store is gone, because the rank that hosts it left or died.
     """
     size, membership = _num_ranks(), get_membership()
@@ -118,14 +123,12 @@ def monitored_barrier(timeout_s: float) -> None:
         return
     membership.num_barriers += 1
     number, rank, store = membership.num_barriers, membership.world.rank, membership.store
-    prefix, started = f"barrier/{number}", time.monotonic()
+    prefix, started, name = f"barrier/{number}", time.monotonic(), name or f"monitored barrier {number}"
     try:
         store.set(f"{prefix}/{rank}", "1")
         if store.add(f"{prefix}/count", 1) == size:
             store.compare_set(f"{prefix}/verdict", "", "all")
-        try:
-            store.wait([f"{prefix}/verdict"], timedelta(seconds=timeout_s))
-        except dist.DistStoreError:
+        if not _await_verdict(store, prefix, size, timeout_s):
             missing = [r for r in range(size) if not store.check([f"{prefix}/{r}"])]
             # compare_set lets one verdict win, so that no rank passes a barrier that another saw fail
             store.compare_set(f"{prefix}/verdict", "", ",".join(map(str, missing)) or "all")
@@ -140,12 +143,61 @@ def monitored_barrier(timeout_s: float) -> None:
         ) from error
     if verdict != "all":
         missing = [int(r) for r in verdict.split(",")]
-        names = ", ".join(f"rank {r} ({membership.roster[r]})" for r in missing)
-        waited = time.monotonic() - started
         raise BarrierTimeoutError(
-            f"monitored barrier {number}: {names} did not come within {timeout_s:g} s; "
-            f"rank {rank} waited {waited:.1f} s. Look at the logs of the ranks named.",
+            f"{name}: {_absent(membership, missing, timeout_s)}; "
+            f"rank {rank} waited {time.monotonic() - started:.1f} s. "
+            "Fix: call it on every rank, and look at the logs of the ranks named.",
             missing,
+        )
+
+
+def _await_verdict(store: dist.Store, prefix: str, size: int, timeout_s: float) -> bool:
+    """Wait for a barrier's verdict; False if there is none in time, or a rank that did not come has left the group.
+
+    It asks again and again: torch's own wait can neither be interrupted nor notice who has left.
+    """
+    deadline, look_at, pause_s = time.monotonic() + timeout_s, time.monotonic() + _LOOK_EVERY_S, 0.001
+    while not store.check([f"{prefix}/verdict"]):
+        now = time.monotonic()
+        if now >= deadline:
+            return False
+        if now >= look_at:
+            look_at = now + _LOOK_EVERY_S
+            if any(store.check([f"left/{r}"]) and not store.check([f"{prefix}/{r}"]) for r in range(size)):
+                return False
+        time.sleep(min(pause_s, deadline - now))
+        pause_s = min(2 * pause_s, 0.05)
+    return True
+
+
+def _absent(membership: Membership, missing: list[int], timeout_s: float) -> str:
+    left = [r for r in missing if membership.store.check([f"left/{r}"])]
+    late = [r for r in missing if r not in left]
+
+    def names(ranks: list[int]) -> str:
+        return ", ".join(f"rank {r} ({membership.roster[r]})" for r in ranks)
+
+    parts = [f"{names(left)} left the run before it"] if left else []
+    parts += [f"{names(late)} did not come within {timeout_s:g} s"] if late else []
+    return "; ".join(parts)
+
+
+def all_here(name: str, world: World) -> None:
+    """Wait until every rank is about to do ``name``, at most for the group's timeout, and say which rank is not.
+
+    Collective. In a group that was made by torch nothing is waited for.
+
+    Raises:
+        BarrierTimeoutError: A rank did not come, or has left.
+        ProcessGroupError: This rank itself has left.
+    """
+    membership = get_membership()
+    if membership is not None:
+        monitored_barrier(membership.timeout_s, name=name)
+    elif world.is_distributed and not dist.is_initialized():
+        raise ProcessGroupError(
+            f"{name} needs all {world.size} ranks, but rank {world.rank} has left the process group. Fix: call it "
+            "before cleanup_ddp(), on every rank."
         )
 
 

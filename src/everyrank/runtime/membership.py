@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch.distributed as dist
 from torch.distributed import Store
 
 from everyrank.runtime.world import World
@@ -50,3 +51,10 @@ def set_membership(membership: Membership | None) -> None:
     """Remember (or forget) the group this process has joined."""
     global _current
     _current = membership
+
+
+def find_store() -> Store | None:
+    """Return the store of the group this process is in, whoever made it, or None."""
+    if _current is not None:
+        return _current.store
+    return dist.distributed_c10d._get_default_store() if dist.is_available() and dist.is_initialized() else None

@@ -326,12 +326,14 @@ def _say_goodbye(membership: Membership) -> None:
     Not for long: a rank that fails, or that goes on alone for a while, does not need the store any more.
     """
     host, is_host = membership.host, membership.world.rank == 0
-    if host is None:
-        return
     try:
+        if host is None:
+            membership.store.set(f"left/{membership.world.rank}", "1")
+            return
         if not is_host:
             # A host that is gone needs no goodbye, and asking first spares the reader torch's stack trace about it.
             socket.create_connection(host, timeout=_PROBE_S).close()
+        membership.store.set(f"left/{membership.world.rank}", "1")  # what monitored_barrier looks at
         if membership.store.add("left", 1) == membership.world.size:
             membership.store.set("all_left", "1")
         elif is_host:

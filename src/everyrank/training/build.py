@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
@@ -100,7 +100,9 @@ def build_validator(config: TrainerConfig, world: World, device: torch.device) -
     """
     section = config.validation
     key = "validation.validator"
-    return _build_evaluator(DefaultValidator, section.validator, section.metrics, key, config, world, device)
+    return _build_evaluator(
+        DefaultValidator, section.validator, section.metrics, section.on, key, config, world, device
+    )
 
 
 def build_tester(config: TrainerConfig, world: World, device: torch.device) -> DefaultTester:
@@ -111,13 +113,14 @@ def build_tester(config: TrainerConfig, world: World, device: torch.device) -> D
     """
     metrics = config.testing.metrics or config.validation.metrics
     section = config.testing.tester
-    return _build_evaluator(DefaultTester, section, metrics, "testing.tester", config, world, device)
+    return _build_evaluator(DefaultTester, section, metrics, config.test_on, "testing.tester", config, world, device)
 
 
 def _build_evaluator(
     default: type[E],
     given: EvaluatorConfig,
     metrics: Mapping[str, Any],
+    on: Literal["all", "rank0"],
     key: str,
     config: TrainerConfig,
     world: World,
@@ -135,7 +138,7 @@ def _build_evaluator(
         world=world,
         apply_model=config.apply_model,
         metrics=metrics,
-        on=config.validation.on,
+        on=on,
         dtype=DTYPES[config.training.dtype] if config.training.dtype else None,
         autocast=AUTOCAST[precision] if precision else None,
         **given.kwargs,

@@ -221,6 +221,12 @@ class TrainerConfig:
     data: DataConfig | None = field(default=None, doc="The dataset; null if `prepare_dataloaders` is given one.")
     parallel: ParallelConfig | None = field(default=None, doc="Required when there is more than one process.")
 
+    @property
+    def test_on(self) -> Literal["rank0", "all"]:
+        """Who evaluates the test set: ``testing.on``, or what null stands for."""
+        is_spread = self.parallel is not None and self.parallel.strategy == "fsdp2"
+        return self.testing.on or ("all" if is_spread else "rank0")
+
 
 def read_config(values: Any) -> TrainerConfig:
     """Return a mapping as a TrainerConfig.
@@ -272,9 +278,12 @@ def _contradictions(config: TrainerConfig) -> list[str]:
             and getattr(training.scheduler.type, "__name__", "") == "ReduceLROnPlateau",
             "training.scheduler.interval: found 'step', but ReduceLROnPlateau needs a validation result; use 'epoch'.",
         ),
-        (
-            parallel is not None and parallel.strategy == "fsdp2" and config.validation.on == "rank0",
-            "validation.on: found 'rank0', but with parallel.strategy fsdp2 no rank holds the whole model; use 'all'.",
+        *(
+            (
+                parallel is not None and parallel.strategy == "fsdp2" and section.on == "rank0",
+                f"{name}.on: found 'rank0', but with parallel.strategy fsdp2 no rank holds the whole model; use 'all'.",
+            )
+            for name, section in (("validation", config.validation), ("testing", config.testing))
         ),
         (
             parallel is not None and parallel.strategy == "fsdp2" and training.mixed_precision == "fp16",

@@ -125,6 +125,12 @@ class TestingConfig:
     prefetch_factor: Int | None = field(
         default=None, ge=1, doc="Batches each loader process reads ahead; null is PyTorch's 2."
     )
+    on: Literal["rank0", "all"] | None = field(
+        default=None,
+        doc="`rank0`: rank 0 evaluates everything, alone; other ranks need not be there, and get its result if they "
+        "call `run_test` too. `all`: every rank takes its share, and every rank must call it. null is `rank0`, or "
+        "`all` with `parallel.strategy: fsdp2`, where no rank holds the whole model.",
+    )
     metrics: Metrics = field(factory=dict, doc="Metrics beside the loss; if empty, those of `validation`.")
     tester: EvaluatorConfig = field(factory=lambda: EvaluatorConfig(), doc="The tester.")
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from everyrank.errors import EveryrankError, RankFailedError, UserError
 from everyrank.runtime.logs import get_logger
-from everyrank.runtime.membership import get_membership
+from everyrank.runtime.membership import find_store
 from everyrank.runtime.world import World
 
 logger = get_logger("training")
@@ -71,26 +71,22 @@ def _is_lost_peer(error: Exception) -> bool:
     )
 
 
-def _store() -> Any:
-    membership = get_membership()
-    if membership is not None:
-        return membership.store
-    return dist.distributed_c10d._get_default_store() if dist.is_initialized() else None
-
-
 def _publish(error: Exception, world: World, where: str) -> None:
     if not world.is_distributed:
         return
+    store = find_store()
+    if store is None:
+        return
     try:
         message = json.dumps({"rank": world.rank, "error": f"{type(error).__name__}: {error}", "where": where})
-        _store().compare_set(_KEY, "", message)  # the first failure stays
-    except (dist.DistError, RuntimeError, AttributeError) as problem:
+        store.compare_set(_KEY, "", message)  # the first failure stays
+    except (dist.DistError, RuntimeError) as problem:
         logger.debug("the failure could not be told to the other ranks: %s", problem)
 
 
 def _published(world: World) -> dict[str, Any] | None:
     try:
-        store = _store()
+        store = find_store()
         return json.loads(store.get(_KEY)) if store is not None and store.check([_KEY]) else None
     except (dist.DistError, RuntimeError) as problem:
         logger.debug("rank %d cannot ask who failed: %s", world.rank, problem)

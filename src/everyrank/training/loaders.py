@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 
 from everyrank.data.loader import make_loader
 from everyrank.data.sampler import GlobalBatchSampler
+from everyrank.data.split import split_dataset
 from everyrank.errors import DataError
 from everyrank.runtime.logs import get_logger
 from everyrank.runtime.world import World
@@ -145,6 +146,27 @@ def sampler_of(loader: Any, name: str) -> GlobalBatchSampler:
     return sampler
 
 
+def three_parts(
+    config: TrainerConfig, dataset: Any, split: Sequence[float] | None, parts: tuple[Any, Any, Any]
+) -> tuple[Any, Any, Any]:
+    """Return the data of training, validation and test: those given, or a dataset (the configured one) split.
+
+    Raises:
+        DataError: If the dataset is empty, or the fractions are not three.
+    """
+    data = config.data
+    if dataset is None and parts[0] is None and data is not None:
+        dataset, split = data.type(*data.args, **data.kwargs), split or data.split
+    if dataset is None:
+        return parts
+    if num_samples(dataset) == 0:
+        raise DataError(f"The dataset ({type(dataset).__name__}) is empty. Look at how its files are found.")
+    found = split_dataset(dataset, split or [0.8, 0.1, 0.1], seed=config.training.seed)
+    if len(found) != 3:
+        raise DataError(f"split={list(split or ())} was given; three fractions are needed.")
+    return found[0], found[1], found[2]
+
+
 def prepare_loaders(
     config: TrainerConfig,
     world: World,
@@ -172,16 +194,17 @@ def prepare_loaders(
         )
     training = config.training
     # Where rank 0 evaluates alone, it takes whole global batches.
-    evaluators = 1 if config.validation.on == "rank0" else world.size
+    validators = 1 if config.validation.on == "rank0" else world.size
+    testers = 1 if config.test_on == "rank0" else world.size
 
-    def evaluation_size(per_rank: int | None) -> int:
+    def evaluation_size(per_rank: int | None, evaluators: int) -> int:
         size = per_rank or training.batch_size
         return size * evaluators if size is not None else global_batch_size
 
     plans: tuple[tuple[str, LoaderOptions, int, int], ...] = (
         ("Training", training, global_batch_size, world.size),
-        ("Validation", config.validation, evaluation_size(config.validation.batch_size), evaluators),
-        ("Test", config.testing, evaluation_size(config.testing.batch_size), evaluators),
+        ("Validation", config.validation, evaluation_size(config.validation.batch_size, validators), validators),
+        ("Test", config.testing, evaluation_size(config.testing.batch_size, testers), testers),
     )
     loaders: list[Any] = []
     for dataset, (name, options, size, ranks) in zip(datasets, plans, strict=True):

@@ -42,9 +42,11 @@ class Evaluation:
         loader: Any,
         position: Position,
         between_batches: Callable[[], None] | None = None,
+        *,
+        together: bool = True,
     ) -> EvaluationResult:
-        """Return what ``evaluator`` finds. Collective."""
-        with self._model_of_all(evaluator, loader, position):
+        """Return what ``evaluator`` finds. Collective, unless rank 0 evaluates its own model alone (not together)."""
+        with self._model_of_all(evaluator, loader, position, together):
             return evaluator.evaluate(self._module, loader, between_batches)
 
     def predict(
@@ -63,8 +65,12 @@ class Evaluation:
         return whole[""] if list(whole) == [""] else whole
 
     @contextmanager
-    def _model_of_all(self, evaluator: DefaultValidator, loader: Any, position: Position) -> Iterator[None]:
-        if self._local is None:
+    def _model_of_all(
+        self, evaluator: DefaultValidator, loader: Any, position: Position, together: bool = True
+    ) -> Iterator[None]:
+        if not together:
+            pass  # the other ranks may be gone
+        elif self._local is None:
             send_buffers(self._module, self._world)
         else:
             self._local.synchronize()

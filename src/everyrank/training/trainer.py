@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from everyrank.checkpoint.checkpointer import LoadedCheckpoint
-from everyrank.data.split import split_dataset
 from everyrank.errors import DataError, Preempted
+from everyrank.runtime.collectives import all_here
 from everyrank.runtime.logs import get_logger
 from everyrank.runtime.preemption import PreemptionWatch
 from everyrank.runtime.world import World
@@ -20,7 +20,7 @@ from everyrank.training.decisions.pruning import has_trial, report_and_prune
 from everyrank.training.ema import WeightAverage
 from everyrank.training.evaluation.evaluators import EvaluationResult
 from everyrank.training.failures import SignalNoticed
-from everyrank.training.loaders import build_loader, num_samples, prepare_loaders, sampler_of
+from everyrank.training.loaders import build_loader, prepare_loaders, sampler_of, three_parts
 from everyrank.training.loop import Position
 from everyrank.training.parallel.local_updates import make_local_updates
 from everyrank.training.parallel.own_state import pack_own
@@ -170,17 +170,7 @@ class TrainerDDP:
         Raises:
             DataError: If no data are given or configured, or the dataset or the training data are empty.
         """
-        data = self.config.data
-        if dataset is None and train_dataset is None and data is not None:
-            dataset, split = data.type(*data.args, **data.kwargs), split or data.split
-        datasets = (train_dataset, val_dataset, test_dataset)
-        if dataset is not None:
-            if num_samples(dataset) == 0:
-                raise DataError(f"The dataset ({type(dataset).__name__}) is empty. Look at how its files are found.")
-            parts = split_dataset(dataset, split or [0.8, 0.1, 0.1], seed=self.config.training.seed)
-            if len(parts) != 3:
-                raise DataError(f"split={list(split or ())} was given; three fractions are needed.")
-            datasets = (parts[0], parts[1], parts[2])
+        datasets = three_parts(self.config, dataset, split, (train_dataset, val_dataset, test_dataset))
         self._loaders = prepare_loaders(self.config, self.world, self.global_batch_size, datasets, collate_fn)
         return self._loaders
 
@@ -239,18 +229,23 @@ class TrainerDDP:
         return self.history.training(), self.history.validation()
 
     def run_test(self, test_loader: Any = None) -> EvaluationResult:
-        """Evaluate the model on the test set and report. Collective.
+        """Evaluate the model on the test set and report.
+
+        By default (``testing.on: rank0``) rank 0 evaluates all of it alone, and the other ranks need not be there: a
+        rank that calls this too gets rank 0's result. Collective with ``testing.on: all`` only.
 
         Args:
             test_loader: As ``prepare_dataloaders`` gives; by default the one it gave last, or would give.
 
         Raises:
             DataError: If there is no test data.
+            ProcessGroupError: Another rank than 0 called this, but rank 0 does not.
         """
         loader = test_loader if test_loader is not None else (self._loaders or self.prepare_dataloaders())[2]
         if loader is None:
             raise DataError("There is no test data: the split leaves none, or no test_dataset was given.")
-        result = self._evaluation.evaluate(self.tester, loader, self._position)
+        self.tester.step = self.step
+        result = self._evaluation.evaluate(self.tester, loader, self._position, together=self.config.test_on == "all")
         self.tester.report(result)
         self.history.add_other("test", {"step": self.step, **result.as_dict()})
         return result
@@ -314,7 +309,12 @@ class TrainerDDP:
             self._frozen.num_steps = step
 
     def save_checkpoint(self) -> Path:
-        """Save a checkpoint of this moment and return its folder when it is on disk. Collective."""
+        """Save a checkpoint of this moment and return its folder when it is on disk. Collective.
+
+        Raises:
+            ProcessGroupError: A rank has left, or does not come within the group's timeout; it is named.
+        """
+        all_here("save_checkpoint", self.world)
         if self._train_loader is None:
             self._train_loader = (self._loaders or self.prepare_dataloaders())[0]
         self._save(None)

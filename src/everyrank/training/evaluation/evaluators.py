@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import secrets
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,12 +14,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from everyrank.errors import ConfigError
-from everyrank.runtime.collectives import reduce_sum
+from everyrank.errors import ConfigError, DataError
+from everyrank.runtime.collectives import all_here, broadcast_decision, reduce_sum
 from everyrank.runtime.logs import get_logger
 from everyrank.runtime.process_group import current_world
 from everyrank.runtime.world import World
 from everyrank.training.batch import make_apply, make_mover, sample_losses, vectorised_losses
+from everyrank.training.evaluation.handover import Handover
 from everyrank.training.evaluation.metrics import MetricSet
 from everyrank.training.failures import describe_samples
 from everyrank.training.loaders import sampler_of
@@ -97,8 +99,12 @@ class DefaultValidator:
         self._move = make_mover(self.device, dtype)
         self._vectorised = True
         self._group: Any = None
+        self._handover: Handover | None = None
         if on == "rank0" and self.world.is_distributed:
-            self._group = dist.new_group(backend="gloo", timeout=_WAIT)
+            self._prepare_rank_zero()
+
+    def _prepare_rank_zero(self) -> None:
+        self._group = dist.new_group(backend="gloo", timeout=_WAIT)
 
     def evaluate(
         self, model: nn.Module, loader: Any, between_batches: Callable[[], None] | None = None
@@ -110,6 +116,8 @@ class DefaultValidator:
             loader: A loader over global batches, as ``prepare_dataloaders`` makes.
             between_batches: Called after each batch, where every rank evaluates.
         """
+        if self.world.is_distributed:
+            all_here(self.name.lower(), self.world)
         if self.on == "rank0" and self.world.is_distributed:
             local = self._evaluate_local(model, loader, None, reduce=False) if self.world.is_main else None
             shared = [local]
@@ -238,11 +246,49 @@ class DefaultValidator:
 
 
 class DefaultTester(DefaultValidator):
-    """Evaluates the trained model on the test set; see ``DefaultValidator``."""
+    """Evaluates the trained model on the test set; see ``DefaultValidator``.
+
+    With ``on="rank0"`` rank 0 needs no other rank: those that call it too get its result, and those that do not may be
+    gone.
+
+    Attributes:
+        step: Optimizer steps that the model has behind it; the trainer sets it. Ranks that ask for rank 0's result get
+            the one of this step.
+    """
 
     name = "Test"
+    step = 0
 
-    test = DefaultValidator.evaluate
+    def _prepare_rank_zero(self) -> None:
+        self._handover = Handover(self.world, broadcast_decision(secrets.token_hex(4)))
+
+    def evaluate(
+        self, model: nn.Module, loader: Any, between_batches: Callable[[], None] | None = None
+    ) -> EvaluationResult:
+        """Evaluate ``model`` on every sample of ``loader``. Collective where every rank takes its share.
+
+        Args:
+            model: The bare model, not its DDP wrapper.
+            loader: A loader over global batches, as ``prepare_dataloaders`` makes.
+            between_batches: Called after each batch, where every rank evaluates.
+
+        Raises:
+            DataError: Rank 0 is to evaluate alone, but the loader gives it its share only.
+            ProcessGroupError: Another rank asked for rank 0's result, but rank 0 does not evaluate.
+        """
+        if self._handover is None:
+            return super().evaluate(model, loader, between_batches)
+        sampler = sampler_of(loader, "the test loader")
+        if sampler.world_size > 1:
+            raise DataError(
+                f"Rank 0 is to test alone, but this loader gives each of {sampler.world_size} ranks its share. Fix: "
+                "take the test loader that prepare_dataloaders makes, or set testing.on: all."
+            )
+        what = f"test of {type(loader.dataset).__name__} with {sampler.num_samples} samples at step {self.step}"
+        self.result = self._handover.run(what, lambda beat: self._evaluate_local(model, loader, beat, reduce=False))
+        return self.result
+
+    test = evaluate
 
 
 def _on_device(model: nn.Module, device: torch.device) -> nn.Module:

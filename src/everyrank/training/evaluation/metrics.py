@@ -54,7 +54,7 @@ class MetricSet:
             metric = _make(name, config)
             if _is_torchmetric(metric):
                 # Sums in float64: in float32 they would depend on how the samples are shared among ranks.
-                metric = metric.set_dtype(torch.float64).to(device)
+                metric = _without_sync(metric.set_dtype(torch.float64).to(device))
                 self._stateful[name] = (metric, config.select or predictions_and_targets)
             else:
                 self._functions[name] = metric
@@ -111,6 +111,18 @@ def _make(name: str, config: MetricConfig) -> Any:
 def _is_torchmetric(metric: Any) -> bool:
     module = sys.modules.get("torchmetrics")
     return module is not None and isinstance(metric, module.Metric)
+
+
+def _without_sync(metric: Any) -> Any:
+    """Keep a metric from gathering by itself: a second time what has been merged, or where rank 0 evaluates alone."""
+    for part in metric.modules():
+        if _is_torchmetric(part):
+            part.distributed_available_fn = _never
+    return metric
+
+
+def _never() -> bool:
+    return False
 
 
 def _merge(name: str, metric: Any, device: torch.device) -> None:
