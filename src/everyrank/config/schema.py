@@ -150,7 +150,7 @@ def _as_meant(annotation: Any, value: Any) -> Any:
     schema = section_of(annotation)
     if schema is None or not isinstance(value, dict):
         return value
-    hints = typing.get_type_hints(schema)
+    hints: dict[Any, Any] = typing.get_type_hints(schema)
     named = {_as_word(key, hints) if isinstance(key, bool) else key: item for key, item in value.items()}
     return {key: _as_meant(hints.get(key), item) for key, item in named.items()}
 

@@ -6,12 +6,13 @@ life.
 
 from __future__ import annotations
 
+import base64
 import logging
 import pickle
 import time
 from collections import Counter
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
@@ -56,7 +57,8 @@ class Handover:
         self._calls[what] += 1
         key = f"everyrank/{self._token}/{what}/{self._calls[what]}"
         if not self._world.is_main:
-            return self._take(key, what)
+            taken: T = self._take(key, what)
+            return taken
         try:
             result = work(lambda: self._beat(key))
         except BaseException as error:
@@ -71,9 +73,9 @@ class Handover:
             self._set(f"{key}/beat", str(self._num_beats))
 
     def _give(self, key: str, result: tuple[bool, object]) -> None:
-        self._set(f"{key}/result", pickle.dumps(result))
+        self._set(f"{key}/result", base64.b64encode(pickle.dumps(result)).decode())
 
-    def _set(self, key: str, value: str | bytes) -> None:
+    def _set(self, key: str, value: str) -> None:
         store = find_store()
         if store is None:
             return  # the group has been left, so nobody can ask
@@ -82,7 +84,7 @@ class Handover:
         except (dist.DistError, RuntimeError) as error:
             logger.debug("nobody can be told: %s", error)
 
-    def _take(self, key: str, what: str) -> T:
+    def _take(self, key: str, what: str) -> Any:
         rank, store, membership = self._world.rank, find_store(), get_membership()
         if store is None:
             raise ProcessGroupError(
@@ -101,7 +103,7 @@ class Handover:
                         f"rank {rank} waits for rank 0's {what}, but rank 0 {why}. Fix: call it on rank 0 too."
                     )
                 time.sleep(_PAUSE_S)
-            done, result = pickle.loads(store.get(f"{key}/result"))
+            done, result = pickle.loads(base64.b64decode(store.get(f"{key}/result")))
         except (dist.DistError, RuntimeError) as error:
             if isinstance(error, ProcessGroupError):
                 raise
@@ -111,4 +113,4 @@ class Handover:
             ) from error
         if not done:
             raise RankFailedError(f"rank 0 failed: {result}", rank=0)
-        return result  # type: ignore[no-any-return]
+        return result
