@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from everyrank.errors import ConfigError, DataError
 from everyrank.runtime.collectives import all_here, broadcast_decision, reduce_sum
+from everyrank.runtime.handover import Handover
 from everyrank.runtime.logs import get_logger
 from everyrank.runtime.process_group import current_world
 from everyrank.runtime.world import World
 from everyrank.training.batch import make_apply, make_mover, sample_losses, vectorised_losses
-from everyrank.training.evaluation.evaluators.handover import Handover
 from everyrank.training.evaluation.metrics import MetricSet
 from everyrank.training.failures import describe_samples
 from everyrank.training.loaders import sampler_of
