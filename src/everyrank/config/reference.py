@@ -1,14 +1,20 @@
-"""The configuration reference: a page written from a schema, so that it cannot say something else."""
+"""What is written from a schema, so that it cannot say something else: the reference page, and a group's YAML file."""
 
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import textwrap
 import types
 import typing
 from typing import Any, Literal
 
+import yaml
+
 from everyrank.config.resolve import object_path
 from everyrank.config.schema import section_of
+
+_WIDTH, _COLUMN = 120, 26
 
 
 def reference_page(schema: type, *, title: str, introduction: str) -> str:
@@ -25,6 +31,29 @@ def reference_page(schema: type, *, title: str, introduction: str) -> str:
     for name, section in nested:
         parts += _section(name, section)
     return "\n\n".join(parts).rstrip() + "\n"
+
+
+def group_file(schema: type, *, target: str) -> str:
+    """Return the YAML file of a configuration group: every key with its default, and what it means.
+
+    Args:
+        schema: A class made by ``everyrank.config.schema.section``; its docstring is the head of the file.
+        target: Full name of the class that the group configures.
+    """
+    head = [f"# {line}".rstrip() for line in inspect.cleandoc(schema.__doc__ or "").splitlines()]
+    own = [field for field in dataclasses.fields(schema) if field.name in vars(schema).get("__annotations__", {})]
+    rest = [field for field in dataclasses.fields(schema) if field not in own]
+    lines = []
+    for field in (*own, *rest):
+        info = schema.__pydantic_fields__[field.name]
+        value = yaml.safe_dump(info.get_default(call_default_factory=True), default_flow_style=True, width=_WIDTH)
+        setting = f"{field.name}: {value.splitlines()[0]}"
+        meaning = str(info.description).replace("`", "")
+        if len(setting) + len(meaning) + 4 <= _WIDTH:
+            lines.append(f"{setting:<{_COLUMN}}  # {meaning}")
+        else:
+            lines += [*(f"# {line}" for line in textwrap.wrap(meaning, _WIDTH - 2)), setting]
+    return "\n".join([*head, f"_target_: {target}", *lines]).replace("``", "") + "\n"
 
 
 def _section(path: str, section: Any) -> list[str]:

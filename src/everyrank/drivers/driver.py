@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
-from everyrank.config.schema import section
+from everyrank.config.schema import field, section
 from everyrank.diagnosis.outcome import Outcome
 from everyrank.diagnosis.rank_files import log_file
 from everyrank.elastic.spec import EngineRun
@@ -16,16 +17,13 @@ from everyrank.elastic.spec import EngineRun
 
 @section
 class DriverConfig:
-    """Settings of every driver.
+    """Settings of every driver."""
 
-    Attributes:
-        dry_run: Print the plan (every command, variable and file) and exit.
-        threads_per_rank: ``OMP_NUM_THREADS`` of each rank; a value already in the environment wins. 1 is what torchrun
-            sets; more is faster on a CPU with cores to spare.
-    """
-
-    dry_run: bool = False
-    threads_per_rank: int = 1
+    dry_run: bool = field(default=False, doc="Print the plan (every command, variable and file) and exit.")
+    threads_per_rank: int = field(
+        default=1,
+        doc="`OMP_NUM_THREADS` of each rank, unless your shell sets it. torchrun sets 1; more may be faster.",
+    )
 
     @property
     def num_nodes(self) -> int:
@@ -58,7 +56,7 @@ class LaunchRequest:
     config_text: str
     run_dir: str
     cwd: str
-    env: Mapping[str, str] = field(default_factory=dict)
+    env: Mapping[str, str] = dataclasses.field(default_factory=dict)
     command: tuple[str, ...] | None = None
     device: str = "auto"
     timeout_s: float = 600.0
@@ -100,8 +98,8 @@ class LaunchPlan:
     num_nodes: int = 1
     num_ranks: int | None = None
     summary: tuple[str, ...] = ()
-    env: Mapping[str, str] = field(default_factory=dict)
-    files: Mapping[str, str] = field(default_factory=dict)
+    env: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    files: Mapping[str, str] = dataclasses.field(default_factory=dict)
     notices: tuple[str, ...] = ()
     engine: EngineRun | None = None
 

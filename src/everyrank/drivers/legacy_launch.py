@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 
-from everyrank.config.schema import section
+from everyrank.config.schema import field, section
 from everyrank.diagnosis.outcome import Outcome, RankFailure
 from everyrank.diagnosis.rank_files import clear_errors, existing, read_error
 from everyrank.drivers.driver import DriverConfig, LaunchPlan, LaunchRequest, rank_variables
@@ -21,25 +21,18 @@ from everyrank.rendezvous.ports import check_port_is_free
 
 @section
 class LegacyLaunchConfig(DriverConfig):
-    """``driver=launch``: ``python -m torch.distributed.launch``.
+    """``driver=launch``: ``python -m torch.distributed.launch``."""
 
-    Attributes:
-        nproc_per_node: Number of processes on this node, or ``auto``, ``gpu``, ``cpu``.
-        nnodes: Number of nodes.
-        node_rank: This node's rank.
-        master_addr: Host of node 0; null for one node.
-        master_port: Port on node 0; null finds a free one on one node.
-        use_env: Pass ``--use-env``: the local rank in ``LOCAL_RANK`` only, not on the command line.
-        max_restarts: How often the group is started again after a failure.
-    """
-
-    nproc_per_node: int | str = 2
-    nnodes: int = 1
-    node_rank: int = 0
-    master_addr: str | None = None
-    master_port: int | None = None
-    use_env: bool = False
-    max_restarts: int = 0
+    nproc_per_node: int | str = field(default=2, doc="Number of processes on this node, or `auto`, `gpu`, `cpu`.")
+    nnodes: int = field(default=1, doc="Number of nodes.")
+    node_rank: int = field(default=0, doc="This node's rank.")
+    master_addr: str | None = field(default=None, doc="Host of node 0; null for one node.")
+    master_port: int | None = field(default=None, doc="Port on node 0; null finds a free one on one node.")
+    use_env: bool = field(
+        default=False,
+        doc="Pass `--use-env`: the local rank in `LOCAL_RANK` only, not on the command line.",
+    )
+    max_restarts: int = field(default=0, doc="How often the group is started again after a failure.")
 
     @property
     def num_nodes(self) -> int:

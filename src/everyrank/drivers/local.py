@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 
-from everyrank.config.schema import section
+from everyrank.config.schema import field, section
 from everyrank.diagnosis.outcome import Outcome, RankFailure
 from everyrank.drivers.driver import DriverConfig, LaunchPlan, LaunchRequest, rank_variables
 
@@ -15,7 +15,10 @@ from everyrank.drivers.driver import DriverConfig, LaunchPlan, LaunchRequest, ra
 class LocalConfig(DriverConfig):
     """``driver=local``: this process, world size 1."""
 
-    threads_per_rank: int = 0
+    threads_per_rank: int = field(
+        default=0,
+        doc="`OMP_NUM_THREADS` of this process; 0: torch decides (all cores).",
+    )
 
 
 class LocalDriver:

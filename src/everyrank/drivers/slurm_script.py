@@ -41,7 +41,7 @@ class SlurmConfig(DriverConfig):
     max_restarts: int = field(default=0, ge=0, doc="How often a failed group is started again in the job.")
     setup: list[str] = field(factory=list, doc="Shell lines before the start: module load, conda activate.")
     sbatch_args: list[str] = field(factory=list, doc="Further options of sbatch, as they are.")
-    python: str = field(default=sys.executable, doc="Python on the nodes.")
+    python: str | None = field(default=None, doc="Python on the nodes; null: the path of this one.")
     wait: bool = field(default=True, doc="Wait for the job and show rank 0's log; false: submit and return.")
     poll_s: float = field(default=2.0, gt=0, doc="Seconds between two looks at the job.")
 
@@ -71,12 +71,12 @@ def batch_script(config: SlurmConfig, request: LaunchRequest, env: dict[str, str
         ]
         flags = [f"driver.nproc_per_node={config.nproc_per_node}", f"driver.nnodes={config.nodes}"]
         flags.append(f"driver.max_restarts={config.max_restarts}")
-        command = node_command(config.python, request, *flags, "NODE")
+        command = node_command(config.python or sys.executable, request, *flags, "NODE")
         rendezvous = '"driver.node_rank=$SLURM_NODEID" "driver.master_addr=$master" "driver.master_port=$port"'
         step = shlex.join(command).replace(" NODE", f" {rendezvous if config.nodes > 1 else ''}".rstrip(), 1)
         step = f"bash -c {shlex.quote('exec ' + step)}"
     else:
-        step = shlex.join(rank_command(config.python, request))
+        step = shlex.join(rank_command(config.python or sys.executable, request))
     # The first task to end must not end the others: rank 0 may still write the checkpoint. One whose peers are gone
     # gives up after distributed.timeout_s, and none is waited for longer than that.
     lines += [f"srun --kill-on-bad-exit=0 --wait={int(request.timeout_s)} {step}", "code=$?"]

@@ -7,7 +7,7 @@ import signal
 import time
 from typing import Any
 
-from everyrank.config.schema import section
+from everyrank.config.schema import field, section
 from everyrank.diagnosis.outcome import Outcome, RankFailure
 from everyrank.diagnosis.rank_files import clear_errors, error_file, existing, log_file, read_error
 from everyrank.drivers.driver import DriverConfig, LaunchPlan, LaunchRequest, rank_variables
@@ -26,15 +26,10 @@ _SHUTDOWN_S = 30.0
 
 @section
 class SpawnConfig(DriverConfig):
-    """``driver=spawn``: ``torch.multiprocessing``.
+    """``driver=spawn``: ``torch.multiprocessing``."""
 
-    Attributes:
-        nproc_per_node: Number of processes, or ``auto``, ``gpu``, ``cpu``.
-        master_port: A port for the store; null finds a free one.
-    """
-
-    nproc_per_node: int | str = 2
-    master_port: int | None = None
+    nproc_per_node: int | str = field(default=2, doc="Number of processes, or `auto`, `gpu`, `cpu`.")
+    master_port: int | None = field(default=None, doc="A port for the store; null finds a free one.")
 
 
 class SpawnDriver:

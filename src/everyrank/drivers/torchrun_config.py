@@ -10,51 +10,44 @@ from everyrank.errors import DriverError, did_you_mean
 
 @section
 class TorchrunConfig(DriverConfig):
-    """``driver=torchrun``: torch's elastic engine.
+    """``driver=torchrun``: torch's elastic engine."""
 
-    Attributes:
-        nproc_per_node: Number of processes on this node, or ``auto``, ``gpu``, ``cpu``.
-        nnodes: Number of nodes.
-        node_rank: This node's rank, when ``nnodes`` > 1.
-        master_addr: Host of node 0, when ``nnodes`` > 1.
-        master_port: Port on node 0; on one machine null finds a free one.
-        rdzv_backend: ``static`` or ``c10d``; null chooses.
-        rdzv_endpoint: ``host:port`` of an elastic rendezvous.
-        rdzv_id: The id the nodes of a run share.
-        rdzv_timeout_s: Seconds a node waits for the others.
-        min_nodes: Nodes an elastic run starts with; null means ``nnodes``.
-        max_nodes: Nodes an elastic run grows to; null means ``nnodes``.
-        max_restarts: How often a failed group is started again.
-        monitor_interval: Seconds between two looks at the ranks.
-        start_method: ``forkserver``, ``spawn`` or ``fork``; null chooses.
-        standalone: One machine, nothing to configure; yields when several nodes or an endpoint are set.
-        no_python: The app's command is a program, not a Python script.
-        shutdown_timeout_s: Seconds the ranks have to save and leave after a signal.
-        failure_grace_s: Seconds the other ranks have to end by themselves after one failed.
-        hosts: Start all nodes from here, by ssh; the hosts share this folder and this Python.
-        ssh_args: Further options of ssh, as they are.
-    """
-
-    nproc_per_node: int | str = 2
-    nnodes: int = 1
-    node_rank: int = 0
-    master_addr: str | None = None
-    master_port: int | None = None
-    hosts: list[str] = field(factory=list, doc="Start all nodes from here, by ssh.")
+    nproc_per_node: int | str = field(default=2, doc="Number of processes on this node, or `auto`, `gpu`, `cpu`.")
+    nnodes: int = field(default=1, doc="Number of nodes.")
+    node_rank: int = field(default=0, doc="0 on the first node, 1 on the second ...")
+    master_addr: str | None = field(default=None, doc="Host of node 0, when `nnodes` > 1.")
+    master_port: int | None = field(default=None, doc="Port on node 0; on one machine null finds a free one.")
+    hosts: list[str] = field(
+        factory=list,
+        doc="Start all nodes from here, by ssh: the hosts share this folder and this Python; the first is node 0.",
+    )
     ssh_args: list[str] = field(factory=list, doc="Further options of ssh, as they are.")
-    rdzv_backend: str | None = None
-    rdzv_endpoint: str | None = None
-    rdzv_id: str | None = None
-    rdzv_timeout_s: float = 300.0
-    min_nodes: int | None = None
-    max_nodes: int | None = None
-    max_restarts: int = 0
-    monitor_interval: float = 0.05
-    start_method: str | None = None
-    standalone: bool = True
-    no_python: bool = False
-    shutdown_timeout_s: float = 30.0
-    failure_grace_s: float = 1.0
+    rdzv_backend: str | None = field(
+        default=None, doc="`static`, `c10d` or another of torch's; null: static, or c10d with an endpoint."
+    )
+    rdzv_endpoint: str | None = field(default=None, doc="`host:port` of an elastic rendezvous, the same on every node.")
+    rdzv_id: str | None = field(default=None, doc="A name for the job, the same on every node.")
+    rdzv_timeout_s: float = field(default=300.0, doc="Seconds a node waits for the others.")
+    min_nodes: int | None = field(default=None, doc="Nodes an elastic run starts with; null means `nnodes`.")
+    max_nodes: int | None = field(default=None, doc="Nodes an elastic run grows to; null means `nnodes`.")
+    max_restarts: int = field(default=0, doc="How often a failed group is started again.")
+    monitor_interval: float = field(default=0.05, doc="Seconds between two looks at the ranks.")
+    start_method: str | None = field(
+        default=None, doc="`forkserver` (default on Linux: one import of torch for all ranks), `spawn` or `fork`."
+    )
+    standalone: bool = field(
+        default=True,
+        doc="One machine, nothing to configure; yields when several nodes or an endpoint are set.",
+    )
+    no_python: bool = field(default=False, doc="The app's command is a program, not a Python script.")
+    shutdown_timeout_s: float = field(
+        default=30.0,
+        doc="Seconds the ranks have to save and leave after a signal.",
+    )
+    failure_grace_s: float = field(
+        default=1.0,
+        doc="Seconds the other ranks have to end by themselves after one failed.",
+    )
 
     @property
     def num_nodes(self) -> int:
