@@ -33,7 +33,7 @@ def reference_page(schema: type, *, title: str, introduction: str) -> str:
     return "\n\n".join(parts).rstrip() + "\n"
 
 
-def group_file(schema: type, *, target: str) -> str:
+def group_file(schema: Any, *, target: str) -> str:
     """Return the YAML file of a configuration group: every key with its default, and what it means.
 
     Args:
