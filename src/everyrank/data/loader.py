@@ -12,8 +12,9 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler, Subset, TensorDataset, default_collate
+from torch.utils.data import DataLoader, Sampler, Subset, TensorDataset, default_collate
 
+from everyrank.data.randomness import SeededDataset, tell_epoch
 from everyrank.data.split import View
 from everyrank.errors import DataError
 
@@ -38,9 +39,15 @@ class BatchLoader:
     """
 
     def __init__(
-        self, dataset: Any, batch_sampler: Sampler[list[int]], fetch: Callable[[list[int]], Any], pin_memory: bool
+        self,
+        dataset: Any,
+        batch_sampler: Sampler[list[int]],
+        fetch: Callable[[list[int]], Any],
+        pin_memory: bool,
+        source: Any = None,
     ) -> None:
         self.dataset = dataset
+        self._source = source if source is not None else dataset  # what is told the epoch
         self.batch_sampler = batch_sampler
         self._fetch = fetch
         self._pin_memory = pin_memory
@@ -51,7 +58,7 @@ class BatchLoader:
 
     def __iter__(self) -> Iterator[Any]:
         """Yield the batches from the sampler's cursor on."""
-        _tell_epoch(self.dataset, self.batch_sampler)
+        _tell_epoch(self._source, self.batch_sampler)
         fetch = self._fetch
         if not self._pin_memory:
             return (fetch(indices) for indices in self.batch_sampler)
@@ -82,9 +89,12 @@ def make_loader(
     with ``get_batch`` are fetched whole. Everything else goes sample by sample (or through ``__getitems__``) and is
     collated as torch does it; PyTorch Geometric graphs become a ``Batch``.
 
+    What a sample draws at random (augmentation) belongs to the sample: see ``SeededDataset``. It is the same whichever
+    rank loads it, here or in a worker, and another in each epoch. The seed is the sampler's.
+
     Args:
         dataset: Has ``__getitem__``, ``__getitems__`` or ``get_batch``. If it has ``set_epoch``, that is called with
-            the sampler's epoch before each iteration.
+            the sampler's epoch before each iteration, in the workers too.
         batch_sampler: Names the samples of each batch.
         num_workers: Number of worker processes; they are kept over epochs. 0 loads in this process.
         pin_memory: Give batches in page-locked memory, for faster copies to a GPU.
@@ -98,11 +108,13 @@ def make_loader(
         raise DataError(f"num_workers={num_workers} was set; it must be 0 (load in this process) or more.")
     if num_workers == 0:
         fetch = _whole_batches(dataset) if collate_fn is None else None
-        if fetch is None:
-            fetch = _sample_by_sample(dataset, collate_fn or collate)
-        return BatchLoader(dataset, batch_sampler, fetch, pin_memory)
+        if fetch is not None:
+            return BatchLoader(dataset, batch_sampler, fetch, pin_memory)
+        seeded = _seeded(dataset, batch_sampler)
+        fetch = _sample_by_sample(seeded, collate_fn or collate)
+        return BatchLoader(dataset, batch_sampler, fetch, pin_memory, source=seeded)
     return WorkerLoader(
-        dataset,
+        _seeded(dataset, batch_sampler),
         batch_sampler=batch_sampler,
         num_workers=num_workers,
         pin_memory=pin_memory,
@@ -144,16 +156,19 @@ def _select(tensor: torch.Tensor, indices: list[int]) -> torch.Tensor:
     return tensor.index_select(0, torch.tensor(indices, device=tensor.device))
 
 
-def _sample_by_sample(dataset: Dataset, collate_fn: Collate) -> Callable[[list[int]], Any]:
-    if callable(getattr(dataset, "__getitems__", None)):
-        return lambda indices: collate_fn(dataset.__getitems__(indices))  # type: ignore[attr-defined]
-    return lambda indices: collate_fn([dataset[index] for index in indices])
+def _seeded(dataset: Any, batch_sampler: Any) -> SeededDataset:
+    if isinstance(dataset, SeededDataset):
+        return dataset
+    return SeededDataset(dataset, seed=getattr(batch_sampler, "seed", 0))
+
+
+def _sample_by_sample(dataset: SeededDataset, collate_fn: Collate) -> Callable[[list[int]], Any]:
+    return lambda indices: collate_fn(dataset.__getitems__(indices))
 
 
 def _tell_epoch(dataset: Any, batch_sampler: Any) -> None:
-    set_epoch = getattr(dataset, "set_epoch", None)
-    if set_epoch is not None and hasattr(batch_sampler, "epoch"):
-        set_epoch(batch_sampler.epoch)
+    if hasattr(batch_sampler, "epoch"):
+        tell_epoch(dataset, batch_sampler.epoch)
 
 
 def _pinned(batch: Any) -> Any:

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 
 from everyrank.data.loader import make_loader
+from everyrank.data.randomness import sample_seed
 from everyrank.data.sampler import GlobalBatchSampler
 from everyrank.data.split import split_dataset
 from everyrank.errors import DataError
@@ -81,7 +82,8 @@ def build_loader(
     if hasattr(loader, "generator"):
         # Starting loader processes draws a number. From the global generator it would shift the model's randomness, and
         # a run resumed in the middle of an epoch would differ from the uninterrupted one.
-        loader.generator = torch.Generator().manual_seed(seed)
+        # The workers' own generators, which a collate_fn may use, differ on each rank.
+        loader.generator = torch.Generator().manual_seed(sample_seed(seed, 0, rank) % 2**63)
         loader.worker_init_fn = loader.shield = SignalShield()  # type: ignore[union-attr]
     return loader
 

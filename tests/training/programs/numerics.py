@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tiny
 import torch
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 
 import everyrank
 from everyrank import Checkpointer, TrainerDDP
@@ -194,4 +196,37 @@ def train_both_ways(folder: Path, variants: dict[str, dict[str, Any]]) -> dict[s
                 whole = {n: a.full_tensor() if hasattr(a, "full_tensor") else a for n, a in averages.items()}
                 found.setdefault(name, {})[strategy] = {**result, "average": whole}
                 changes["model"] = next(key for key, kind in MODELS.items() if kind is model)
+    return found
+
+
+class Augmented(Dataset):
+    """Adds noise of Python's, numpy's and torch's generators, that grows with the epoch it was told."""
+
+    def __init__(self, source: TensorDataset) -> None:
+        self.source, self.epoch = source, 0
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Take note of the epoch."""
+        self.epoch = epoch
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        x, y = self.source[index]
+        noise = random.random() + np.random.rand() + torch.rand(4, dtype=torch.float64)
+        return x + (1 + self.epoch) * noise / 4, y
+
+
+def train_augmented(folder: Path, num_workers: list[int]) -> dict[int, dict[str, Any]]:
+    """Train on noisy data, at a world size, with numbers of loader workers."""
+    found = {}
+    with everyrank.join(device="cpu") as world:
+        for number in num_workers:
+            validation = {"batch_size": 7, "num_workers": number}
+            config = tiny.make_config(folder / str(number), num_workers=number, validation=validation)
+            trainer = TrainerDDP(config=config, world=world)
+            data, held_out = Augmented(tiny.make_data(43)), Augmented(tiny.make_data(20, seed=1))
+            loaders = trainer.prepare_dataloaders(train_dataset=data, val_dataset=held_out)
+            found[number] = tiny.outcome(trainer, trainer.run_training(*loaders[:2]))
     return found
