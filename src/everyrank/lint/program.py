@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import os
 import re
 
 from everyrank.lint.guards import Guards, rank_from_environment, target_names
@@ -34,8 +35,9 @@ class Program:
 
     @property
     def is_relevant(self) -> bool:
-        """Whether any rule could find something here."""
-        return self.module.is_relevant
+        """Whether any rule could find something here; a test does odd things on purpose."""
+        name = os.path.basename(self.module.path)
+        return self.module.is_relevant and not re.match(r"test_.*\.py$|.*_test\.py$|conftest\.py$", name)
 
     @functools.cached_property
     def joins(self) -> list[ast.Call]:

@@ -78,7 +78,7 @@ def epoch_not_set(program: Program) -> Iterator[Finding]:
         simple = assign.value is call and module.parents[assign] is module.parents[loop] and assign.lineno < loop.lineno
         line = f"{sampler}.set_epoch({ast.unparse(loop.target)})"
         if not simple:
-            line = f"if {sampler} is not None:\n    {line}"
+            line = f"if isinstance({sampler}, {module.source(call.func)}):\n    {line}"
         first = loop.body[0]
         fix = (
             Fix("Tell the sampler each epoch", (module.insert_before(first, line),))

@@ -84,7 +84,7 @@ def _device_values(call: ast.Call, name: str) -> Iterator[ast.expr]:
 def _in_environment_read(program: Program, node: ast.AST) -> bool:
     """Whether a node is the fallback of a read of LOCAL_RANK."""
     for parent in program.module.ancestors(node):
-        if rank_from_environment(program.module, parent) == "LOCAL_RANK":
+        if rank_from_environment(program.module, parent) in ("LOCAL_RANK", "SLURM_LOCALID"):
             return True
         if isinstance(parent, ast.IfExp | ast.If) and "LOCAL_RANK" in set(identifiers(parent.test)):
             return True
@@ -106,13 +106,29 @@ def _is_device_count(program: Program, node: ast.AST) -> bool:
 
 def _local_rank_finding(program: Program, node: ast.expr, what: str, code: str = "ER001") -> Finding:
     name, imports = program.module.name_for("os")
-    text = f'int({name}.environ.get("LOCAL_RANK", {program.module.source(node)}))'
+    variable = "SLURM_LOCALID" if _is_of_slurm(program, node) else "LOCAL_RANK"
+    text = f'int({name}.environ.get("{variable}", {program.module.source(node)}))'
     return program.module.finding(
         code,
         node,
-        f"{what}: wrong wherever ranks and GPUs are not counted alike on every node. Fix: take LOCAL_RANK.",
-        Fix("Take LOCAL_RANK, and the old number without a launcher", (program.module.replace(node, text), *imports)),
+        f"{what}: wrong wherever ranks and GPUs are not counted alike on every node. Fix: take {variable}.",
+        Fix(f"Take {variable}, and the old number without a launcher", (program.module.replace(node, text), *imports)),
     )
+
+
+def _is_of_slurm(program: Program, node: ast.expr) -> bool:
+    """Whether the rank in an expression was last read from Slurm's SLURM_PROCID; srun sets no LOCAL_RANK."""
+    module = program.module
+    names = {module.dotted(n) for n in ast.walk(node) if isinstance(n, ast.Name | ast.Attribute)}
+    reads = [
+        (assign.lineno, variable)
+        for assign in module.by_type[ast.Assign]
+        if isinstance(assign, ast.Assign) and assign.lineno < node.lineno
+        if module.function_of(assign) is module.function_of(node)
+        if names & {module.dotted(target) for target in assign.targets}
+        if (variable := rank_from_environment(module, assign.value))
+    ]
+    return bool(reads) and max(reads)[1] == "SLURM_PROCID"
 
 
 def visible_devices_in_code(program: Program) -> Iterator[Finding]:
@@ -146,13 +162,17 @@ def visible_devices_in_code(program: Program) -> Iterator[Finding]:
     if not program.is_distributed:
         return
     module = program.module
+    joining = {module.function_of(call) for call in [*program.joins, *program.wraps]}
     for node in module.by_type[ast.Assign]:
         assert isinstance(node, ast.Assign)
+        function = module.function_of(node)
+        if function is not None and function not in joining and function not in program.guards.open_functions:
+            continue  # a helper that somebody else calls, perhaps for one process
         if rank_from_environment(module, node.targets[0]) != "CUDA_VISIBLE_DEVICES" or not isinstance(
             node.targets[0], ast.Subscript
         ):
             continue
-        if _only_if_unset(program, node) or constant(node.value) == "":
+        if _only_if_unset(program, node) or constant(node.value) in ("", "-1"):
             continue
         fix = None
         if module.begins_line(node) and len(module.block_of(node)) > 1:

@@ -157,7 +157,7 @@ def rendezvous_in_code(program: Program) -> Iterator[Finding]:
         value = constant(node.value)
         if variable not in ("MASTER_ADDR", "MASTER_PORT") or not isinstance(value, str | int):
             continue
-        if variable == "MASTER_ADDR" and value not in _LOCAL_ADDRESS:
+        if variable == "MASTER_ADDR" and (value not in _LOCAL_ADDRESS or _is_one_node(program, node)):
             continue
         if _depends_on_environment(program, node):
             continue
@@ -185,6 +185,13 @@ def rendezvous_in_code(program: Program) -> Iterator[Finding]:
                 'Fix: init_method="env://", and let the launcher choose.',
                 Fix("Meet where the launcher says", (module.replace(method, '"env://"'),), safe=False),
             )
+
+
+def _is_one_node(program: Program, node: ast.stmt) -> bool:
+    """Whether all ranks are on this machine anyway: the file starts them, or makes a world of one."""
+    block = program.module.block_of(node)
+    variables = {rank_from_environment(program.module, t) for s in block for t in getattr(s, "targets", [])}
+    return "WORLD_SIZE" in variables or (program.starts_ranks and not re.search(r"n_?nodes|nodes", program.module.text))
 
 
 def _depends_on_environment(program: Program, node: ast.AST) -> bool:

@@ -168,6 +168,8 @@ def _needs_check(program: Program, join: ast.Call) -> bool:
     if not program.has_backend(join, "nccl"):
         return False
     for parent in program.module.ancestors(join):
+        if isinstance(parent, ast.Try):
+            return False
         if isinstance(parent, ast.If | ast.IfExp) and re.search(
             r"is_available|cuda|gpu|nccl|device", ast.unparse(parent.test), re.I
         ):
@@ -177,11 +179,13 @@ def _needs_check(program: Program, join: ast.Call) -> bool:
 
 def _runs_on_cpu(program: Program) -> bool:
     module = program.module
-    for node in [*module.by_type[ast.IfExp], *module.by_type[ast.If]]:
-        text = module.text[slice(*module.span(node))] if isinstance(node, ast.IfExp) else ""
+    for node in module.by_type[ast.IfExp]:
+        if any(_other_branch(program, node, join) for join in program.joins):
+            continue
+        text = ast.unparse(node)
         if "is_available()" in text and re.search(r"['\"]cpu['\"]", text):
             return True
-    return not re.search(r"cuda|gpu", module.text.replace("nccl", ""), re.IGNORECASE)
+    return program.is_entry and not re.search(r"cuda|gpu|accelerator", module.text.replace("nccl", ""), re.IGNORECASE)
 
 
 def _nccl_finding(program: Program, join: ast.Call, code: str, why: str) -> Finding:

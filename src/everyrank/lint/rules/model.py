@@ -31,6 +31,9 @@ _NAMES_OF_WRAPPER = """
 _OF_WRAPPER = frozenset(_NAMES_OF_WRAPPER.split())
 
 
+_LOADER = re.compile(r"load|restore|restart|resume", re.IGNORECASE)
+
+
 def wrapped_state_saved(program: Program) -> Iterator[Finding]:
     """The wrapped model's state dict is saved, with "module." in every name.
 
@@ -74,7 +77,9 @@ def wrapped_state_saved(program: Program) -> Iterator[Finding]:
         model = name.removesuffix(".state_dict")
         if not _surely_wrapped(program, model, call) or not _is_saved(program, call):
             continue
-        if any(n == f"{model}.load_state_dict" for _, n in module.calls):
+        if any(n == f"{model}.load_state_dict" for _, n in module.calls) or _is_tested(program, call):
+            continue
+        if any(_LOADER.search(last_name(n)) and model in _given(program, c) for c, n in module.calls):
             continue
         assert isinstance(call.func, ast.Attribute)
         yield module.finding(
@@ -88,6 +93,11 @@ def wrapped_state_saved(program: Program) -> Iterator[Finding]:
                 safe=False,
             ),
         )
+
+
+def _given(program: Program, call: ast.Call) -> set[str]:
+    """Return the names that a call is given."""
+    return {program.module.dotted(value) for value in [*call.args, *(k.value for k in call.keywords)]}
 
 
 def _is_saved(program: Program, call: ast.Call) -> bool:

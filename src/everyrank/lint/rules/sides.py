@@ -11,6 +11,10 @@ from everyrank.lint.module import last_name
 from everyrank.lint.program import Program
 from everyrank.lint.rule import Rule
 
+# Models with buffers: BatchNorm, and the libraries and architectures that have it.
+_BUFFERS = re.compile(
+    r"batch_?norm|resnet|resnext|mobilenet|efficientnet|densenet|torchvision|timm\b|\bmodels\.__dict__", re.I
+)
 _WHO = {"zero": "rank 0 alone", "others": "every rank but 0"}
 
 
@@ -66,6 +70,16 @@ def _has_counterpart(program: Program, call: ast.Call, collective: str, who: str
     """Whether the other ranks call the same collective elsewhere in the function, so that all of them meet."""
     module = program.module
     function = module.function_of(call)
+    branch = program.guards.some_ranks_only(call)
+    if branch is not None and isinstance(branch[0], ast.If) and branch[0].orelse:
+        body, orelse = _all(branch[0].body), _all(branch[0].orelse)
+        for other, name in module.calls:
+            if (
+                program.collective_in(other, name) == collective
+                and (call in body) != (other in body)
+                and other in body | orelse
+            ):
+                return True
     for other, name in module.calls:
         if (
             other is call
@@ -83,7 +97,8 @@ def wrapped_model_on_some_ranks(program: Program) -> Iterator[Finding]:
     """A wrapped model is run by rank 0 alone.
 
     Finds: A call of a DistributedDataParallel model under `if rank == 0`, itself or in a function of the file that is
-    given the model there, such as a validation on rank 0.
+    given the model there, such as a validation on rank 0. Only in files that name BatchNorm, or a family of models that
+    has it.
 
     Why it hurts: DistributedDataParallel sends its buffers (those of BatchNorm) in every forward pass, and waits in it
     for the other ranks. Those stand at their next collective meanwhile, and both may wait for ever.
@@ -93,6 +108,7 @@ def wrapped_model_on_some_ranks(program: Program) -> Iterator[Finding]:
 
     Before:
 
+        import torch
         import torch.distributed as dist
         from torch.nn.parallel import DistributedDataParallel
 
@@ -100,12 +116,13 @@ def wrapped_model_on_some_ranks(program: Program) -> Iterator[Finding]:
             return sum(model(batch) for batch in loader)
 
         def train(net, loader):
-            model = DistributedDataParallel(net)
+            model = DistributedDataParallel(torch.nn.Sequential(net, torch.nn.BatchNorm1d(8)))
             if dist.get_rank() == 0:
                 validate(model, loader)
 
     After:
 
+        import torch
         import torch.distributed as dist
         from torch.nn.parallel import DistributedDataParallel
 
@@ -113,15 +130,17 @@ def wrapped_model_on_some_ranks(program: Program) -> Iterator[Finding]:
             return sum(model(batch) for batch in loader)
 
         def train(net, loader):
-            model = DistributedDataParallel(net)
+            model = DistributedDataParallel(torch.nn.Sequential(net, torch.nn.BatchNorm1d(8)))
             if dist.get_rank() == 0:
                 validate(model.module, loader)
     """
     module = program.module
+    if not _BUFFERS.search(module.text):
+        return  # without buffers the forward pass waits for nobody
     runs = _functions_that_run(program)
     for call, name in module.calls:
         kept = program.guards.some_ranks_only(call)
-        if kept is None:
+        if kept is None or _in_both_branches(program, call, name, kept[0]):
             continue
         model = ""
         if name in program.wrapped_names and _wrapped_before(program, name, call):
@@ -139,6 +158,15 @@ def wrapped_model_on_some_ranks(program: Program) -> Iterator[Finding]:
                 f"{model} is wrapped, and {_WHO[kept[1]]} runs it (line {kept[0].lineno}): its forward pass waits "
                 f"for the other ranks. Fix: give {model}.module.",
             )
+
+
+def _in_both_branches(program: Program, call: ast.Call, name: str, statement: ast.stmt) -> bool:
+    """Whether the other ranks call the same in the other branch."""
+    if not isinstance(statement, ast.If) or not statement.orelse:
+        return False
+    body, orelse = _all(statement.body), _all(statement.orelse)
+    other = orelse if call in body else body
+    return any(n == name and c in other for c, n in program.module.calls)
 
 
 def _wrapped_before(program: Program, name: str, node: ast.expr) -> bool:

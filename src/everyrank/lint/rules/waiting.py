@@ -10,12 +10,14 @@ from everyrank.lint.finding import Edit, Finding, Fix
 from everyrank.lint.module import argument, constant, has_unknown_arguments
 from everyrank.lint.program import Program
 from everyrank.lint.rule import Rule
+from everyrank.lint.rules.writing import is_own_file
 
 
 def load_without_map_location(program: Program) -> Iterator[Finding]:
     """A checkpoint is loaded without map_location.
 
-    Finds: `torch.load(path)` without `map_location` in a program that joins a group or wraps a model.
+    Finds: `torch.load(path)` without `map_location` that is reached on every rank, in a program that joins a group or
+    wraps a model. A file of each rank's own is not reported.
 
     Why it hurts: The tensors come back on the GPU they were saved from, GPU 0 as a rule: every rank of a node puts its
     copy there, and the node with the largest model is out of memory at the start. Without a GPU the file cannot be read
@@ -28,18 +30,18 @@ def load_without_map_location(program: Program) -> Iterator[Finding]:
         import torch
         from torch.nn.parallel import DistributedDataParallel
 
-        def resume(net, path):
-            net.load_state_dict(torch.load(path))
-            return DistributedDataParallel(net)
+        net = torch.nn.Linear(2, 2)
+        net.load_state_dict(torch.load("net.pt"))
+        model = DistributedDataParallel(net)
 
     After:
 
         import torch
         from torch.nn.parallel import DistributedDataParallel
 
-        def resume(net, path):
-            net.load_state_dict(torch.load(path, map_location="cpu"))
-            return DistributedDataParallel(net)
+        net = torch.nn.Linear(2, 2)
+        net.load_state_dict(torch.load("net.pt", map_location="cpu"))
+        model = DistributedDataParallel(net)
     """
     module = program.module
     if not program.is_distributed:
@@ -50,8 +52,12 @@ def load_without_map_location(program: Program) -> Iterator[Finding]:
             continue  # one of several ways, and the author thought of it
         if name != "torch.load" or argument(call, "map_location", 1) is not None or has_unknown_arguments(call):
             continue
-        if re.search(r"cpu|buffer|bytesio", module.source(call), re.IGNORECASE):
+        if re.search(r"cpu|buffer|bytesio|scaler", module.source(module.statement_of(call)), re.IGNORECASE):
             continue
+        if not call.args or is_own_file(program, call.args[0]) or not program.guards.runs_on_every_rank(call):
+            continue
+        if "torch.save" in module.text and re.search(r"\.cpu\(\)", module.text):
+            continue  # it may have saved from the CPU
         last = max([*call.args, *(k.value for k in call.keywords)], key=lambda n: module.span(n)[1], default=None)
         fix = None
         if last is not None:

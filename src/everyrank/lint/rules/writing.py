@@ -56,7 +56,7 @@ def saved_by_every_rank(program: Program) -> Iterator[Finding]:
         if name != "torch.save" or not _by_every_rank(program, call):
             continue
         target = argument(call, "f", 1)
-        if target is None or _is_own(program, target):
+        if target is None or is_own_file(program, target):
             continue
         yield module.finding(
             "ER401",
@@ -75,12 +75,12 @@ def _before_ranks(program: Program, node: ast.AST) -> bool:
     return program.starts_ranks and program.module.function_of(node) not in program.functions_of_ranks
 
 
-def _is_own(program: Program, target: ast.AST, depth: int = 0) -> bool:
+def is_own_file(program: Program, target: ast.AST, depth: int = 0) -> bool:
     """Whether a file name holds the rank or something else of this process alone, or the target is no file."""
     if re.search(r"rank|shard|getpid|uuid|local_|proc_id|buffer|bytesio|tmp|temp", ast.unparse(target), re.IGNORECASE):
         return True
     if isinstance(target, ast.Name) and depth < 2:
-        return any(_is_own(program, value, depth + 1) for value in program.values_of(target))
+        return any(is_own_file(program, value, depth + 1) for value in program.values_of(target))
     return False
 
 
@@ -204,7 +204,7 @@ def log_of_every_rank(program: Program) -> Iterator[Finding]:
         is_file = name in ("logging.FileHandler", "logging.handlers.RotatingFileHandler")
         if not (_WRITERS.search(name) or is_file) or not _by_every_rank(program, call):
             continue
-        if any(_is_own(program, value) for value in [*call.args, *(k.value for k in call.keywords)]):
+        if any(is_own_file(program, value) for value in [*call.args, *(k.value for k in call.keywords)]):
             continue
         yield module.finding(
             "ER403",
