@@ -39,14 +39,15 @@ class PythonModule:
         self.imports: dict[str, str] = {}
         self.import_nodes: list[ast.Import | ast.ImportFrom] = []
         if self.is_relevant:
-            self._index()
+            self.index()
 
     @property
     def is_relevant(self) -> bool:
         """Whether any rule could find something here."""
         return TRIGGER.search(self.text) is not None
 
-    def _index(self) -> None:
+    def index(self) -> None:
+        """Note parents, kinds of nodes and imports; a module that is not relevant is not indexed by itself."""
         stack: list[ast.AST] = [self.tree]
         while stack:
             node = stack.pop()

@@ -28,7 +28,7 @@ def main(argv: Sequence[str]) -> int:
         raise UserError("No path was given. Fix: everyrank check PATH ..., such as everyrank check .")
     if arguments.unsafe and not (arguments.fix or arguments.diff):
         raise UserError("--unsafe was given without --fix or --diff. Fix: everyrank check --fix --unsafe PATH ...")
-    return _check(arguments)
+    return _to_ddp(arguments) if arguments.to_ddp else _check(arguments)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -49,6 +49,11 @@ def _parser() -> argparse.ArgumentParser:
         "--unsafe", action="store_true", help="with --fix or --diff: the other fixes too; read what they did"
     )
     parser.add_argument("--diff", action="store_true", help="show what --fix would do; write nothing")
+    parser.add_argument(
+        "--to-ddp",
+        action="store_true",
+        help="show the change of single-device programs to DistributedDataParallel; with --fix write it",
+    )
     parser.add_argument(
         "--select", action="append", default=[], metavar="CODES", help="only these rules: ER003, ER4, ALL"
     )
@@ -95,6 +100,32 @@ def _check(arguments: argparse.Namespace) -> int:
             print(line)
         print(output.summary(results, len(paths)))
     return EXIT_FAILURE if any(c.findings for c in results) else EXIT_OK
+
+
+def _to_ddp(arguments: argparse.Namespace) -> int:
+    """Show or write the change of each program; returns 1 if something of it is not sure."""
+    from everyrank.lint import output, source
+    from everyrank.lint.to_ddp.rewrite import to_ddp
+
+    unsure = 0
+    for path in arguments.paths:
+        if not path.endswith(".py"):
+            raise UserError(
+                f"{path} was given with --to-ddp, which changes Python files. Fix: give one that ends in .py."
+            )
+        try:
+            before = source.read(path)
+            after, notes = to_ddp(before.text, path)
+        except (source.DoesNotParse, SyntaxError) as error:
+            raise UserError(f"{path} does not parse: {error}. Fix: mend it first.") from error
+        unsure += len(notes)
+        if arguments.fix and not arguments.diff:
+            source.write(before.with_text(after))
+        else:
+            sys.stdout.write(output.diff(path, before.text, after))
+        for row, sentence in notes:
+            print(f"{path}:{row}: {sentence}", file=sys.stderr)
+    return EXIT_FAILURE if unsure else EXIT_OK
 
 
 def _codes(values: Sequence[str]) -> list[str]:

@@ -12,7 +12,7 @@ from everyrank.lint.program import Program
 from everyrank.lint.rule import Rule
 
 # What nn.Module and DistributedDataParallel have themselves; anything else is the bare model's.
-_NAMES_OF_WRAPPER = """
+_NAMESOF_WRAPPER = """
     module train eval training to cuda cpu float half double bfloat16 type parameters named_parameters buffers
     named_buffers modules named_modules children named_children state_dict load_state_dict zero_grad
     requires_grad_ apply forward no_sync join register_comm_hook register_forward_hook
@@ -28,7 +28,7 @@ _NAMES_OF_WRAPPER = """
     will_sync_module_buffers modules_buffers named_module_params join_hook join_device join_process_group
     delay_all_reduce_named_params lazy_init_ran find_unused _modules _parameters _buffers
 """
-_OF_WRAPPER = frozenset(_NAMES_OF_WRAPPER.split())
+OF_WRAPPER = frozenset(_NAMESOF_WRAPPER.split())
 
 
 _LOADER = re.compile(r"load|restore|restart|resume", re.IGNORECASE)
@@ -181,7 +181,7 @@ def wrapped_model_used(program: Program) -> Iterator[Finding]:
     module = program.module
     for node in module.by_type[ast.Attribute]:
         assert isinstance(node, ast.Attribute)
-        if node.attr in _OF_WRAPPER or not isinstance(node.ctx, ast.Load):
+        if node.attr in OF_WRAPPER or not isinstance(node.ctx, ast.Load):
             continue
         name = module.dotted(node.value)
         if name not in program.wrapped_names or not _surely_wrapped(program, name, node) or _is_tested(program, node):
