@@ -66,6 +66,7 @@ FLOORS = (
     "data",
     "checkpoint",
     "elastic",
+    "program",
     "training",
     "apps",
     "worker",

@@ -12,7 +12,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from everyrank.diagnosis.failures import record_error, render
@@ -43,24 +43,54 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     die_with_parent()  # an agent that is killed must not leave its ranks training on
-    return _run_file(arguments.config)
+    if not sys.flags.safe_path:
+        del sys.path[0]  # the folder that -m has put there; an app gets it back, a program has its own
+    return _run_file(arguments.config, arguments.local_rank)
 
 
 def run_rank(config_file: str) -> None:
-    """Run the app of a config file in this process and exit with its code; what our own engine calls."""
-    code = _run_file(config_file)
+    """Run what a config file says in this process and exit with its code; what our own engine calls."""
+    code = _run_file(config_file, None)
     if code:
         raise SystemExit(code)
 
 
-def _run_file(config_file: str) -> int:
-    from omegaconf import OmegaConf
+def _run_file(config_file: str, local_rank: int | None) -> int:
+    import yaml
 
     if not os.path.isfile(config_file):
         print(f"error: the config file {config_file} does not exist", file=sys.stderr)
         return EXIT_BAD_INPUT
-    cfg = OmegaConf.load(config_file)
-    return run_app(cfg)[0]  # type: ignore[arg-type]
+    with open(config_file, encoding="utf-8") as file:
+        text = file.read()
+    run = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))["run"]
+    if run["program"] is not None:
+        return run_program(run, local_rank)
+    from omegaconf import OmegaConf
+
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    return run_app(OmegaConf.create(text))[0]  # type: ignore[arg-type]
+
+
+def run_program(run: Mapping[str, Any], local_rank: int | None = None) -> int:
+    """Run somebody's own program on this rank.
+
+    Args:
+        run: The ``run`` section of the run's configuration.
+        local_rank: What the legacy launcher put on the command line.
+
+    Returns:
+        The exit code.
+    """
+    from everyrank.program import rank
+    from everyrank.program.command import Program
+
+    program = Program.from_mapping(run["program"])
+    try:
+        return rank.run_program(program, run["dir"], prefix=run["prefix"], show=run["show"], local_rank=local_rank)
+    except UserError as error:
+        return _report(error, 0, os.path.join(run["dir"], "logs"), EXIT_BAD_INPUT)
 
 
 def run_app(cfg: DictConfig) -> tuple[int, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -13,8 +14,8 @@ from everyrank.drivers.spawn import SpawnConfig, SpawnDriver
 from everyrank.drivers.torchrun import TorchrunDriver
 from everyrank.drivers.torchrun_config import TorchrunConfig
 from everyrank.elastic import machine
-from everyrank.elastic.spec import RankCommand
 from everyrank.errors import DriverError
+from everyrank.program.command import read_program
 
 REQUEST = LaunchRequest(config_file="/runs/r/config.yaml", config_text="a: 1\n", run_dir="/runs/r", cwd="/work")
 WORKER = "-m everyrank.worker --config /runs/r/config.yaml"
@@ -60,19 +61,35 @@ def test_elastic_nodes_meet_at_the_endpoint() -> None:
     assert (plan.engine.min_nodes, plan.engine.max_nodes, plan.engine.rendezvous.run_id) == (1, 3, "my_job")
 
 
-def test_outside_programs() -> None:
-    script = TorchrunDriver(TorchrunConfig()).plan(_with_command("train.py", "--epochs", "3"))
+def test_programs() -> None:
+    script = TorchrunDriver(TorchrunConfig()).plan(_with_program("train.py", "--epochs", "3"))
     assert script.command[-3:] == ("train.py", "--epochs", "3")
     assert "--no-python" not in script.command
-    assert isinstance(script.engine.work, RankCommand)  # type: ignore[union-attr]
-    assert script.engine.work.argv == (sys.executable, "-u", "train.py", "--epochs", "3")  # type: ignore[union-attr]
-    program = TorchrunDriver(TorchrunConfig(no_python=True)).plan(_with_command("./train.py"))
+    module = TorchrunDriver(TorchrunConfig()).plan(_with_program("-m", "package.module", "-x"))
+    assert module.command[-3:] == ("-m", "package.module", "-x")
+    program = TorchrunDriver(TorchrunConfig()).plan(_with_program("./train.py", no_python=True))
     assert program.command[-2:] == ("--no-python", "./train.py")
-    assert program.engine.work.argv == ("./train.py",)  # type: ignore[union-attr]
+    for plan in (script, module, program):
+        assert plan.engine is not None
+        assert plan.engine.work.entry == "everyrank.worker:run_rank"
 
 
-def _with_command(*command: str) -> LaunchRequest:
-    return LaunchRequest(config_file="/r/c.yaml", config_text="", run_dir="/r", cwd="/", command=command)
+@pytest.mark.parametrize("option", ["--local-rank", "--local_rank"])
+def test_the_legacy_launcher_passes_the_local_rank_to_scripts_that_take_it(tmp_path: Path, option: str) -> None:
+    old, new = tmp_path / "old.py", tmp_path / "new.py"
+    old.write_text(f"parser.add_argument('{option}', type=int)\n")
+    new.write_text("import os\nos.environ['LOCAL_RANK']\n")
+    assert _with_program(str(old)).program.local_rank_option == option  # type: ignore[union-attr]
+    taking, reading = (LegacyLaunchDriver(LegacyLaunchConfig()).plan(_with_program(str(s))) for s in (old, new))
+    assert "--use-env" not in taking.command
+    assert "--use-env" in reading.command
+    told = LegacyLaunchDriver(LegacyLaunchConfig(use_env=False)).plan(_with_program(str(new)))
+    assert "--use-env" not in told.command
+
+
+def _with_program(*words: str, no_python: bool = False) -> LaunchRequest:
+    program = read_program(words, no_python=no_python)
+    return LaunchRequest(config_file="/r/c.yaml", config_text="", run_dir="/r", cwd="/", program=program)
 
 
 def test_legacy_launch_and_spawn() -> None:

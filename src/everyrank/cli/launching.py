@@ -8,11 +8,15 @@ import importlib.util
 import os
 import signal
 import sys
+from collections import deque
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 
+from everyrank.cli.program_arguments import SCRIPT_APP, name_script, script_words
 from everyrank.cli.run_config import DistributedConfig, EnvConfig, RunConfig
 from everyrank.cli.run_folder import RunFolder
 from everyrank.config.schema import build
@@ -20,10 +24,19 @@ from everyrank.diagnosis.failures import describe
 from everyrank.diagnosis.outcome import Outcome
 from everyrank.drivers.driver import Driver, LaunchPlan, LaunchRequest
 from everyrank.errors import EXIT_BAD_INPUT, EXIT_OK, EXIT_PREEMPTED, ConfigError, UserError, did_you_mean
+from everyrank.program.command import Program, check_program, read_program
+from everyrank.program.output import wait_for_logs
+
+_LINES_SHOWN = 40
 
 
-def launch_config(cfg: DictConfig) -> tuple[int, Any]:
+def launch_config(cfg: DictConfig, words: Sequence[str] | None = None, sys_path: Sequence[str] = ()) -> tuple[int, Any]:
     """Run the app of a composed configuration.
+
+    Args:
+        cfg: The configuration.
+        words: A program of the user's own and its arguments, the ``app.command`` of ``app=script``.
+        sys_path: Where this Python looks for modules, for a program: its own folder comes on top.
 
     Returns:
         The exit code, and the app's result if it ran in this process.
@@ -32,28 +45,28 @@ def launch_config(cfg: DictConfig) -> tuple[int, Any]:
         UserError: The configuration, or the launch, is wrong; nothing was started.
     """
     resolved = _resolved(cfg)
-    driver, app, env = resolved["driver"], resolved["app"], _section(EnvConfig, resolved, "env")
-    distributed = _section(DistributedConfig, resolved, "distributed")
-    _section(RunConfig, resolved, "run")
-    driver_config, driver_class = _driver(driver)
-    described = describe_app(app)
+    if words is not None:  # not before: neither Hydra nor OmegaConf is to read anything into them
+        resolved["app"]["command"] = list(words)
+    driver_config, driver_class = _driver(resolved["driver"])
     foreign = _foreign_world()
-    folder = RunFolder.choose(resolved, shared=foreign is not None or driver_config.shares_folder)
-    resolved["run"].update(name=folder.name, dir=folder.path)
-    final = OmegaConf.create(resolved)
+    shared = foreign is not None or driver_config.shares_folder
+    request, folder = _request(resolved, shared, driver_class, tuple(sys_path))
     if foreign is not None and not driver_config.dry_run:
         print(f"notice: driver={driver_class.name} is not used: {foreign}", file=sys.stderr)
-        return _run_here(final, folder, env.variables)
-    request = _request(final, folder, env, distributed, described)
+        return _run_here(resolved, folder, request, resolved["env"]["variables"])
     plan = driver_class(driver_config).plan(request)
-    print(plan.render(with_files=driver_config.dry_run), flush=True)
+    quiet = request.program is not None and not driver_config.dry_run  # what it prints is the program's own
+    print(plan.render(with_files=driver_config.dry_run), file=sys.stderr if quiet else sys.stdout, flush=True)
     if driver_config.dry_run:
         return EXIT_OK, None
     with folder.held():
         _write_files(plan)
-        if plan.driver == "local" and request.command is None:
-            return _run_here(final, folder, {**env.variables, **plan.env})
-        return _finish(driver_class(driver_config).run(plan, request), folder)
+        if plan.driver == "local" and request.program is None:
+            return _run_here(resolved, folder, request, {**request.env, **plan.env})
+        outcome = driver_class(driver_config).run(plan, request)
+        if request.program is not None:
+            return _finish_program(outcome, plan, show=resolved["run"]["show"], folder=folder)
+        return _finish(outcome, folder)
 
 
 def plan_config(cfg: DictConfig) -> tuple[LaunchPlan, int]:
@@ -66,11 +79,8 @@ def plan_config(cfg: DictConfig) -> tuple[LaunchPlan, int]:
         UserError: The configuration is wrong, or leaves the world size to the nodes.
     """
     resolved = _resolved(cfg)
-    env, distributed = _section(EnvConfig, resolved, "env"), _section(DistributedConfig, resolved, "distributed")
     driver_config, driver_class = _driver(resolved["driver"])
-    folder = RunFolder.choose(resolved, shared=True)
-    resolved["run"].update(name=folder.name, dir=folder.path)
-    request = _request(OmegaConf.create(resolved), folder, env, distributed, describe_app(resolved["app"]))
+    request, _ = _request(resolved, True, driver_class, ())
     plan = driver_class(driver_config).plan(replace(request, device="cpu"))
     if plan.world_size is None:
         raise ConfigError(
@@ -81,19 +91,37 @@ def plan_config(cfg: DictConfig) -> tuple[LaunchPlan, int]:
 
 
 def _request(
-    final: DictConfig, folder: RunFolder, env: EnvConfig, distributed: DistributedConfig, described: DescribedApp
-) -> LaunchRequest:
-    return LaunchRequest(
+    resolved: dict[str, Any], shared: bool, driver_class: type[Driver], sys_path: tuple[str, ...]
+) -> tuple[LaunchRequest, RunFolder]:
+    """Check what is to run, name its folder in ``resolved``, and say what is to be launched."""
+    env, distributed = _section(EnvConfig, resolved, "env"), _section(DistributedConfig, resolved, "distributed")
+    run, app = resolved["run"], resolved["app"]
+    described = describe_app(app)
+    _section(RunConfig, resolved, "run")
+    if described.target == SCRIPT_APP:
+        name_script(app)
+    if run["prefix"] == "auto" and not shared:  # the ranks may see a terminal that mpirun has made for them
+        run["prefix"] = "rank" if sys.stdout.isatty() else "none"
+    folder = RunFolder.choose(resolved, shared)
+    run.update(name=folder.name, dir=folder.path)
+    program = described.program(resolved)
+    if program is not None:
+        run["program"] = program.as_mapping()
+        if not driver_class.is_elsewhere:
+            check_program(program)
+    request = LaunchRequest(
         config_file=os.path.join(folder.path, "run.yaml"),
-        config_text=OmegaConf.to_yaml(final),
+        config_text=yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True),
         run_dir=folder.path,
         cwd=os.getcwd(),
         env=env.variables,
-        command=described.command(final),
+        program=program,
+        sys_path=tuple(os.path.abspath(p) if p == "" else p for p in sys.path) if program is None else sys_path,
         device=distributed.device,
         timeout_s=distributed.timeout_s,
-        preload=tuple(final.app.get("preload") or ()),
+        preload=tuple(app.get("preload") or ()),
     )
+    return request, folder
 
 
 def _resolved(cfg: DictConfig) -> dict[str, Any]:
@@ -132,12 +160,17 @@ def _foreign_world() -> str | None:
     )
 
 
-def _run_here(final: DictConfig, folder: RunFolder, variables: Any) -> tuple[int, Any]:
-    from everyrank.worker import run_app
+def _run_here(
+    resolved: dict[str, Any], folder: RunFolder, request: LaunchRequest, variables: Mapping[str, str]
+) -> tuple[int, Any]:
+    from everyrank.worker import run_app, run_program
 
     os.makedirs(folder.path, exist_ok=True)
     os.environ.update(variables)
-    return run_app(final)
+    if request.program is not None:
+        sys.path[:] = request.sys_path
+        return run_program(resolved["run"]), None
+    return run_app(OmegaConf.create(resolved))
 
 
 def _write_files(plan: LaunchPlan) -> None:
@@ -162,6 +195,26 @@ def _finish(outcome: Outcome, folder: RunFolder) -> tuple[int, Any]:
     return code, folder.result() if code == EXIT_OK else None
 
 
+def _finish_program(outcome: Outcome, plan: LaunchPlan, *, show: str, folder: RunFolder) -> tuple[int, Any]:
+    """A program's end: its own exit code where there is one rank, else the verdict on all of them."""
+    wait_for_logs(plan.log_files)
+    if plan.driver == "local" and outcome.failures:
+        code = outcome.failures[0].exit_code
+        return code if code >= 0 else 128 - code, None
+    if show != "all":
+        for failure in outcome.failures:
+            if failure.log_file and (show == "failed" or failure.rank != 0):
+                _show_end(failure.rank, failure.log_file)
+    return _finish(outcome, folder)
+
+
+def _show_end(rank: int, log_file: str) -> None:
+    with open(log_file, encoding="utf-8", errors="replace") as log:
+        lines = deque(log, maxlen=_LINES_SHOWN)
+    for line in lines:
+        print(f"[rank {rank}] {line.rstrip()}", file=sys.stderr)
+
+
 class DescribedApp:
     """What can be told of an app without running it."""
 
@@ -169,13 +222,21 @@ class DescribedApp:
         self.target = target
         self.has_command = has_command
 
-    def command(self, cfg: DictConfig) -> tuple[str, ...] | None:
-        """The outside program of an app that has ``build_command``, else None."""
+    def program(self, resolved: dict[str, Any]) -> Program | None:
+        """The program of an app that has ``build_command``, else None.
+
+        Raises:
+            ConfigError: There is no program in the command.
+        """
         if not self.has_command:
             return None
-        from everyrank.worker import load_app
+        if self.target == SCRIPT_APP:
+            words = script_words(resolved["app"])
+        else:
+            from everyrank.worker import load_app
 
-        return tuple(str(part) for part in load_app(self.target).build_command(cfg))
+            words = load_app(self.target).build_command(OmegaConf.create(resolved))
+        return read_program([str(word) for word in words], no_python=bool(resolved["app"].get("no_python")))
 
 
 def describe_app(app: dict[str, Any]) -> DescribedApp:

@@ -11,7 +11,9 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from everyrank.cli.program_arguments import split_program
 from everyrank.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_OK, UserError, did_you_mean
+from everyrank.program.main_module import fresh_path
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -19,7 +21,8 @@ if TYPE_CHECKING:
 _USAGE = """\
 usage: everyrank COMMAND ...
 
-  run            compose a configuration and run an app: everyrank run driver=torchrun app=hello_dist
+  run            run a program of yours on every rank: everyrank run -n 2 -- train.py --lr 0.1
+                 or an app: everyrank run driver=torchrun app=hello_dist
                  (everyrank run --help lists the groups; python run.py is the same)
 {commands}
 everyrank COMMAND --help tells more of each.
@@ -73,7 +76,16 @@ def _help_line(module: str) -> str:
 
 
 def run(argv: Sequence[str]) -> int:
-    """Compose the configuration that ``argv`` (Hydra's grammar) describes and run its app; returns the exit code."""
+    """Compose the configuration that ``argv`` (Hydra's grammar) describes and run its app; returns the exit code.
+
+    Args:
+        argv: Settings, and behind ``--`` a program of the user's own with its arguments.
+    """
+    sys_path = fresh_path()
+    try:
+        argv, program = split_program(argv)
+    except UserError as error:
+        return _fail(str(error))
     if _will_need_engine(argv):
         from everyrank.elastic import engine_pool
 
@@ -84,7 +96,7 @@ def run(argv: Sequence[str]) -> int:
         argv = [*argv, "app=hello_dist"]  # help is shown for a whole configuration
     codes: list[int] = []
     try:
-        _compose_and_launch(list(argv), codes)
+        _compose_and_launch(list(argv), program, sys_path, codes)
     except UserError as error:
         return _fail(str(error))
     except KeyboardInterrupt:
@@ -106,12 +118,12 @@ def _will_need_engine(argv: Sequence[str]) -> bool:
     return "driver=torchrun" in argv and not quiet & {arg.split("=")[0] if arg[0] == "-" else arg for arg in argv}
 
 
-def _compose_and_launch(argv: list[str], codes: list[int]) -> None:
+def _compose_and_launch(argv: list[str], program: list[str] | None, sys_path: list[str], codes: list[int]) -> None:
     from everyrank.cli.compose import for_each_composed
     from everyrank.cli.launching import launch_config
 
     def task(cfg: DictConfig) -> Any:
-        code, result = launch_config(cfg)
+        code, result = launch_config(cfg, program, sys_path)
         codes.append(code)
         return result
 

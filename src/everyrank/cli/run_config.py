@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from everyrank.config.schema import field, section
 
@@ -15,6 +15,17 @@ class RunConfig:
         default=None, doc="Name of the run's folder; null: the app's name and a hash of its settings."
     )
     dir: str | None = field(default=None, doc="The run's folder; null: <env.output_dir>/<run.name>.")
+    prefix: Literal["auto", "rank", "none"] = field(
+        default="auto",
+        doc="What stands before each line of a program on the console: [rank 1], or nothing; auto: the rank, on a "
+        "terminal.",
+    )
+    show: Literal["all", "main", "failed"] = field(
+        default="all",
+        doc="Whose lines of a program the console shows: those of all ranks, of rank 0, or of failed ranks at the end. "
+        "The logs have all.",
+    )
+    program: dict[str, Any] | None = field(default=None, doc="Set by the launch, for an app that is a program.")
     log_level: str | None = field(
         default=None, doc="Level of the console log; null: INFO on rank 0, WARNING elsewhere."
     )

@@ -68,20 +68,14 @@ def _failures(log_dir: str) -> Iterator[RankFailure]:
             yield RankFailure(rank=int(error["rank"]), exit_code=int(error["exit_code"]), error=error, log_file=log)
 
 
-def exports(env: dict[str, str], cwd: str) -> list[str]:
-    """Lines of a shell script that set variables, and let Python find what lies in the working directory."""
+def exports(env: dict[str, str], request: LaunchRequest) -> list[str]:
+    """Lines of a shell script that set variables, and let Python find an app that lies in the working directory."""
     lines = [f"export {name}={shlex.quote(value)}" for name, value in sorted(env.items())]
-    return [*lines, f'export PYTHONPATH={shlex.quote(cwd)}"${{PYTHONPATH:+:$PYTHONPATH}}"']
-
-
-def rank_command(python: str, request: LaunchRequest) -> tuple[str, ...]:
-    """What one rank runs: the app by our worker, or its outside program."""
-    if request.command is None:
-        return (python, *request.worker)
-    return (python, *request.command) if request.command[0].endswith(".py") else request.command
+    if request.program is None:
+        lines.append(f'export PYTHONPATH={shlex.quote(request.cwd)}"${{PYTHONPATH:+:$PYTHONPATH}}"')
+    return lines
 
 
 def node_command(python: str, request: LaunchRequest, *flags: str) -> tuple[str, ...]:
     """What one node runs to start its ranks with torch's engine; see ``node.py``."""
-    program = ("--", *request.command) if request.command is not None else ()
-    return (python, "-m", "everyrank.drivers.node", f"--config={request.config_file}", *flags, *program)
+    return (python, "-m", "everyrank.drivers.node", f"--config={request.config_file}", *flags)

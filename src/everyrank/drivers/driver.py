@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shlex
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -13,6 +14,7 @@ from everyrank.config.schema import field, section
 from everyrank.diagnosis.outcome import Outcome
 from everyrank.diagnosis.rank_files import log_file
 from everyrank.elastic.spec import EngineRun
+from everyrank.program.command import Program
 
 
 @section
@@ -46,7 +48,8 @@ class LaunchRequest:
         run_dir: The run's folder (absolute).
         cwd: Working directory of the ranks.
         env: Variables for the ranks, from ``env=...``.
-        command: The outside program each rank executes, or None for an app that runs in Python.
+        program: Somebody's own program that each rank runs, or None for an app.
+        sys_path: The module search path of the ranks, for drivers that hand it on.
         device: ``distributed.device``.
         timeout_s: ``distributed.timeout_s``.
         preload: Modules that a forkserver may import before the first rank.
@@ -57,7 +60,8 @@ class LaunchRequest:
     run_dir: str
     cwd: str
     env: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    command: tuple[str, ...] | None = None
+    program: Program | None = None
+    sys_path: tuple[str, ...] = ()
     device: str = "auto"
     timeout_s: float = 600.0
     preload: tuple[str, ...] = ()
@@ -132,10 +136,12 @@ class Driver(Protocol):
 
     Attributes:
         name: What ``driver=`` calls it.
+        is_elsewhere: The ranks see other files than this machine has, such as those of a container's image.
         config_type: Its settings, a ``DriverConfig``.
     """
 
     name: str
+    is_elsewhere: bool
     config_type: type[DriverConfig]
 
     def __init__(self, config: Any) -> None: ...
@@ -145,6 +151,16 @@ class Driver(Protocol):
 
     def run(self, plan: LaunchPlan, request: LaunchRequest) -> Outcome:
         """Carry the plan out and wait for its end."""
+
+
+def python_path(request: LaunchRequest) -> dict[str, str]:
+    """``PYTHONPATH`` for a launcher that starts fresh interpreters: the apps of this process are found there, too.
+
+    A program finds its modules as it does by itself.
+    """
+    if request.program is not None:
+        return {}
+    return {"PYTHONPATH": os.pathsep.join(os.path.abspath(path) for path in sys.path if path)}
 
 
 def rank_variables(request: LaunchRequest, threads_per_rank: int) -> dict[str, str]:

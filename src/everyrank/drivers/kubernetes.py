@@ -47,6 +47,7 @@ class KubernetesDriver:
     """Writes the manifest; applying it is left to kubectl."""
 
     name = "kubernetes"
+    is_elsewhere = True
     config_type: type[DriverConfig] = KubernetesConfig
 
     def __init__(self, config: KubernetesConfig) -> None:
@@ -119,7 +120,6 @@ def _replicas(c: KubernetesConfig, request: LaunchRequest, name: str, count: int
         config_text=request.config_text,
         run_dir=request.run_dir,
         cwd=request.cwd,
-        command=request.command,
     )
     flags = [f"driver.nproc_per_node={c.nproc_per_node}", f"driver.nnodes={c.nodes}"]
     if c.nodes > 1:  # the operator gives the first pod a service of this name

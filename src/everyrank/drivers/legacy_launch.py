@@ -10,7 +10,7 @@ import sys
 from everyrank.config.schema import field, section
 from everyrank.diagnosis.outcome import Outcome, RankFailure
 from everyrank.diagnosis.rank_files import clear_errors, existing, read_error
-from everyrank.drivers.driver import DriverConfig, LaunchPlan, LaunchRequest, rank_variables
+from everyrank.drivers.driver import DriverConfig, LaunchPlan, LaunchRequest, python_path, rank_variables
 from everyrank.elastic.guarded import guarded
 from everyrank.elastic.machine import resolve_nproc
 from everyrank.elastic.signals import forwarded
@@ -28,9 +28,10 @@ class LegacyLaunchConfig(DriverConfig):
     node_rank: int = field(default=0, doc="This node's rank.")
     master_addr: str | None = field(default=None, doc="Host of node 0; null for one node.")
     master_port: int | None = field(default=None, doc="Port on node 0; null finds a free one on one node.")
-    use_env: bool = field(
-        default=False,
-        doc="Pass `--use-env`: the local rank in `LOCAL_RANK` only, not on the command line.",
+    use_env: bool | None = field(
+        default=None,
+        doc="Pass `--use-env`: the local rank in `LOCAL_RANK` only, not on the command line. null: so for programs "
+        "that do not mention `--local-rank` or `--local_rank`.",
     )
     max_restarts: int = field(default=0, doc="How often the group is started again after a failure.")
 
@@ -44,6 +45,7 @@ class LegacyLaunchDriver:
     """Runs torch's legacy launcher as a child and reads what its ranks recorded."""
 
     name = "launch"
+    is_elsewhere = False
     config_type: type[DriverConfig] = LegacyLaunchConfig
 
     def __init__(self, config: LegacyLaunchConfig) -> None:
@@ -75,15 +77,14 @@ class LegacyLaunchDriver:
             flags += ["--master-addr=127.0.0.1", f"--master-port={c.master_port}"]
         else:
             flags.insert(0, "--standalone")  # torch's own default is port 29500, for every launch on the machine
-        if c.use_env:
+        # Most programs read LOCAL_RANK, and end at an option they do not know.
+        wanted = request.program is None or request.program.local_rank_option is not None
+        if c.use_env if c.use_env is not None else not wanted:
             flags.append("--use-env")
-        program = (
-            request.worker if request.command is None else ("--no-python", *guarded(request.command, parent_pid=0))
-        )
         return LaunchPlan(
             driver=self.name,
             log_dir=request.log_dir,
-            command=(sys.executable, "-m", "torch.distributed.launch", *flags, *program),
+            command=(sys.executable, "-m", "torch.distributed.launch", *flags, *request.worker),
             nproc_per_node=nproc,
             num_nodes=c.nnodes,
             summary=(f"processes per node: {nproc}", f"nodes: {c.nnodes}"),
@@ -98,7 +99,7 @@ class LegacyLaunchDriver:
             check_port_is_free(c.master_port)
         clear_errors(request.log_dir)
         env = {**os.environ, **plan.env, SUPERVISED: "1", "PYTHONWARNINGS": "ignore::FutureWarning"}
-        env["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
+        env.update(python_path(request))
         command = guarded(plan.command)
         os.makedirs(request.log_dir, exist_ok=True)
         with open(os.path.join(request.log_dir, "launcher.log"), "ab") as log:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 
 from everyrank.config.schema import field, section
 from everyrank.diagnosis.outcome import Outcome, RankFailure
 from everyrank.drivers.driver import DriverConfig, LaunchPlan, LaunchRequest, rank_variables
+from everyrank.elastic.guarded import guarded
+from everyrank.elastic.signals import forwarded
 
 
 @section
@@ -25,6 +28,7 @@ class LocalDriver:
     """One process, this one: the easiest to debug."""
 
     name = "local"
+    is_elsewhere = False
     config_type: type[DriverConfig] = LocalConfig
 
     def __init__(self, config: LocalConfig) -> None:
@@ -35,15 +39,24 @@ class LocalDriver:
         return LaunchPlan(
             driver=self.name,
             log_dir=request.log_dir,
-            command=request.command or (sys.executable, *request.worker),
+            command=(sys.executable, *request.worker),
             nproc_per_node=1,
-            summary=("processes: 1 (this one)",),
+            summary=("processes: 1 (this one)" if request.program is None else "processes: 1",),
             env=rank_variables(request, self.config.threads_per_rank),
             files={request.config_file: request.config_text},
         )
 
     def run(self, plan: LaunchPlan, request: LaunchRequest) -> Outcome:
-        """Run an outside program to its end; an app in Python is run by the caller, in this process."""
-        process = subprocess.run(plan.command, env={**os.environ, **plan.env}, cwd=request.cwd, check=False)
-        failures = (RankFailure(rank=0, exit_code=process.returncode),) if process.returncode else ()
-        return Outcome(failures=failures, world_size=1)
+        """Run a program to its end; an app is run by the caller, in this process."""
+        # In our own process group: it may read from the terminal, whose Ctrl-C reaches it without us.
+        process = subprocess.Popen(guarded(plan.command), env={**os.environ, **plan.env}, cwd=request.cwd)
+        in_terminal = sys.stdin is not None and sys.stdin.isatty()
+
+        def send(signum: int) -> None:
+            if not (in_terminal and signum == signal.SIGINT):
+                process.send_signal(signum)
+
+        with forwarded(send, process.kill) as told:
+            code = process.wait()
+        failures = (RankFailure(rank=0, exit_code=code),) if code else ()
+        return Outcome(failures=failures, signum=told.signum, world_size=1)

@@ -11,8 +11,8 @@ from dataclasses import replace
 from everyrank.config.schema import field, section
 from everyrank.diagnosis.outcome import Outcome, RankFailure
 from everyrank.diagnosis.rank_files import clear_errors
-from everyrank.drivers.cluster import MPI, rank_command, recorded_failures
-from everyrank.drivers.driver import DriverConfig, LaunchPlan, LaunchRequest, rank_variables
+from everyrank.drivers.cluster import MPI, recorded_failures
+from everyrank.drivers.driver import DriverConfig, LaunchPlan, LaunchRequest, python_path, rank_variables
 from everyrank.elastic.guarded import guarded
 from everyrank.elastic.machine import resolve_nproc
 from everyrank.elastic.signals import forwarded
@@ -45,6 +45,7 @@ class MpiDriver:
     """Runs mpirun as a child and reads what its ranks recorded."""
 
     name = "mpi"
+    is_elsewhere = False
     config_type: type[DriverConfig] = MpiConfig
 
     def __init__(self, config: MpiConfig) -> None:
@@ -61,7 +62,7 @@ class MpiDriver:
             )
         nproc = resolve_nproc(c.nproc_per_node, "driver.nproc_per_node", request.device)
         num_ranks = c.num_ranks or nproc * max(len(c.hosts), 1)
-        env = {**rank_variables(request, c.threads_per_rank), "PYTHONPATH": _python_path()}
+        env = {**rank_variables(request, c.threads_per_rank), **python_path(request)}
         flags = ["-np", str(num_ranks), "--bind-to", "none"]  # by default each rank is bound to one core
         if c.hosts:
             flags += ["--host", ",".join(f"{host}:{nproc}" for host in c.hosts)]
@@ -74,7 +75,7 @@ class MpiDriver:
         for name in sorted(env):
             flags += ["-x", name]
         # A rank ends with the daemon that started it, also when that is killed.
-        program = guarded(rank_command(sys.executable, request), parent_pid=0)
+        program = guarded((sys.executable, *request.worker), parent_pid=0)
         return LaunchPlan(
             driver=self.name,
             log_dir=request.log_dir,
@@ -100,7 +101,3 @@ class MpiDriver:
         if code and not failures:
             failures = (RankFailure(rank=0, exit_code=code if code > 0 else EXIT_FAILURE),)
         return Outcome(failures=failures if code else (), signum=told.signum, world_size=plan.world_size or 0)
-
-
-def _python_path() -> str:
-    return os.pathsep.join(os.path.abspath(path) for path in sys.path if path)

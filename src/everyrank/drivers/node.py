@@ -1,4 +1,4 @@
-"""``python -m everyrank.drivers.node --config FILE driver.KEY=VALUE ... [-- PROGRAM ...]``: one node of a run.
+"""``python -m everyrank.drivers.node --config FILE driver.KEY=VALUE ...``: one node of a run.
 
 For schedulers that start one task a node: each runs torch's engine with the ranks of its node. The configuration is
 the resolved one that the launching process wrote; the settings are those of ``driver=torchrun``.
@@ -23,33 +23,29 @@ from everyrank.drivers.torchrun import TorchrunDriver
 from everyrank.drivers.torchrun_config import TorchrunConfig
 from everyrank.elastic import engine_pool
 from everyrank.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_PREEMPTED, UserError
+from everyrank.program.command import Program
+from everyrank.program.main_module import fresh_path
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the ranks of this node; returns the exit code."""
-    arguments, _, program = _split(list(argv))
+    arguments = list(argv)
     config_file = arguments.pop(0).removeprefix("--config=")
     attached = "--attached" in arguments
     if attached:
         arguments.remove("--attached")
     engine_pool.fork_early()  # imports torch while this process reads the configuration
+    path = fresh_path()
     sys.path.insert(0, os.getcwd())
     if attached:
         threading.Thread(target=_listen, args=(sys.stdin.fileno(),), daemon=True).start()
     try:
-        return _run(config_file, arguments, program, attached)
+        return _run(config_file, arguments, path, attached)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
-
-
-def _split(argv: list[str]) -> tuple[list[str], str, list[str]]:
-    if "--" not in argv:
-        return argv, "", []
-    at = argv.index("--")
-    return argv[:at], "--", argv[at + 1 :]
 
 
 def _listen(descriptor: int) -> None:
@@ -59,7 +55,7 @@ def _listen(descriptor: int) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _run(config_file: str, arguments: list[str], program: list[str], attached: bool) -> int:
+def _run(config_file: str, arguments: list[str], path: list[str], attached: bool) -> int:
     import yaml
 
     with open(config_file, encoding="utf-8") as file:
@@ -70,13 +66,15 @@ def _run(config_file: str, arguments: list[str], program: list[str], attached: b
         key, _, value = argument.removeprefix("driver.").partition("=")
         settings[key] = yaml.safe_load(value)
     driver = TorchrunDriver(build(TorchrunConfig, settings, what="command line of the node"))
+    program = run["run"]["program"]
     request = LaunchRequest(
         config_file=config_file,
         config_text=text,
         run_dir=run["run"]["dir"],
         cwd=os.getcwd(),
         env=run["env"]["variables"],
-        command=tuple(program) or None,
+        program=None if program is None else Program.from_mapping(program),
+        sys_path=tuple(sys.path if program is None else path),
         device=run["distributed"]["device"],
         timeout_s=run["distributed"]["timeout_s"],
         preload=tuple(run["app"].get("preload") or ()),

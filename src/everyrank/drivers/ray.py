@@ -17,8 +17,8 @@ from typing import Any
 from everyrank.config.schema import field, section
 from everyrank.diagnosis.outcome import Outcome
 from everyrank.diagnosis.rank_files import clear_errors
-from everyrank.drivers.cluster import RAY, rank_command, recorded_failures
-from everyrank.drivers.driver import DriverConfig, LaunchPlan, LaunchRequest, rank_variables
+from everyrank.drivers.cluster import RAY, recorded_failures
+from everyrank.drivers.driver import DriverConfig, LaunchPlan, LaunchRequest, python_path, rank_variables
 from everyrank.elastic.signals import forwarded
 from everyrank.errors import EXIT_BAD_INPUT, DriverError
 from everyrank.rendezvous.interfaces import why_unreachable
@@ -46,6 +46,7 @@ class RayDriver:
     """Runs the app as the training loop of a ``TorchTrainer``."""
 
     name = "ray"
+    is_elsewhere = False
     config_type: type[DriverConfig] = RayConfig
 
     def __init__(self, config: RayConfig) -> None:
@@ -55,11 +56,10 @@ class RayDriver:
         """Plan the trainer."""
         c = self.config
         where = f"the cluster at {c.address}" if c.address else "a local Ray, started for this run"
-        program = rank_command(sys.executable, request)
         return LaunchPlan(
             driver=self.name,
             log_dir=request.log_dir,
-            command=program,
+            command=(sys.executable, *request.worker),
             nproc_per_node=c.num_workers,
             summary=(f"workers: {c.num_workers}, by Ray Train on {where}", f"a GPU for each: {c.use_gpu}"),
             env=rank_variables(request, c.threads_per_rank),
@@ -85,7 +85,7 @@ class RayDriver:
 
         # Ray's own folder holds sockets, whose paths must be short, so it is not in the run's.
         folder = None if address else tempfile.mkdtemp(prefix="ray-", dir="/tmp")
-        variables = {**plan.env, "PYTHONPATH": os.pathsep.join(os.path.abspath(p) for p in sys.path if p)}
+        variables = {**plan.env, **python_path(request)}
         try:
             self._connect(ray, variables, folder)
             with forwarded(_interrupt, lambda: _interrupt(signal.SIGINT)) as told:
@@ -110,7 +110,7 @@ class RayDriver:
             train_loop_config={
                 "config_file": request.config_file,
                 "cwd": request.cwd,
-                "program": list(plan.command) if request.command is not None else None,
+                "command": list(plan.command) if request.program is not None else None,
             },
             torch_config=MeetByVariables(),
             scaling_config=ScalingConfig(
@@ -220,8 +220,8 @@ def _check_address(address: str) -> None:
 def _train(loop: dict[str, Any]) -> None:
     """What one Ray worker runs: this rank."""
     os.chdir(loop["cwd"])
-    if loop["program"] is not None:
-        code = subprocess.run(loop["program"], check=False).returncode
+    if loop["command"] is not None:
+        code = subprocess.run(loop["command"], check=False).returncode
     else:
         from importlib import import_module
 

@@ -31,6 +31,7 @@ class SlurmDriver:
     """Writes a batch script, submits it, and follows the job."""
 
     name = "slurm"
+    is_elsewhere = False
     config_type: type[DriverConfig] = SlurmConfig
 
     def __init__(self, config: SlurmConfig) -> None:

@@ -7,7 +7,7 @@ import sys
 from typing import Literal
 
 from everyrank.config.schema import field, section
-from everyrank.drivers.cluster import exports, node_command, rank_command
+from everyrank.drivers.cluster import exports, node_command
 from everyrank.drivers.driver import DriverConfig, LaunchRequest
 from everyrank.errors import EXIT_PREEMPTED
 
@@ -62,7 +62,7 @@ def batch_script(config: SlurmConfig, request: LaunchRequest, env: dict[str, str
     """
     one_a_node = config.task_per == "node"
     lines = ["#!/bin/bash", *_directives(config, request, name, 1 if one_a_node else config.nproc_per_node), ""]
-    lines += [*exports(env, request.cwd), f"cd {shlex.quote(request.cwd)} || exit 1", *config.setup]
+    lines += [*exports(env, request), f"cd {shlex.quote(request.cwd)} || exit 1", *config.setup]
     if one_a_node:
         lines += [
             'master=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
@@ -76,7 +76,7 @@ def batch_script(config: SlurmConfig, request: LaunchRequest, env: dict[str, str
         step = shlex.join(command).replace(" NODE", f" {rendezvous if config.nodes > 1 else ''}".rstrip(), 1)
         step = f"bash -c {shlex.quote('exec ' + step)}"
     else:
-        step = shlex.join(rank_command(config.python or sys.executable, request))
+        step = shlex.join((config.python or sys.executable, *request.worker))
     # The first task to end must not end the others: rank 0 may still write the checkpoint. One whose peers are gone
     # gives up after distributed.timeout_s, and none is waited for longer than that.
     lines += [f"srun --kill-on-bad-exit=0 --wait={int(request.timeout_s)} {step}", "code=$?"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from typing import Any
 
@@ -12,7 +13,6 @@ from everyrank.diagnosis.outcome import Outcome, RankFailure
 from everyrank.diagnosis.rank_files import clear_errors, error_file, existing, log_file, read_error
 from everyrank.drivers.driver import DriverConfig, LaunchPlan, LaunchRequest, rank_variables
 from everyrank.elastic.entry import call_entry
-from everyrank.elastic.guarded import guarded
 from everyrank.elastic.lifetime import die_with_parent
 from everyrank.elastic.machine import resolve_nproc
 from everyrank.elastic.signals import forwarded
@@ -36,6 +36,7 @@ class SpawnDriver:
     """Fresh interpreters started by ``torch.multiprocessing``, as in PyTorch's tutorials."""
 
     name = "spawn"
+    is_elsewhere = False
     config_type: type[DriverConfig] = SpawnConfig
 
     def __init__(self, config: SpawnConfig) -> None:
@@ -48,7 +49,7 @@ class SpawnDriver:
         return LaunchPlan(
             driver=self.name,
             log_dir=request.log_dir,
-            command=request.command or ("python", *request.worker),
+            command=("python", *request.worker),
             nproc_per_node=nproc,
             summary=(
                 f"processes: {nproc}, each a fresh interpreter (torch.multiprocessing)",
@@ -84,7 +85,7 @@ class SpawnDriver:
         clear_errors(request.log_dir)
         context = mp.start_processes(
             _spawned_rank,
-            args=(request.config_file, request.command, request.log_dir, shared, os.getpid()),
+            args=(request.config_file, request.sys_path, request.log_dir, shared, os.getpid()),
             nprocs=world_size,
             join=False,
             start_method="spawn",
@@ -143,7 +144,7 @@ def _wait(processes: list[Any], told: Any) -> set[int]:
 def _spawned_rank(
     rank: int,
     config_file: str,
-    command: tuple[str, ...] | None,
+    sys_path: tuple[str, ...],
     log_dir: str,
     shared: dict[str, str],
     parent_pid: int,
@@ -152,7 +153,5 @@ def _spawned_rank(
     os.setpgid(0, 0)  # Ctrl-C in the terminal goes to the launching process, which passes it on once
     os.environ.update(shared)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), TORCHELASTIC_ERROR_FILE=error_file(log_dir, rank))
-    if command is not None:
-        program = guarded(command)
-        os.execvp(program[0], program)
+    sys.path[:] = sys_path
     call_entry("everyrank.worker:run_rank", (config_file,))

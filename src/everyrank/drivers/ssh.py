@@ -31,6 +31,7 @@ class SshDriver:
     """Starts a node on each host and holds the other end of its standard input."""
 
     name = "torchrun"
+    is_elsewhere = False
     config_type: type[DriverConfig] = TorchrunConfig
 
     def __init__(self, config: TorchrunConfig) -> None:
@@ -73,7 +74,6 @@ class SshDriver:
             "start_method": c.start_method,
             "rdzv_timeout_s": c.rdzv_timeout_s,
             "shutdown_timeout_s": c.shutdown_timeout_s,
-            "no_python": str(c.no_python).lower(),
         }
         if len(c.hosts) > 1:
             settings["nnodes"] = len(c.hosts)
@@ -82,7 +82,7 @@ class SshDriver:
             settings["master_port"] = c.master_port or DEFAULT_PORT
         flags = [f"driver.{key}={value}" for key, value in settings.items() if value is not None]
         start = "exec " + shlex.join(node_command(sys.executable, request, "--attached", *flags))
-        script = "; ".join([*exports(env, request.cwd), f"cd {shlex.quote(request.cwd)} && {start}"])
+        script = "; ".join([*exports(env, request), f"cd {shlex.quote(request.cwd)} && {start}"])
         return ("ssh", "-o", "BatchMode=yes", *c.ssh_args, c.hosts[node_rank], script)
 
     def run(self, plan: LaunchPlan, request: LaunchRequest) -> Outcome:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 
 from everyrank.diagnosis.outcome import Outcome
@@ -11,9 +10,10 @@ from everyrank.drivers.ssh import SshDriver
 from everyrank.drivers.torchrun_config import TorchrunConfig
 from everyrank.elastic import engine_pool
 from everyrank.elastic.machine import resolve_nproc
-from everyrank.elastic.spec import EngineRun, RankCommand, RankFunction, Rendezvous
+from everyrank.elastic.spec import EngineRun, RankFunction, Rendezvous
 from everyrank.errors import DriverError, did_you_mean
 from everyrank.launch_env.process_environment import SUPERVISED
+from everyrank.program.command import EXECUTABLE
 from everyrank.rendezvous.ports import check_port_is_free, split_endpoint
 
 _BACKENDS = ("static", "c10d", "etcd", "etcd-v2")
@@ -23,6 +23,7 @@ class TorchrunDriver:
     """What ``torchrun`` does, by the same engine, with the ranks forked from one import of torch."""
 
     name = "torchrun"
+    is_elsewhere = False
     config_type: type[DriverConfig] = TorchrunConfig
 
     def __init__(self, config: TorchrunConfig) -> None:
@@ -48,11 +49,7 @@ class TorchrunDriver:
             env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
         command = self._command(request, nproc, min_nodes, max_nodes, rendezvous)
         start_method = c.effective_start_method
-        work = (
-            RankFunction(entry="everyrank.worker:run_rank", args=(request.config_file,))
-            if request.command is None
-            else RankCommand(argv=_program(request.command, c.no_python))
-        )
+        work = RankFunction(entry="everyrank.worker:run_rank", args=(request.config_file,))
         nodes = str(max_nodes) if min_nodes == max_nodes else f"{min_nodes} to {max_nodes}"
         master = rendezvous.endpoint or (f"127.0.0.1:{c.master_port}" if c.master_port else "127.0.0.1, any free port")
         engine = EngineRun(
@@ -67,7 +64,7 @@ class TorchrunDriver:
             start_method=start_method,
             log_dir=request.log_dir,
             cwd=request.cwd,
-            sys_path=tuple(os.path.abspath(p) if p == "" else p for p in sys.path),
+            sys_path=request.sys_path,
             env={**env, SUPERVISED: "1"},
             shutdown_timeout_s=c.shutdown_timeout_s,
             failure_grace_s=c.failure_grace_s,
@@ -181,15 +178,7 @@ class TorchrunDriver:
         else:
             flags += [f"--rdzv-backend={rendezvous.backend}", f"--rdzv-endpoint={rendezvous.endpoint}"]
             flags += [f"--rdzv-id={rendezvous.run_id}"]
-        if request.command is None:
-            return ("torchrun", *flags, *request.worker)
-        if request.command[0].endswith(".py") and not c.no_python:
-            return ("torchrun", *flags, *request.command)
-        return ("torchrun", *flags, "--no-python", *request.command)
-
-
-def _program(command: tuple[str, ...], no_python: bool) -> tuple[str, ...]:
-    """A script is run by this Python, as torchrun does, unless ``no_python`` says that it is a program."""
-    if command[0].endswith(".py") and not no_python:
-        return (sys.executable, "-u", *command)
-    return command
+        program = request.program
+        if program is not None and program.kind == EXECUTABLE:
+            flags.append("--no-python")
+        return ("torchrun", *flags, *(request.worker if program is None else program.words))

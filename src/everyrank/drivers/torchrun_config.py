@@ -39,7 +39,6 @@ class TorchrunConfig(DriverConfig):
         default=True,
         doc="One machine, nothing to configure; yields when several nodes or an endpoint are set.",
     )
-    no_python: bool = field(default=False, doc="The app's command is a program, not a Python script.")
     shutdown_timeout_s: float = field(
         default=30.0,
         doc="Seconds the ranks have to save and leave after a signal.",

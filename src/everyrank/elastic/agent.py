@@ -14,12 +14,12 @@ from typing import Any
 
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
-from torch.distributed.elastic.multiprocessing.api import LogsDest, LogsSpecs, PContext, RunProcsResult, Std, to_map
+from torch.distributed.elastic.multiprocessing.api import LogsDest, LogsSpecs, PContext, RunProcsResult, Std
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-from everyrank.diagnosis.rank_files import error_file, log_file, read_error
+from everyrank.diagnosis.rank_files import error_file, read_error
 from everyrank.elastic.forkserver import Forkserver, RankProcess
-from everyrank.elastic.spec import EngineRun, RankFunction
+from everyrank.elastic.spec import EngineRun
 from everyrank.errors import EXIT_BAD_INPUT, EXIT_FAILURE, EXIT_OK, EXIT_PREEMPTED, ProcessGroupError
 
 # DistributedDataParallel and every optimizer import it when they are made, which is most of the time a restart takes.
@@ -28,13 +28,13 @@ SETTLE_S = 7.0  # a node that went away has been noticed by then (see elastic_re
 
 
 class RunLogs(LogsSpecs):
-    """Error files, and the output of outside programs, in the run's own log folder.
+    """Error files in the run's own log folder.
 
     torch's default makes a ``torchelastic_*`` folder in the temporary folder for every launch and leaves it there.
     """
 
-    def __init__(self, log_dir: str, tee: bool) -> None:
-        super().__init__(log_dir, tee=Std.ALL if tee else Std.NONE)
+    def __init__(self, log_dir: str) -> None:
+        super().__init__(log_dir, tee=Std.NONE)
 
     @property
     def root_log_dir(self) -> str:
@@ -44,18 +44,14 @@ class RunLogs(LogsSpecs):
     def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
         """Name the files of each local rank, and clear the error files of an earlier attempt."""
         os.makedirs(self.root_log_dir, exist_ok=True)
-        stdouts, stderrs, errors = {}, {}, {}
-        tee = to_map(self._tee, len(envs))
+        errors = {}
         for local_rank, env in envs.items():
             errors[local_rank] = error_file(self.root_log_dir, int(env["RANK"]))
             if os.path.exists(errors[local_rank]):
                 os.remove(errors[local_rank])
             env["TORCHELASTIC_ERROR_FILE"] = errors[local_rank]
-            path = log_file(self.root_log_dir, int(env["RANK"])) if tee[local_rank] else ""
-            stdouts[local_rank] = path
-            stderrs[local_rank] = path.replace(".log", ".err.log")
-        tees = [{k: v for k, v in streams.items() if v} for streams in (stdouts, stderrs)]
-        return LogsDest(stdouts=stdouts, stderrs=stderrs, tee_stdouts=tees[0], tee_stderrs=tees[1], error_files=errors)
+        nowhere = dict.fromkeys(envs, "")
+        return LogsDest(stdouts=nowhere, stderrs=nowhere, tee_stdouts={}, tee_stderrs={}, error_files=errors)
 
 
 class ForkedRanks(PContext):
@@ -74,7 +70,7 @@ class ForkedRanks(PContext):
     def _start(self) -> None:
         for local_rank in range(self.nprocs):
             process = RankProcess(
-                entry=self._run.work.entry,  # type: ignore[union-attr]
+                entry=self._run.work.entry,
                 args=self.args[local_rank],
                 env={**self._run.base_env, **self._run.env, **self.envs[local_rank]},
                 cwd=self._run.cwd,
@@ -149,7 +145,7 @@ class RankAgent(LocalElasticAgent):
     ) -> None:
         super().__init__(
             spec=spec,
-            logs_specs=RunLogs(run.log_dir, tee=not isinstance(run.work, RankFunction)),
+            logs_specs=RunLogs(run.log_dir),
             start_method=run.start_method,
             shutdown_timeout=int(run.shutdown_timeout_s),
             exit_barrier_timeout=60,

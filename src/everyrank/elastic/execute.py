@@ -19,12 +19,10 @@ from everyrank.diagnosis.rank_files import error_file, existing, log_file, read_
 from everyrank.elastic.agent import ForkedRanks, RankAgent
 from everyrank.elastic.entry import call_entry
 from everyrank.elastic.forkserver import Forkserver
-from everyrank.elastic.guarded import guarded
 from everyrank.elastic.lifetime import die_with_parent
-from everyrank.elastic.spec import EngineRun, RankFunction
+from everyrank.elastic.spec import EngineRun
 from everyrank.errors import ProcessGroupError, UserError
 from everyrank.rendezvous.elastic import ElasticRendezvous
-from everyrank.rendezvous.interfaces import address_towards, interface_with
 from everyrank.rendezvous.loopback import LoopbackRendezvous
 from everyrank.rendezvous.ports import split_endpoint
 from everyrank.rendezvous.static import StaticRendezvous
@@ -43,19 +41,14 @@ def execute(run: EngineRun, forkserver: Forkserver, stdio: tuple[int, int]) -> O
     _enter_environment(run, stdio)
     handler = _rendezvous(run)
     make_ranks = None
-    if isinstance(run.work, RankFunction):
-        entrypoint: Any = _start
-        args: tuple[Any, ...] = (run.work.entry, run.work.args)
-        if run.start_method == "forkserver":
-            args = run.work.args
-            make_ranks = functools.partial(ForkedRanks, run, forkserver, stdio)
-    else:
-        entrypoint, *args_list = guarded(run.work.argv)
-        args = tuple(args_list)
+    args: tuple[Any, ...] = (run.work.entry, run.work.args)
+    if run.start_method == "forkserver":
+        args = run.work.args
+        make_ranks = functools.partial(ForkedRanks, run, forkserver, stdio)
     spec = WorkerSpec(
         role="rank",
         local_world_size=run.nproc_per_node,
-        entrypoint=entrypoint,
+        entrypoint=_start,
         args=args,
         rdzv_handler=handler,
         max_restarts=run.max_restarts,
@@ -123,8 +116,6 @@ def _rendezvous(run: EngineRun) -> RendezvousHandler:
     config = dict(meeting.config)
     if meeting.backend in ("static", "c10d"):
         host, port = split_endpoint(meeting.endpoint, "driver.rdzv_endpoint")
-        if not isinstance(run.work, RankFunction):
-            _name_interface(host)
         timeout_s = float(config["timeout_s"])
         if meeting.backend == "static":
             return StaticRendezvous(host, port, meeting.node_rank, run.max_nodes, meeting.run_id, timeout_s)
@@ -139,16 +130,6 @@ def _rendezvous(run: EngineRun) -> RendezvousHandler:
             **config,
         )
     )
-
-
-def _name_interface(host: str) -> None:
-    """Tell gloo and NCCL, in outside programs, which interface leads to the other nodes (ours find it in join)."""
-    address = address_towards(host)
-    interface = interface_with(address) if address else None
-    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-        if interface not in (None, "lo") and not os.environ.get(name):
-            os.environ[name] = str(interface)
-            print(f"notice: {name}={interface}, by the route to {host}", file=sys.stderr, flush=True)
 
 
 def _start(entry: str, args: tuple[Any, ...]) -> None:
@@ -190,8 +171,5 @@ def _outcome(run: EngineRun, agent: RankAgent, signum: int | None, message: str)
 def _exit_codes(ranks: PContext) -> dict[int, int]:
     if isinstance(ranks, ForkedRanks):
         return ranks.exit_codes()
-    started = getattr(ranks, "_pc", None)  # torch keeps spawned ranks here ...
-    if started is not None:
-        return {i: p.exitcode for i, p in enumerate(started.processes) if p.exitcode is not None}
-    handlers = getattr(ranks, "subprocess_handlers", {})  # ... and outside programs here
-    return {i: h.proc.returncode for i, h in handlers.items() if h.proc.returncode is not None}
+    started = getattr(ranks, "_pc", None)  # torch keeps spawned ranks here
+    return {i: p.exitcode for i, p in enumerate(started.processes) if p.exitcode is not None} if started else {}

@@ -16,13 +16,6 @@ class RankFunction:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RankCommand:
-    """An outside program that every rank executes."""
-
-    argv: tuple[str, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
 class Rendezvous:
     """How the nodes of a run find each other.
 
@@ -62,7 +55,7 @@ class EngineRun:
         preload: Modules that the forkserver imports before the first rank.
     """
 
-    work: RankFunction | RankCommand
+    work: RankFunction
     nproc_per_node: int
     log_dir: str
     cwd: str

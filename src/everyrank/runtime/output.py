@@ -63,6 +63,12 @@ def tee_output(log_file: str | Path) -> Iterator[None]:
             os.close(fd)
 
 
+def for_log(text: str) -> str:
+    """Text without colours, and with the last state only of lines that redraw themselves, as progress bars do."""
+    lines = _TERMINAL_CODES.sub("", text).split("\n")
+    return "\n".join(line.rstrip("\r").rpartition("\r")[2] for line in lines)
+
+
 def _flush_all(streams: dict[int, TextIO]) -> None:
     for stream in streams.values():
         with suppress(OSError, ValueError):  # a console that is closed has nothing left to flush
@@ -145,9 +151,7 @@ class _Tee(io.TextIOBase):
                     self.console.close()
 
     def _to_log(self, text: str) -> None:
-        # A progress bar redraws its line with \r: the log keeps the last state of each line only.
-        lines = _TERMINAL_CODES.sub("", text).split("\n")
-        data = "\n".join(line.rstrip("\r").rpartition("\r")[2] for line in lines).encode("utf-8", "backslashreplace")
+        data = for_log(text).encode("utf-8", "backslashreplace")
         with suppress(OSError):  # a full disk must not end the training, and there is nowhere else to say it
             while data:
                 data = data[os.write(self._log_fd, data) :]
