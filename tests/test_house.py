@@ -73,6 +73,7 @@ FLOORS = (
     "drivers",
     "reporting",
     "certification",
+    "doctor",
     "cli",
 )
 EVERYBODY = {"errors", "__version__"}

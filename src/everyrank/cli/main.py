@@ -33,6 +33,7 @@ _COMMANDS = {
     "certify": "everyrank.cli.commands.certify",
     "check": "everyrank.cli.commands.check",
     "checkpoints": "everyrank.cli.commands.checkpoints",
+    "doctor": "everyrank.cli.commands.doctor",
     "export": "everyrank.cli.commands.export",
     "plan": "everyrank.cli.commands.plan",
     "report": "everyrank.cli.commands.report",

@@ -79,12 +79,12 @@ def interface_towards(host: str) -> str | None:
 def interface_with(address: str) -> str | None:
     """Return the name of the interface that has ``address``, or None if none has, or not on Linux."""
     wanted = address.partition("%")[0]
-    return next((name for name, addresses in _interfaces().items() if wanted in addresses), None)
+    return next((name for name, addresses in interfaces().items() if wanted in addresses), None)
 
 
 def addresses_on(name: str) -> list[str]:
     """Return the addresses of an interface, IPv4 first; empty if it has none, is not there, or not on Linux."""
-    return _interfaces().get(name, [])
+    return interfaces().get(name, [])
 
 
 def is_loopback_address(address: str) -> bool:
@@ -102,7 +102,7 @@ def wrong_interface(environ: Mapping[str, str], towards: str | None) -> str:
     Returns:
         What was set, what was found and how to mend it; empty if nothing is wrong, or not on Linux.
     """
-    value, there = environ.get("GLOO_SOCKET_IFNAME", ""), _interfaces()
+    value, there = environ.get("GLOO_SOCKET_IFNAME", ""), interfaces()
     if not value or not there:
         return ""
     usable = [name for name, addresses in there.items() if addresses]
@@ -185,7 +185,7 @@ def _source_address(target: str) -> str | None:
         return None
 
 
-def _interfaces() -> dict[str, list[str]]:
+def interfaces() -> dict[str, list[str]]:
     """The interfaces of this machine and their addresses; empty where they cannot be asked (not Linux)."""
     if not sys.platform.startswith("linux"):
         return {}

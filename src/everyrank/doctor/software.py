@@ -1,0 +1,129 @@
+"""Versions that must fit each other, launchers, and settings that are off."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+
+from packaging.requirements import Requirement
+
+from everyrank import __version__
+from everyrank.doctor.check import Check
+from everyrank.elastic.machine import num_gpus
+from everyrank.errors import UserError
+from everyrank.launch_env.detection import detect
+from everyrank.rendezvous.interfaces import wrong_interface
+
+_ANSWER_S = 10.0
+_LAUNCHERS = {
+    "Slurm": ("sbatch", "--version"),
+    "Open MPI": ("mpirun", "--version"),
+    "ssh": ("ssh", "-V"),
+}
+# Settings that slow a run down or break it, and what they do.
+_OFF = {
+    "CUDA_LAUNCH_BLOCKING": "every kernel waits for the last one: for debugging only",
+    "NCCL_P2P_DISABLE": "GPUs of one machine talk through the host's memory",
+    "NCCL_IB_DISABLE": "InfiniBand is not used",
+    "NCCL_SHM_DISABLE": "ranks of one machine talk through the network",
+    "TORCH_DISTRIBUTED_DEBUG": "every collective is compared over the ranks first, which doubles its time",
+}
+
+
+def check_versions() -> Iterator[Check]:
+    """Python, everyrank and torch, and what torch was built for."""
+    import torch
+
+    yield Check("Python", "ok", f"{platform.python_version()} at {sys.executable}")
+    yield Check("everyrank", "ok", __version__)
+    wanted = [Requirement(text) for text in importlib.metadata.requires("everyrank") or []]
+    spec = next(item.specifier for item in wanted if item.name == "torch")
+    fits = spec.contains(torch.__version__.partition("+")[0], prereleases=True)
+    yield Check(
+        "torch",
+        "ok" if fits else "wrong",
+        f"{torch.__version__} (supported: {spec})",
+        "" if fits else f"pip install 'torch{spec}'",
+    )
+    present = num_gpus()
+    if present and not torch.cuda.is_available():
+        built = f"torch was built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is a CPU build"
+        yield Check("CUDA", "wrong", f"{present} GPUs, but torch sees none: {built}", "install torch for your driver")
+    elif present:
+        nccl = ".".join(map(str, torch.cuda.nccl.version()))
+        names = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+        yield Check("CUDA", "ok", f"CUDA {torch.version.cuda}, NCCL {nccl}, driver {_driver()}; {names}")
+        if present > 1:
+            yield Check("GPU links", "ok", _links())
+    else:
+        yield Check("CUDA", "ok", "no GPU here: ranks run on the CPU with gloo")
+
+
+def check_launchers() -> Iterator[Check]:
+    """Which launchers are there, in which version, and whether their clusters answer."""
+    for name, (program, flag) in _LAUNCHERS.items():
+        path = shutil.which(program)
+        if path is None:
+            yield Check(name, "ok", "not installed")
+            continue
+        version = next(reversed(_said([program, flag])[1].splitlines()), "")
+        yield Check(name, "ok", f"{version} at {path}".strip())
+    if shutil.which("sinfo"):
+        code, text = _said(["sinfo", "--noheader", "--format=%P %D %t"])
+        answers = code == 0
+        lines = text.strip().splitlines()
+        found = "; ".join(lines[:4]) if answers else f"does not answer: {next(reversed(lines), '')}"
+        yield Check(
+            "Slurm's controller",
+            "ok" if answers else "warn",
+            found,
+            "" if answers else "driver=slurm needs a controller: check SLURM_CONF and that slurmctld runs",
+        )
+    try:
+        yield Check("Ray", "ok", importlib.metadata.version("ray"))
+    except importlib.metadata.PackageNotFoundError:
+        yield Check("Ray", "ok", "not installed")
+
+
+def check_settings(environ: Mapping[str, str]) -> Iterator[Check]:
+    """Variables that say who this process is, and those that are off."""
+    try:
+        found = detect(environ, [])
+        yield Check("launcher variables", "ok", f"{found.launcher} (by {found.detected_by})")
+    except UserError as error:
+        yield Check("launcher variables", "wrong", str(error).partition("\nFix: ")[0], "unset them, or set them all")
+    if environ.get("MASTER_PORT") and not environ.get("RANK"):
+        port = environ["MASTER_PORT"]
+        yield Check("MASTER_PORT", "warn", f"{port} is set for every run of this shell", "unset MASTER_PORT")
+    for name, effect in _OFF.items():
+        value = environ.get(name, "")
+        if value not in ("", "0", "OFF", "INFO"):
+            yield Check(name, "warn", f"{value}: {effect}", f"unset {name}")
+    problem = wrong_interface(environ, None)
+    if problem:
+        found_text, _, fix = problem.partition("Fix: ")
+        yield Check("GLOO_SOCKET_IFNAME", "wrong", found_text.strip(), fix)
+
+
+def _said(command: list[str]) -> tuple[int, str]:
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=_ANSWER_S, stdin=subprocess.DEVNULL, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return 1, f"{type(error).__name__} after {_ANSWER_S:g} s"
+    return done.returncode, done.stdout or done.stderr
+
+
+def _driver() -> str:
+    code, text = _said(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
+    return text.splitlines()[0] if code == 0 and text else "unknown"
+
+
+def _links() -> str:
+    code, text = _said(["nvidia-smi", "topo", "-m"])
+    return text.strip() if code == 0 else "unknown (nvidia-smi topo -m says nothing)"
