@@ -106,7 +106,7 @@ class RankFailedError(EveryrankError, RuntimeError):
     """A rank raised an exception or died.
 
     Attributes:
-        rank: The global rank that failed first on its own account.
+        rank: The global rank that failed first on its own account; None if nothing tells which it was.
         traceback: The original traceback as text, empty if the process was killed by a signal.
         log_file: Path of the rank's log, or None.
         exit_code: The process's exit code; negative for a signal.
@@ -116,7 +116,7 @@ class RankFailedError(EveryrankError, RuntimeError):
         self,
         message: str,
         *,
-        rank: int,
+        rank: int | None,
         traceback: str = "",
         log_file: str | None = None,
         exit_code: int = EXIT_FAILURE,

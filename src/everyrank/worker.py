@@ -15,7 +15,8 @@ import traceback
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from everyrank.diagnosis.failures import record_error, render
+from everyrank.diagnosis.rank import reporter
+from everyrank.diagnosis.rank.record import record_error, render
 from everyrank.diagnosis.rank_files import error_file, log_file
 from everyrank.elastic.lifetime import die_with_parent
 from everyrank.errors import (
@@ -107,6 +108,7 @@ def run_app(cfg: DictConfig) -> tuple[int, Any]:
 
     log_dir = os.path.join(cfg.run.dir, "logs")
     rank = 0
+    reporter.start()
     try:
         environment = detect()
         rank = environment.rank
@@ -117,7 +119,7 @@ def run_app(cfg: DictConfig) -> tuple[int, Any]:
 
 
 def _guarded_run(cfg: DictConfig, rank: int, log_dir: str) -> tuple[int, Any]:
-    from everyrank.diagnosis.stack_dump import register_stack_dump
+    from everyrank.diagnosis.rank.stack_dump import register_stack_dump
     from everyrank.runtime.logs import setup_logging
 
     register_stack_dump(file=sys.__stderr__)  # kill -QUIT PID shows where a rank is, also inside a collective
@@ -136,6 +138,7 @@ def _guarded_run(cfg: DictConfig, rank: int, log_dir: str) -> tuple[int, Any]:
         return _report(error, rank, log_dir, EXIT_FAILURE), None
     if rank == 0:
         _write_result(cfg.run.dir, result)
+    reporter.ended()
     return EXIT_OK, result
 
 
@@ -166,12 +169,14 @@ def load_app(target: str) -> Any:
 def _report(error: BaseException, rank: int, log_dir: str, exit_code: int) -> int:
     os.makedirs(log_dir, exist_ok=True)
     paths = (error_file(log_dir, rank), os.environ.get("TORCHELASTIC_ERROR_FILE"))
-    text = render(record_error(error, rank, exit_code, *paths))
+    record = record_error(error, rank, exit_code, *paths)
+    text = render(record)
     with open(log_file(log_dir, rank), "a", encoding="utf-8") as log:
         log.write(text + "\n")
     # Under one of our launchers the launching process says it, once for all ranks and after everything else.
     if os.environ.get(SUPERVISED) != "1":
         print(text, file=sys.__stderr__, flush=True)
+    reporter.told(record)
     return exit_code
 
 

@@ -7,7 +7,7 @@ import os
 import signal
 from pathlib import Path
 
-from everyrank.diagnosis.stack_dump import register_stack_dump
+from everyrank.diagnosis.rank.stack_dump import register_stack_dump
 
 
 def test_a_signal_prints_the_stacks(tmp_path: Path) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from everyrank.diagnosis.watch_config import WatchConfig
 from everyrank.drivers.driver import LaunchRequest
 from everyrank.drivers.legacy_launch import LegacyLaunchConfig, LegacyLaunchDriver
 from everyrank.drivers.spawn import SpawnConfig, SpawnDriver
@@ -30,7 +32,11 @@ def _no_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_standalone_torchrun() -> None:
     plan = TorchrunDriver(TorchrunConfig(nproc_per_node=4, max_restarts=2)).plan(REQUEST)
     assert " ".join(plan.command) == (f"torchrun --standalone --nnodes=1 --nproc-per-node=4 --max-restarts=2 {WORKER}")
-    assert plan.env == {"OMP_NUM_THREADS": "1"}
+    assert plan.env["OMP_NUM_THREADS"] == "1"
+    assert plan.env["EVERYRANK_WATCH"] == "/runs/r/watch"
+    assert set(plan.env) == {"OMP_NUM_THREADS", "EVERYRANK_WATCH", "TORCH_FR_BUFFER_SIZE"}
+    unwatched = replace(REQUEST, watch=WatchConfig(enabled=False))
+    assert TorchrunDriver(TorchrunConfig()).plan(unwatched).env == {"OMP_NUM_THREADS": "1"}
     assert plan.files == {"/runs/r/config.yaml": "a: 1\n"}
     assert plan.notices == ()
     assert plan.engine is not None

@@ -20,8 +20,10 @@ from everyrank.cli.program_arguments import SCRIPT_APP, name_script, script_word
 from everyrank.cli.run_config import DistributedConfig, EnvConfig, RunConfig
 from everyrank.cli.run_folder import RunFolder
 from everyrank.config.schema import build
-from everyrank.diagnosis.failures import describe
+from everyrank.diagnosis.judge import conclude, last_block
 from everyrank.diagnosis.outcome import Outcome
+from everyrank.diagnosis.watch_config import WatchConfig
+from everyrank.diagnosis.watcher import Watcher
 from everyrank.drivers.driver import Driver, LaunchPlan, LaunchRequest
 from everyrank.errors import EXIT_BAD_INPUT, EXIT_OK, EXIT_PREEMPTED, ConfigError, UserError, did_you_mean
 from everyrank.program.command import Program, check_program, read_program
@@ -63,10 +65,12 @@ def launch_config(cfg: DictConfig, words: Sequence[str] | None = None, sys_path:
         _write_files(plan)
         if plan.driver == "local" and request.program is None:
             return _run_here(resolved, folder, request, {**request.env, **plan.env})
-        outcome = driver_class(driver_config).run(plan, request)
+        with Watcher(folder.path, request.watch, plan.world_size or 0, shared=folder.shared) as watcher:
+            outcome = driver_class(driver_config).run(plan, request)
         if request.program is not None:
-            return _finish_program(outcome, plan, show=resolved["run"]["show"], folder=folder)
-        return _finish(outcome, folder)
+            show = resolved["run"]["show"]
+            return _finish_program(outcome, plan, show=show, folder=folder, num_oom_kills=watcher.num_oom_kills)
+        return _finish(outcome, folder, watcher.num_oom_kills)
 
 
 def plan_config(cfg: DictConfig) -> tuple[LaunchPlan, int]:
@@ -120,6 +124,7 @@ def _request(
         device=distributed.device,
         timeout_s=distributed.timeout_s,
         preload=tuple(app.get("preload") or ()),
+        watch=_section(WatchConfig, resolved, "watch"),
     )
     return request, folder
 
@@ -182,7 +187,7 @@ def _write_files(plan: LaunchPlan) -> None:
         os.replace(partial, path)
 
 
-def _finish(outcome: Outcome, folder: RunFolder) -> tuple[int, Any]:
+def _finish(outcome: Outcome, folder: RunFolder, num_oom_kills: int) -> tuple[int, Any]:
     code = outcome.exit_code
     if code == EXIT_PREEMPTED:
         print(f"preempted: a checkpoint is saved in {folder.path}; the same command goes on from it", file=sys.stderr)
@@ -191,11 +196,14 @@ def _finish(outcome: Outcome, folder: RunFolder) -> tuple[int, Any]:
     elif outcome.signum is not None and code != EXIT_OK:
         print(f"ended by {signal.Signals(outcome.signum).name}; no rank is left", file=sys.stderr)
     elif code != EXIT_OK:
-        print(describe(outcome), file=sys.stderr)
+        verdict = conclude(folder.path, outcome.failures, world_size=outcome.world_size, num_oom_kills=num_oom_kills)
+        print(last_block(outcome, verdict), file=sys.stderr)
     return code, folder.result() if code == EXIT_OK else None
 
 
-def _finish_program(outcome: Outcome, plan: LaunchPlan, *, show: str, folder: RunFolder) -> tuple[int, Any]:
+def _finish_program(
+    outcome: Outcome, plan: LaunchPlan, *, show: str, folder: RunFolder, num_oom_kills: int
+) -> tuple[int, Any]:
     """A program's end: its own exit code where there is one rank, else the verdict on all of them."""
     wait_for_logs(plan.log_files)
     if plan.driver == "local" and outcome.failures:
@@ -205,7 +213,7 @@ def _finish_program(outcome: Outcome, plan: LaunchPlan, *, show: str, folder: Ru
         for failure in outcome.failures:
             if failure.log_file and (show == "failed" or failure.rank != 0):
                 _show_end(failure.rank, failure.log_file)
-    return _finish(outcome, folder)
+    return _finish(outcome, folder, num_oom_kills)
 
 
 def _show_end(rank: int, log_file: str) -> None:

@@ -1,11 +1,18 @@
-"""The files that a rank leaves in the run's log folder."""
+"""The files that a rank leaves in the run's folder: its log, its error, and what the watcher reads of it."""
 
 from __future__ import annotations
 
+import contextlib
+import glob
 import json
 import os
+import shutil
+import time
 from collections.abc import Mapping
 from typing import Any
+
+WATCH = "EVERYRANK_WATCH"  # in a rank's environment: the folder below which it reports
+_ATTEMPT = "TORCHELASTIC_RESTART_COUNT"
 
 
 def log_file(log_dir: str, rank: int) -> str:
@@ -25,11 +32,7 @@ def existing(path: str) -> str | None:
 
 def read_error(path: str) -> Mapping[str, Any] | None:
     """A rank's record of its exception, or None if it left none that can be read."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            return json.load(file)
-    except (OSError, ValueError):
-        return None
+    return read_json(path)
 
 
 def clear_errors(log_dir: str) -> None:
@@ -38,3 +41,76 @@ def clear_errors(log_dir: str) -> None:
         for name in os.listdir(log_dir):
             if name.endswith(".error.json"):
                 os.remove(os.path.join(log_dir, name))
+
+
+def watch_dir(run_dir: str) -> str:
+    """Folder below which the ranks of a run report."""
+    return os.path.join(run_dir, "watch")
+
+
+def attempt_dir(watch: str, attempt: int | None = None) -> str:
+    """Folder in which the ranks of one attempt report.
+
+    Args:
+        watch: The folder below which ranks report.
+        attempt: Number of the attempt, from 0; None for that of this rank.
+    """
+    number = int(os.environ.get(_ATTEMPT) or 0) if attempt is None else attempt
+    return os.path.join(watch, f"attempt-{number}")
+
+
+def newest_attempt(watch: str) -> int:
+    """Number of the newest attempt in which a rank has reported; 0 if none has."""
+    names = os.listdir(watch) if os.path.isdir(watch) else []
+    return max((int(n.rpartition("-")[2]) for n in names if n.startswith("attempt-")), default=0)
+
+
+def clear_watch(watch: str, older_than_s: float = 0.0) -> None:
+    """Remove what the ranks of an earlier launch reported; with ``older_than_s`` only what was written before that."""
+    for folder in glob.glob(os.path.join(glob.escape(watch), "attempt-*")):
+        newest_s = max((os.stat(path).st_mtime for path in glob.glob(f"{glob.escape(folder)}/*")), default=0.0)
+        if time.time() - newest_s >= older_than_s:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def report_file(attempt: str, rank: int) -> str:
+    """Path of a rank's last report."""
+    return os.path.join(attempt, f"rank-{rank}.report.json")
+
+
+def beat_file(attempt: str, rank: int) -> str:
+    """Path of a rank's sign of life."""
+    return os.path.join(attempt, f"rank-{rank}.beat")
+
+
+def stacks_file(attempt: str, rank: int) -> str:
+    """Path of the file to which a rank, and its loader workers, print stacks when a signal asks for them."""
+    return os.path.join(attempt, f"rank-{rank}.stacks")
+
+
+def fatal_file(attempt: str, rank: int) -> str:
+    """Path of the file to which a rank prints its stacks when a fatal signal ends it."""
+    return os.path.join(attempt, f"rank-{rank}.fatal")
+
+
+def request_file(attempt: str) -> str:
+    """Path of the file that asks all ranks for a report, each time it is written."""
+    return os.path.join(attempt, "request")
+
+
+def ask_for_reports(attempt: str) -> int:
+    """Ask all ranks of an attempt for a report; returns the number of the request, which reports then carry."""
+    path = request_file(attempt)
+    with contextlib.suppress(FileNotFoundError), open(path, "w", encoding="ascii"):
+        return os.stat(path).st_mtime_ns
+    return 0
+
+
+def read_json(path: str) -> Mapping[str, Any] | None:
+    """A file's content, or None if it is missing, cut off, or no JSON object."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            value = json.load(file)
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None

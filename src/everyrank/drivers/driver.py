@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from everyrank.config.schema import field, section
 from everyrank.diagnosis.outcome import Outcome
 from everyrank.diagnosis.rank_files import log_file
+from everyrank.diagnosis.watch_config import WatchConfig, watch_variables
 from everyrank.elastic.spec import EngineRun
 from everyrank.program.command import Program
 
@@ -53,6 +54,7 @@ class LaunchRequest:
         device: ``distributed.device``.
         timeout_s: ``distributed.timeout_s``.
         preload: Modules that a forkserver may import before the first rank.
+        watch: The ``watch`` section.
     """
 
     config_file: str
@@ -65,6 +67,7 @@ class LaunchRequest:
     device: str = "auto"
     timeout_s: float = 600.0
     preload: tuple[str, ...] = ()
+    watch: WatchConfig = dataclasses.field(default_factory=WatchConfig)
 
     @property
     def worker(self) -> tuple[str, ...]:
@@ -164,13 +167,15 @@ def python_path(request: LaunchRequest) -> dict[str, str]:
 
 
 def rank_variables(request: LaunchRequest, threads_per_rank: int) -> dict[str, str]:
-    """Variables for every rank: those of ``env=...``, and the number of threads unless the user's shell sets it.
+    """Variables for every rank: those of ``env=...``, what lets it report, and the number of threads unless the shell
+    sets it.
 
     Args:
         request: The launch.
         threads_per_rank: ``OMP_NUM_THREADS``; 0 leaves it alone.
     """
-    variables = dict(request.env)
+    watched = watch_variables(request.run_dir, request.watch.enabled, {**os.environ, **request.env})
+    variables = {**request.env, **watched}
     if threads_per_rank and "OMP_NUM_THREADS" not in os.environ:
         variables.setdefault("OMP_NUM_THREADS", str(threads_per_rank))
     return variables

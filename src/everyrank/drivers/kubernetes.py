@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import re
 import shlex
+from dataclasses import replace
 from typing import Any
 
 from everyrank.config.schema import field, section
 from everyrank.diagnosis.outcome import Outcome
+from everyrank.diagnosis.watch_config import WatchConfig
 from everyrank.drivers.cluster import node_command
 from everyrank.drivers.driver import DriverConfig, LaunchPlan, LaunchRequest, rank_variables
 from everyrank.errors import DriverError
@@ -75,7 +77,7 @@ class KubernetesDriver:
             nproc_per_node=c.nproc_per_node,
             num_nodes=c.nodes,
             summary=(f"processes per node: {c.nproc_per_node}", f"nodes: {c.nodes}", f"image: {c.image}"),
-            env=rank_variables(request, c.threads_per_rank),
+            env=_variables(c, request),
             files={request.config_file: request.config_text, path: manifest(c, request, name)},
         )
 
@@ -114,6 +116,11 @@ def manifest(config: KubernetesConfig, request: LaunchRequest, name: str) -> str
     return yaml.safe_dump_all([config_map, job], sort_keys=False)
 
 
+def _variables(c: KubernetesConfig, request: LaunchRequest) -> dict[str, str]:
+    """The pods' variables; the launching process of each pod, which knows its paths, sets what lets ranks report."""
+    return rank_variables(replace(request, watch=WatchConfig(enabled=False)), c.threads_per_rank)
+
+
 def _replicas(c: KubernetesConfig, request: LaunchRequest, name: str, count: int, node_rank: str) -> dict[str, Any]:
     in_pod = LaunchRequest(
         config_file=f"{_CONFIG_FOLDER}/run.yaml",
@@ -127,7 +134,7 @@ def _replicas(c: KubernetesConfig, request: LaunchRequest, name: str, count: int
     command = "exec " + shlex.join(node_command(c.python, in_pod, *flags, "driver.node_rank=NODE_RANK"))
     limits = {"cpu": c.cpus_per_node, "memory": c.memory_per_node, "nvidia.com/gpu": c.gpus_per_node or None}
     limits = {key: str(value) for key, value in limits.items() if value is not None}
-    variables = rank_variables(request, c.threads_per_rank)
+    variables = _variables(c, request)
     volumes: list[dict[str, Any]] = [{"name": "config", "configMap": {"name": f"{name}-config"}}]
     mounts = [{"name": "config", "mountPath": _CONFIG_FOLDER, "readOnly": True}]
     # NCCL and data loading share memory between processes; the default of a container is 64 MiB.

@@ -17,7 +17,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from everyrank.config.schema import build
-from everyrank.diagnosis.failures import describe
+from everyrank.diagnosis.judge import conclude, last_block
+from everyrank.diagnosis.watch_config import WatchConfig
+from everyrank.diagnosis.watcher import Watcher
 from everyrank.drivers.driver import LaunchRequest
 from everyrank.drivers.torchrun import TorchrunDriver
 from everyrank.drivers.torchrun_config import TorchrunConfig
@@ -78,16 +80,22 @@ def _run(config_file: str, arguments: list[str], path: list[str], attached: bool
         device=run["distributed"]["device"],
         timeout_s=run["distributed"]["timeout_s"],
         preload=tuple(run["app"].get("preload") or ()),
+        watch=build(WatchConfig, run["watch"], what="watch section of the run"),
     )
     os.makedirs(request.log_dir, exist_ok=True)
-    outcome = driver.run(driver.plan(request), request)
+    plan = driver.plan(request)
+    say = (lambda line: None) if attached else None  # the launching process watches as well, and says it there
+    with Watcher(request.run_dir, request.watch, plan.world_size or 0, say=say, shared=True):
+        outcome = driver.run(plan, request)
     code = outcome.exit_code
     if attached and outcome.failures:
         return code
     if code == EXIT_PREEMPTED:
         print(f"preempted: a checkpoint is saved in {request.run_dir}", file=sys.stderr, flush=True)
-    elif code and describe(outcome):
-        print(describe(outcome), file=sys.stderr, flush=True)
+    elif code:
+        verdict = conclude(request.run_dir, outcome.failures, world_size=outcome.world_size)
+        if told := last_block(outcome, verdict):
+            print(told, file=sys.stderr, flush=True)
     return code
 
 

@@ -17,7 +17,9 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 from torch.distributed.elastic.multiprocessing.api import LogsDest, LogsSpecs, PContext, RunProcsResult, Std
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-from everyrank.diagnosis.rank_files import error_file, read_error
+from everyrank.diagnosis.judge import conclude
+from everyrank.diagnosis.outcome import RankFailure
+from everyrank.diagnosis.rank_files import error_file, existing, log_file, read_error
 from everyrank.elastic.forkserver import Forkserver, RankProcess
 from everyrank.elastic.spec import EngineRun
 from everyrank.errors import EXIT_BAD_INPUT, EXIT_FAILURE, EXIT_OK, EXIT_PREEMPTED, ProcessGroupError
@@ -221,9 +223,7 @@ class RankAgent(LocalElasticAgent):
             if codes & {EXIT_PREEMPTED, EXIT_BAD_INPUT}:
                 self._remaining_restarts = 0
             elif self._remaining_restarts > 0:
-                ended_by_us = getattr(self._pcontext, "ended_by_us", ())
-                innocent = {worker.global_rank for worker in worker_group.workers if worker.local_rank in ended_by_us}
-                _tell_restart(result, innocent, self._attempt() + 1)
+                self._tell_restart()
         return result
 
     def _others_came_or_went(self, codes: set[int]) -> bool:
@@ -239,7 +239,7 @@ class RankAgent(LocalElasticAgent):
         if not elastic and not self._run.max_restarts:
             return False
         errors = [read_error(error_file(self._run.log_dir, w.global_rank)) for w in self._worker_group.workers]
-        own = [error for error in errors if error and not error.get("peer_trouble")]
+        own = [error for error in errors if error and not error.get("lost_peer")]
         if own or not codes <= {EXIT_PREEMPTED, EXIT_FAILURE, -signal.SIGABRT, -signal.SIGTERM}:
             return False
         try:
@@ -248,6 +248,32 @@ class RankAgent(LocalElasticAgent):
             if codes <= {EXIT_PREEMPTED}:
                 return False  # the node that served the store has left, with a checkpoint, and so do we
             raise
+
+    def failures(self) -> tuple[RankFailure, ...]:
+        """The ranks of this node, of the current attempt, that did not end well."""
+        codes = _exit_codes(self._pcontext) if self._pcontext else {}
+        ended_by_us: set[int] = getattr(self._pcontext, "ended_by_us", set())
+        return tuple(
+            RankFailure(
+                rank=worker.global_rank,
+                exit_code=codes[worker.local_rank],
+                error=read_error(error_file(self._run.log_dir, worker.global_rank)),
+                log_file=existing(log_file(self._run.log_dir, worker.global_rank)),
+                ended_by_us=worker.local_rank in ended_by_us and codes[worker.local_rank] < 0,
+            )
+            for worker in self._worker_group.workers
+            if codes.get(worker.local_rank, 0) != 0
+        )
+
+    def _tell_restart(self) -> None:
+        """Say who failed: otherwise a run that recovers by itself would keep its trouble to itself."""
+        group, attempt = self._worker_group, self._attempt()
+        verdict = conclude(self._run.run_dir, self.failures(), world_size=group.workers[0].world_size, attempt=attempt)
+        if verdict is not None:
+            who = f"rank {verdict.rank}" if verdict.rank is not None else "undecided:"
+            where = f" (at {verdict.where})" if verdict.where else ""
+            line = f"notice: {who} {verdict.said}{where}; all ranks start again (restart {attempt + 1})"
+            print(line, file=sys.stderr, flush=True)
 
     @property
     def _short_patience_s(self) -> int:
@@ -260,13 +286,11 @@ class RankAgent(LocalElasticAgent):
         self._shutdown(timeout=int(self._run.shutdown_timeout_s) if well else self._short_patience_s)
 
 
-def _tell_restart(result: RunResult, ended_by_us: set[int], attempt: int) -> None:
-    """Say who failed: otherwise a run that recovers by itself would keep its trouble to itself."""
-    ends = {rank: failure.exitcode for rank, failure in result.failures.items() if rank not in ended_by_us}
-    # Whoever was killed is the one to name; the others then lost contact.
-    guilty = {rank: code for rank, code in ends.items() if code < 0} or ends
-    named = ", ".join(
-        f"rank {rank} ({'killed by ' + signal.Signals(-code).name if code < 0 else f'exit code {code}'})"
-        for rank, code in sorted(guilty.items())
-    )
-    print(f"notice: {named} failed; all ranks start again (restart {attempt})", file=sys.stderr, flush=True)
+def _exit_codes(ranks: PContext) -> dict[int, int]:
+    if isinstance(ranks, ForkedRanks):
+        return ranks.exit_codes()
+    started = getattr(ranks, "_pc", None)  # torch keeps spawned ranks here ...
+    if started is not None:
+        return {i: p.exitcode for i, p in enumerate(started.processes) if p.exitcode is not None}
+    handlers = getattr(ranks, "subprocess_handlers", {})  # ... and outside programs here
+    return {i: h.proc.returncode for i, h in handlers.items() if h.proc.returncode is not None}

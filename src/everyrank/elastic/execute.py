@@ -10,12 +10,11 @@ from collections.abc import Callable
 from typing import Any
 
 from torch.distributed.elastic.agent.server.api import WorkerSpec
-from torch.distributed.elastic.multiprocessing.api import PContext, SignalException
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousParameters
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
-from everyrank.diagnosis.outcome import Outcome, RankFailure
-from everyrank.diagnosis.rank_files import error_file, existing, log_file, read_error
+from everyrank.diagnosis.outcome import Outcome
 from everyrank.elastic.agent import ForkedRanks, RankAgent
 from everyrank.elastic.entry import call_entry
 from everyrank.elastic.forkserver import Forkserver
@@ -140,36 +139,14 @@ def _start(entry: str, args: tuple[Any, ...]) -> None:
 
 def _outcome(run: EngineRun, agent: RankAgent, signum: int | None, message: str) -> Outcome:
     group = agent.get_worker_group()
-    ranks = agent.ranks
-    failures = []
-    codes = _exit_codes(ranks) if ranks else {}
-    ended_by_us: set[int] = getattr(ranks, "ended_by_us", set())
-    for worker in group.workers:
-        code = codes.get(worker.local_rank, 0)
-        if code != 0:
-            failures.append(
-                RankFailure(
-                    rank=worker.global_rank,
-                    exit_code=code,
-                    error=read_error(error_file(run.log_dir, worker.global_rank)),
-                    log_file=existing(log_file(run.log_dir, worker.global_rank)),
-                    ended_by_us=worker.local_rank in ended_by_us and code < 0,
-                )
-            )
+    failures = agent.failures()
     if message:  # the ranks that only lost a peer, or were ended, ended because of it
-        own = (f for f in failures if not f.ended_by_us and not (f.error and f.error.get("peer_trouble")))
-        failures = list(own)
+        own = (f for f in failures if not f.ended_by_us and not (f.error and f.error.get("lost_peer")))
+        failures = tuple(own)
     return Outcome(
-        failures=tuple(failures),
+        failures=failures,
         signum=signum,
         message=message,
         num_restarts=run.max_restarts - agent._remaining_restarts,
         world_size=group.workers[0].world_size if group.workers else 0,
     )
-
-
-def _exit_codes(ranks: PContext) -> dict[int, int]:
-    if isinstance(ranks, ForkedRanks):
-        return ranks.exit_codes()
-    started = getattr(ranks, "_pc", None)  # torch keeps spawned ranks here
-    return {i: p.exitcode for i, p in enumerate(started.processes) if p.exitcode is not None} if started else {}

@@ -11,8 +11,11 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ParamSpec, TypeVar
 
-from everyrank.diagnosis.failures import error_of
+from everyrank.diagnosis.judge import conclude
 from everyrank.diagnosis.outcome import Outcome
+from everyrank.diagnosis.telling import as_error
+from everyrank.diagnosis.watch_config import WatchConfig, watch_variables
+from everyrank.diagnosis.watcher import Watcher
 from everyrank.elastic import engine_pool
 from everyrank.elastic.machine import resolve_nproc
 from everyrank.elastic.spec import EngineRun, RankFunction
@@ -76,11 +79,15 @@ def launch(
         run = EngineRun(
             work=RankFunction(entry="everyrank.elastic.rank_function:call", args=(folder,)),
             nproc_per_node=num_ranks,
-            log_dir=folder,
+            log_dir=os.path.join(folder, "logs"),
             cwd=os.getcwd(),
             sys_path=tuple(os.path.abspath(p) if p == "" else p for p in sys.path),
             base_env=dict(os.environ),
-            env={"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), **(env or {})},
+            env={
+                "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+                **(env or {}),
+                **watch_variables(folder, True, {**os.environ, **(env or {})}),
+            },
             start_method=start_method,
             max_restarts=max_restarts,
             master_port=master_port,
@@ -89,21 +96,22 @@ def launch(
             failure_grace_s=0.3,
             preload=tuple(preload),
         )
-        outcome = engine_pool.run(run)
-        _raise_for(outcome, folder)
+        with Watcher(folder, WatchConfig(), num_ranks) as watcher:
+            outcome = engine_pool.run(run)
+        _raise_for(outcome, folder, watcher.num_oom_kills)
         return [_read(os.path.join(folder, f"result-{rank}")) for rank in range(num_ranks)]
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _raise_for(outcome: Outcome, folder: str) -> None:
+def _raise_for(outcome: Outcome, folder: str, num_oom_kills: int) -> None:
     if outcome.message:
         raise UserError(outcome.message) if outcome.user_error else EveryrankError(outcome.message)
     if outcome.signum == signal.SIGINT:
         raise KeyboardInterrupt
-    error = error_of(outcome)
-    if error is not None:
-        raise error from _cause(os.path.join(folder, f"exception-{error.rank}"))
+    verdict = conclude(folder, outcome.failures, world_size=outcome.world_size, num_oom_kills=num_oom_kills)
+    if verdict is not None:
+        raise as_error(verdict, outcome.world_size) from _cause(os.path.join(folder, f"exception-{verdict.rank}"))
     if outcome.signum is not None:
         raise EveryrankError(f"the ranks were ended by {signal.Signals(outcome.signum).name}")
 

@@ -7,24 +7,28 @@ import pickle
 
 import cloudpickle
 
-from everyrank.diagnosis.failures import record_error
+from everyrank.diagnosis.rank import reporter
+from everyrank.diagnosis.rank.record import record_error
 from everyrank.errors import EXIT_FAILURE
 
 
 def call(folder: str) -> None:
     """Call the function in ``folder`` and leave this rank's result, or its exception, there."""
     rank = int(os.environ["RANK"])
+    reporter.start()
     try:
         with open(os.path.join(folder, "function"), "rb") as file:
             function, args, kwargs = pickle.load(file)
         result = function(*args, **kwargs)
         _write(os.path.join(folder, f"result-{rank}"), result)
+        reporter.ended()
     except Exception as error:
-        record_error(error, rank, EXIT_FAILURE, os.environ.get("TORCHELASTIC_ERROR_FILE"))
+        record = record_error(error, rank, EXIT_FAILURE, os.environ.get("TORCHELASTIC_ERROR_FILE"))
         try:
             _write(os.path.join(folder, f"exception-{rank}"), error)
         except Exception as second:  # an exception that cannot be pickled is still in the record, as text
             print(f"rank {rank}: {type(error).__name__} cannot be sent to the caller: {second}")
+        reporter.told(record)
         raise SystemExit(EXIT_FAILURE) from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -72,3 +73,8 @@ class EngineRun:
     shutdown_timeout_s: float = 30.0
     failure_grace_s: float = 1.0
     preload: tuple[str, ...] = ()
+
+    @property
+    def run_dir(self) -> str:
+        """The run's folder: where the verdict is written."""
+        return os.path.dirname(self.log_dir)

@@ -9,7 +9,8 @@ import traceback
 from collections.abc import Callable
 from types import TracebackType
 
-from everyrank.diagnosis.failures import record_error
+from everyrank.diagnosis.rank import reporter
+from everyrank.diagnosis.rank.record import record_error
 from everyrank.diagnosis.rank_files import error_file, log_file
 from everyrank.errors import EXIT_BAD_INPUT, EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_OK
 from everyrank.launch_env.detection import detect
@@ -44,6 +45,7 @@ def run_program(program: Program, run_dir: str, *, prefix: str, show: str, local
         tagged = several and (prefix == "rank" or (prefix == "auto" and sys.stdout.isatty()))
         shown = not several or show == "all" or (show == "main" and rank == 0)
         divert_output(log_file(log_dir, rank), prefix=f"[rank {rank}] " if tagged else "", on_console=shown)
+    reporter.start()
     argv = list(program.argv)
     if local_rank is not None:
         argv.insert(1, f"{program.local_rank_option or '--local-rank'}={local_rank}")
@@ -54,7 +56,8 @@ def run_program(program: Program, run_dir: str, *, prefix: str, show: str, local
 
 
 def _execute(argv: list[str]) -> int:
-    """Become the program."""
+    """Become the program; if it is a Python of any kind, it reports as well."""
+    os.environ.update(reporter.variables_for_fresh_interpreters(os.environ))
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python ignores it, and what is ignored stays so in a new program
     try:
         os.execvp(argv[0], argv)
@@ -68,6 +71,7 @@ def _exit_code(run: Callable[[], None], rank: int, log_dir: str) -> int:
     try:
         run()
     except SystemExit as end:
+        reporter.ended()
         if end.code is None or isinstance(end.code, int):
             return end.code or EXIT_OK
         print(end.code, file=sys.stderr)
@@ -79,9 +83,11 @@ def _exit_code(run: Callable[[], None], rank: int, log_dir: str) -> int:
         error.__traceback__ = _without_ours(error.__traceback__)
         os.makedirs(log_dir, exist_ok=True)
         paths = (error_file(log_dir, rank), os.environ.get("TORCHELASTIC_ERROR_FILE"))
-        record_error(error, rank, EXIT_FAILURE, *paths)
+        record = record_error(error, rank, EXIT_FAILURE, *paths)
         _show(error)
+        reporter.told(record)
         return EXIT_FAILURE
+    reporter.ended()
     return EXIT_OK
 
 

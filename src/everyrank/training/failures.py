@@ -8,6 +8,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from everyrank.diagnosis.classify import is_lost_peer
 from everyrank.errors import EveryrankError, RankFailedError, UserError
 from everyrank.runtime.logs import get_logger
 from everyrank.runtime.membership import find_store
@@ -43,7 +44,7 @@ def explain(error: Exception, world: World, where: str) -> Exception:
     if isinstance(error, RankFailedError):
         return error
     note = f"on rank {world.rank}, {where}"
-    guilty = _published(world) if _is_lost_peer(error) else None
+    guilty = _published(world) if is_lost_peer(error) else None
     if guilty is not None and guilty["rank"] != world.rank:
         failure = RankFailedError(
             f"rank {guilty['rank']} failed: {guilty['error']} ({guilty['where']}). "
@@ -52,23 +53,12 @@ def explain(error: Exception, world: World, where: str) -> Exception:
         )
         failure.add_note(note)
         return failure
-    if not _is_lost_peer(error):
+    if not is_lost_peer(error):
         _publish(error, world, note)
         error.add_note(note)
         if not isinstance(error, UserError | EveryrankError):
             logger.error("%s: %s (%s)", type(error).__name__, error, note)
     return error
-
-
-def _is_lost_peer(error: Exception) -> bool:
-    """Tell whether a collective failed because another rank is gone."""
-    text = str(error)
-    return isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError)
-        and any(
-            mark in text for mark in ("Connection closed by peer", "Connection reset", "gloo", "NCCL", "Broken pipe")
-        )
-    )
 
 
 def _publish(error: Exception, world: World, where: str) -> None:

@@ -1,0 +1,66 @@
+"""What a rank writes down about the exception that ends it, the moment it leaves the rank's program."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import traceback
+from collections.abc import Mapping
+from typing import Any
+
+from everyrank.diagnosis.classify import is_lost_peer, named_rank
+from everyrank.diagnosis.frames import raised_at
+from everyrank.errors import UserError
+
+
+def describe_error(error: BaseException, rank: int, exit_code: int) -> dict[str, Any]:
+    """An exception as plain data.
+
+    It has the form that ``torchrun`` reads (``TORCHELASTIC_ERROR_FILE``), with our keys beside it.
+    """
+    text = "".join(traceback.format_exception(error))
+    now_s = time.time()
+    return {
+        "message": {
+            "message": f"{type(error).__name__}: {error}",
+            "extraInfo": {"py_callstack": text, "timestamp": str(int(now_s))},
+        },
+        "rank": rank,
+        "pid": os.getpid(),
+        "exit_code": exit_code,
+        "type": type(error).__name__,
+        "text": str(error),
+        "notes": list(getattr(error, "__notes__", [])),
+        "traceback": text,
+        "where": raised_at(error.__traceback__),
+        "time_s": now_s,
+        "user_error": isinstance(error, UserError),
+        "lost_peer": is_lost_peer(error),
+        "blames": named_rank(error),
+    }
+
+
+def record_error(error: BaseException, rank: int, exit_code: int, *paths: str | None) -> dict[str, Any]:
+    """Write the exception that ends this rank where the launcher looks for it.
+
+    Args:
+        error: The exception.
+        rank: This process's global rank.
+        exit_code: The code this process will exit with.
+        paths: The files to write; None is passed over.
+    """
+    record = describe_error(error, rank, exit_code)
+    for path in filter(None, dict.fromkeys(paths)):
+        partial = f"{path}.{os.getpid()}.part"
+        with open(partial, "w", encoding="utf-8") as file:
+            json.dump(record, file)
+        os.replace(partial, path)
+    return record
+
+
+def render(record: Mapping[str, Any]) -> str:
+    """A rank's own record as text, for a launcher that is not ours."""
+    if record["user_error"]:
+        return f"error: {record['text']}"
+    return str(record["traceback"]).rstrip()

@@ -1,0 +1,266 @@
+"""In a rank: a thread that says, a few times a second, how far the rank is, and on request everything the watcher asks.
+
+It runs in any Python program, which need not know of it: ``hook/sitecustomize.py`` starts it where ``EVERYRANK_WATCH``
+is set, and the ranks that we fork ourselves start it at their entry. It imports nothing that the program has not.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import faulthandler
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any, TextIO
+
+from everyrank.diagnosis.flight import read_recorder, to_json
+from everyrank.diagnosis.frames import Place, may_wait_in_backward, stack_of, waits_for_data, waits_in_collective, where
+from everyrank.diagnosis.proc import here, look_at, reads_from
+from everyrank.diagnosis.rank import last_words
+from everyrank.diagnosis.rank.loader_workers import STACKS_SIGNAL, answer_with_samples, workers_of
+from everyrank.diagnosis.rank.record import describe_error, record_error
+from everyrank.diagnosis.rank_files import (
+    WATCH,
+    ask_for_reports,
+    attempt_dir,
+    beat_file,
+    error_file,
+    fatal_file,
+    read_json,
+    report_file,
+    request_file,
+    stacks_file,
+)
+
+_WATCHED = "EVERYRANK_WATCHED"  # pid of the process that reports as RANK: its children do not
+_TICK_S = 0.2
+_REPORT_EVERY_S = 5.0
+_BEAT_BYTES = 512
+_HOLD_S = 1.0  # how long a rank that lost a peer lets the others say what they do, before it ends
+_MAX_STACK = 25
+
+_reporter: Reporter | None = None
+
+
+def start() -> None:
+    """Report from this process, once, if the launch asks for it."""
+    global _reporter
+    watch = os.environ.get(WATCH)
+    if not watch:
+        return
+    if _reporter is None or _reporter.pid != os.getpid():
+        _reporter = Reporter(attempt_dir(watch))
+        _reporter.begin()
+    _reporter.claim()
+
+
+def variables_for_fresh_interpreters(environ: Mapping[str, str]) -> dict[str, str]:
+    """Variables with which Pythons that a program starts, or becomes, report; none where nobody watches."""
+    if WATCH not in environ:
+        return {}
+    hook = os.path.join(os.path.dirname(os.path.abspath(__file__)), "hook")
+    folders = [hook, *(f for f in environ.get("PYTHONPATH", "").split(os.pathsep) if f and f != hook)]
+    return {"PYTHONPATH": os.pathsep.join(folders)}
+
+
+def told(record: dict[str, Any]) -> None:
+    """Leave the last report of a rank that an exception ends; if it only lost a peer, the others speak first."""
+    if _reporter is not None and _reporter.pid == os.getpid() and _reporter.rank is not None:
+        _reporter.at_error(record)
+
+
+class Reporter:
+    """Reports of one process.
+
+    Args:
+        folder: Folder of the attempt.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self.folder, self.pid = folder, os.getpid()
+        self.rank: int | None = None
+        self._main = threading.main_thread()
+        self._here = here()
+        self._beat: int | None = None
+        self._files: list[TextIO] = []
+        self._asked, self._seq, self._reported_seq, self._reported_s = 0, 0, -1, 0.0
+        self._ended: str | None = None
+        self._lock = threading.Lock()
+
+    def begin(self) -> None:
+        """Start the thread, and be told of the program's end."""
+        atexit.register(self._at_exit)
+        self._chain_excepthook()
+        threading.Thread(target=self._run, name="everyrank-reporter", daemon=True).start()
+
+    def claim(self) -> None:
+        """Report as the rank that the environment names, unless a parent of this process is that rank."""
+        rank = os.environ.get("RANK") or os.environ.get("OMPI_COMM_WORLD_RANK") or os.environ.get("PMIX_RANK") or ""
+        if self.rank is None and rank.isdigit() and os.environ.get(_WATCHED) in (None, str(self.pid)):
+            os.environ[_WATCHED] = str(self.pid)
+            self._be(int(rank))
+
+    def _be(self, rank: int) -> None:
+        os.makedirs(self.folder, exist_ok=True)
+        self.rank = rank
+        self._beat = os.open(beat_file(self.folder, rank), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        if not faulthandler.is_enabled():
+            self._files.append(open(fatal_file(self.folder, rank), "w", encoding="utf-8"))  # noqa: SIM115
+            faulthandler.enable(self._files[-1])
+        if STACKS_SIGNAL:
+            self._files.append(open(stacks_file(self.folder, rank), "a", encoding="utf-8"))  # noqa: SIM115
+            answer_with_samples(self._files[-1])
+        self._write_beat()
+
+    def _run(self) -> None:
+        while self.pid == os.getpid():
+            # A rank that goes on without a reporter is better than one that ends because of it.
+            with contextlib.suppress(OSError, RuntimeError, ValueError, KeyError, AttributeError):
+                self._tick()
+            time.sleep(_TICK_S)
+
+    def _tick(self) -> None:
+        c10d: Any = sys.modules.get("torch.distributed.distributed_c10d")
+        joined = c10d is not None and hasattr(c10d, "is_initialized") and c10d.is_initialized()
+        if joined:
+            last_words.prepare(self._say_last_words)
+            if self.rank is None:  # a process that the program started itself
+                self._be(int(c10d.get_rank()))
+            self._seq = sum(_sequence(group) for group in list(c10d._world.pg_map))
+        if self.rank is None or self._ended:
+            return
+        self._write_beat()
+        asked = self._request()
+        now_s = time.monotonic()
+        if asked != self._asked or (self._seq != self._reported_seq and now_s - self._reported_s > _REPORT_EVERY_S):
+            self._asked, self._reported_seq, self._reported_s = asked, self._seq, now_s
+            self._report(None)
+
+    def _request(self) -> int:
+        try:
+            return os.stat(request_file(self.folder)).st_mtime_ns
+        except FileNotFoundError:
+            return 0
+
+    def _stack(self) -> list[Place]:
+        return stack_of(sys._current_frames().get(self._main.ident or 0))
+
+    def _write_beat(self) -> None:
+        stack = self._stack()
+        beat = {
+            "time_s": round(time.time(), 3),
+            "seq": self._seq,
+            "pid": self.pid,
+            "collective": waits_in_collective(stack),
+            "where": (where(stack) or "")[-300:],
+        }
+        assert self._beat is not None
+        os.pwrite(self._beat, json.dumps(beat).encode()[:_BEAT_BYTES].ljust(_BEAT_BYTES), 0)
+
+    def _report(self, ended: str | None) -> None:
+        """Write a report of this moment; ``ended`` says how the program has ended, if it has."""
+        assert self.rank is not None
+        with self._lock:
+            self._ended = ended
+            stack = self._stack()
+            collectives, groups = read_recorder()
+            facts = look_at(self.pid)
+            native = self._main.native_id or self.pid
+            handled = sys._current_exceptions().get(self._main.ident or 0)
+            error = handled[1] if isinstance(handled, tuple) else handled
+            report = {
+                "rank": self.rank,
+                "pid": self.pid,
+                "started": facts.started if facts else 0,
+                "host": os.uname().nodename,
+                "here": self._here,
+                "time_s": time.time(),
+                "request": self._asked,
+                "seq": self._seq,
+                "ended": ended,
+                "stack": [str(place) for place in stack[:_MAX_STACK]],
+                "where": where(stack),
+                "in_collective": waits_in_collective(stack),
+                "in_backward": may_wait_in_backward(stack),
+                "in_loader": waits_for_data(stack),
+                "cpu_s": facts.cpu_s if facts else 0.0,
+                "reads": reads_from(native),
+                "handling": describe_error(error, self.rank, 1) if isinstance(error, Exception) else None,
+                "collectives": to_json(collectives),
+                "groups": groups,
+                "workers": workers_of(self.pid, stacks_file(self.folder, self.rank)) if waits_for_data(stack) else [],
+            }
+            path = report_file(self.folder, self.rank)
+            with open(f"{path}.part", "w", encoding="utf-8") as file:
+                json.dump(report, file)
+            os.replace(f"{path}.part", path)
+
+    def _say_last_words(self) -> None:
+        if self.rank is not None:
+            self._report("abort")
+            self._let_others_speak()
+
+    def at_error(self, record: dict[str, Any]) -> None:
+        """Leave the last report of a rank that an exception ends."""
+        with contextlib.suppress(OSError, RuntimeError, ValueError):
+            self._report("error")
+            if record["lost_peer"]:
+                self._let_others_speak()
+
+    def _let_others_speak(self) -> None:
+        """Ask the others what they do, and wait until they have said it: the launcher ends them when this rank ends."""
+        asked = ask_for_reports(self.folder)
+        deadline = time.monotonic() + _HOLD_S
+        while time.monotonic() < deadline and any(self._is_silent(name, asked) for name in os.listdir(self.folder)):
+            time.sleep(0.02)
+
+    def _is_silent(self, name: str, asked: int) -> bool:
+        if not name.endswith(".beat") or name == f"rank-{self.rank}.beat":
+            return False
+        path = os.path.join(self.folder, name)
+        if time.time() - os.stat(path).st_mtime > _HOLD_S:
+            return False  # it is dead, or stands still
+        report = read_json(path.replace(".beat", ".report.json")) or {}
+        return report.get("ended") is None and int(report.get("request") or 0) < asked
+
+    def _chain_excepthook(self) -> None:
+        before = sys.excepthook
+
+        def hook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+            before(kind, error, trace)
+            is_news = os.getpid() == self.pid and self._ended is None
+            if is_news and self.rank is not None and isinstance(error, Exception):
+                logs = os.path.join(os.path.dirname(os.path.dirname(self.folder)), "logs")
+                with contextlib.suppress(OSError):
+                    os.makedirs(logs, exist_ok=True)
+                    path = os.environ.get("TORCHELASTIC_ERROR_FILE") or error_file(logs, self.rank)
+                    told(record_error(error, self.rank, 1, path))
+
+        sys.excepthook = hook
+
+    def _at_exit(self) -> None:
+        last_words.forget()
+        if os.getpid() == self.pid and self.rank is not None and self._ended is None:
+            with contextlib.suppress(OSError, RuntimeError, ValueError):
+                self._report("exit")
+
+    def end(self) -> None:
+        """Leave the last report of a rank whose entry returns; a forked one runs no ``atexit``."""
+        self._at_exit()
+
+
+def ended() -> None:
+    """Say that this rank's program has come to its end, where no ``atexit`` will."""
+    if _reporter is not None and _reporter.pid == os.getpid():
+        _reporter.end()
+
+
+def _sequence(group: Any) -> int:
+    try:
+        return int(group._get_sequence_number_for_group())
+    except (RuntimeError, AttributeError):  # a placeholder of a group that this rank is not in, or another backend
+        return 0

@@ -1,0 +1,141 @@
+"""What the ranks of an attempt have reported, read from the run's folder."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from everyrank.diagnosis.flight import Collective, from_json
+from everyrank.diagnosis.proc import ProcessFacts, here, look_at
+from everyrank.diagnosis.rank_files import read_json
+
+_BEAT = re.compile(r"rank-(\d+)\.beat")
+_REPORT = re.compile(r"rank-(\d+)\.report\.json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Beat:
+    """A rank's sign of life.
+
+    Attributes:
+        rank: The rank.
+        age_s: Seconds since it was written.
+        seq: How many collectives the rank has begun, over all its groups.
+        pid: Its process.
+        collective: Its main thread is inside a call of torch.distributed.
+        where: The user's line it was at.
+    """
+
+    rank: int
+    age_s: float
+    seq: int
+    pid: int
+    collective: bool
+    where: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """A rank's answer to a request, or its last words; ``process`` is what this host's kernel says of it now."""
+
+    rank: int
+    pid: int
+    started: int
+    host: str
+    here: str
+    time_s: float
+    request: int
+    seq: int
+    ended: str | None
+    stack: tuple[str, ...]
+    where: str | None
+    in_collective: bool
+    in_backward: bool
+    in_loader: bool
+    cpu_s: float
+    reads: str | None
+    handling: Mapping[str, Any] | None
+    collectives: tuple[Collective, ...]
+    groups: Mapping[str, list[int]]
+    workers: tuple[Mapping[str, Any], ...]
+    process: ProcessFacts | None = field(default=None)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether this host can look at, and signal, the process."""
+        return self.here == here()
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether the process is known to have ended."""
+        return self.ended is not None or (self.is_local and (self.process is None or self.process.state == "Z"))
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether the process is stopped by a signal or a debugger."""
+        return self.process is not None and self.process.state in "Tt"
+
+    @property
+    def imports(self) -> bool:
+        """Whether the rank is importing a module: slow on a cold or shared disk, and no fault."""
+        return any("<frozen importlib._bootstrap>" in place for place in self.stack)
+
+    @property
+    def waits(self) -> bool:
+        """Whether the rank is inside a collective."""
+        unfinished = bool(self.collectives) and not self.collectives[-1].done
+        return self.in_collective or (self.in_backward and unfinished)
+
+    @property
+    def doing(self) -> str:
+        """What the rank does, in words."""
+        if self.waits and self.collectives and not self.collectives[-1].done:
+            return f"waits in {self.collectives[-1]}"
+        if self.waits:
+            return f"waits in a collective at {self.where}"
+        return f"is at {self.where}"
+
+
+def read_beats(folder: str) -> dict[int, Beat]:
+    """The signs of life of an attempt's ranks, by rank."""
+    beats = {}
+    now_s = time.time()
+    for name in os.listdir(folder) if os.path.isdir(folder) else ():
+        match = _BEAT.fullmatch(name)
+        row = read_json(os.path.join(folder, name)) if match else None
+        if match and row:
+            age_s = max(0.0, now_s - float(row["time_s"]))
+            beats[int(match[1])] = Beat(
+                rank=int(match[1]),
+                age_s=age_s,
+                seq=int(row["seq"]),
+                pid=int(row["pid"]),
+                collective=bool(row["collective"]),
+                where=str(row["where"]),
+            )
+    return beats
+
+
+def read_reports(folder: str) -> dict[int, Report]:
+    """The last reports of an attempt's ranks, by rank."""
+    reports = {}
+    for name in os.listdir(folder) if os.path.isdir(folder) else ():
+        match = _REPORT.fullmatch(name)
+        row = read_json(os.path.join(folder, name)) if match else None
+        if match and row:
+            reports[int(match[1])] = _report(row)
+    return dict(sorted(reports.items()))
+
+
+def _report(row: Mapping[str, Any]) -> Report:
+    values = dict(row)
+    values["collectives"] = tuple(from_json(row["collectives"]))
+    values["stack"], values["workers"] = tuple(row["stack"]), tuple(row["workers"])
+    process = look_at(int(row["pid"])) if row["here"] == here() else None
+    if process is not None and process.started != row["started"]:
+        process = None  # another process has the pid now
+    return Report(**values, process=process)

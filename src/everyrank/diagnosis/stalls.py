@@ -1,0 +1,193 @@
+"""The judge of ranks that stand still: who keeps the others waiting, and can it ever end?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from everyrank.diagnosis import verdict as causes
+from everyrank.diagnosis.flight import Departure, find_departure
+from everyrank.diagnosis.reports import Report
+
+_BUSY = 0.3  # of a core: a thread that computes, not one that waits
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stall:
+    """What keeps the ranks from going on.
+
+    Attributes:
+        rank: The rank all others wait for; None if nothing tells.
+        cause: One of the causes in :mod:`verdict`.
+        said: In plain words, after "rank 1 of 2".
+        where: The user's line.
+        evidence: What shows it.
+        provable: It cannot end by itself.
+    """
+
+    rank: int | None
+    cause: str
+    said: str
+    where: str | None = None
+    evidence: tuple[str, ...] = ()
+    provable: bool = False
+
+
+def judge_stall(reports: Mapping[int, Report], earlier: Mapping[int, Report], world_size: int) -> Stall | None:
+    """Say who keeps the others waiting.
+
+    Args:
+        reports: The newest report of each rank.
+        earlier: A report of each a while ago, to tell waiting from computing.
+        world_size: Number of ranks.
+
+    Returns:
+        None if no rank waits for another.
+    """
+    waiting = [rank for rank, report in reports.items() if report.waits and not report.is_gone]
+    departure = judge_departure(reports)
+    if departure is not None and (waiting or any(r.ended for r in reports.values())):
+        return departure
+    if not waiting:
+        return None
+    gone = [report for report in reports.values() if report.is_gone]
+    if gone:
+        first = min(gone, key=lambda report: report.time_s)
+        if first.ended == "exit" or first.ended is None:
+            return _left(first)
+        return None  # it raised or aborted: its end is judged as a crash
+    if len(reports) < world_size:
+        return None
+    others = [report for rank, report in reports.items() if rank not in waiting]
+    if not others:
+        said = "every rank waits in the same collective: a slow or broken network, or a very large transfer"
+        return Stall(rank=None, cause=causes.UNDECIDED, said=said)
+    stopped = [report for report in others if report.is_stopped] or [r for r in reports.values() if r.is_stopped]
+    if stopped:
+        return _stopped(stopped[0]) if len(stopped) == 1 else None
+    suspects = [report for report in others if report.seq == min(r.seq for r in others)]
+    if len(suspects) > 1:
+        names = ", ".join(str(report.rank) for report in suspects)
+        said = f"ranks {names} do not come to the collective in which the others wait"
+        return Stall(rank=None, cause=causes.UNDECIDED, said=said)
+    return _busy(suspects[0], earlier.get(suspects[0].rank))
+
+
+def judge_departure(reports: Mapping[int, Report]) -> Stall | None:
+    """Ranks that took part in one collective with different things, by what torch recorded on each."""
+    departure = find_departure({rank: report.collectives for rank, report in reports.items()})
+    if departure is None:
+        return None
+    evidence = tuple(f"rank {rank} began {c}" for rank, c in sorted(departure.by_rank.items()))
+    if departure.odd is None:
+        said = "the ranks called different collectives, and no earlier step tells which of them is wrong"
+        return Stall(rank=None, cause=causes.MISMATCHED, said=said, evidence=evidence, provable=True)
+    where = departure.by_rank[departure.odd].place
+    return Stall(
+        rank=departure.odd,
+        cause=causes.SKIPPED if departure.skipped else causes.MISMATCHED,
+        said=_departed(departure),
+        where=where,
+        evidence=(*evidence, f"rank {departure.odd} is the odd one: {departure.reason}"),
+        provable=True,
+    )
+
+
+def _departed(departure: Departure) -> str:
+    assert departure.odd is not None
+    odd = departure.by_rank[departure.odd]
+    other = next(c for rank, c in departure.by_rank.items() if c.content != odd.content)
+    if departure.skipped:
+        return f"left out a collective: it began {odd.op} while the others were in {other.op} at {other.place}"
+    if odd.op != other.op:
+        return f"called another collective than the others: {odd.op}, not {other.op}"
+    what = "type" if odd.dtypes != other.dtypes else "reduction" if odd.reduce != other.reduce else "shape"
+    mine, theirs = (
+        (odd.dtypes, other.dtypes)
+        if what == "type"
+        else (odd.reduce, other.reduce)
+        if what == "reduction"
+        else (odd.sizes, other.sizes)
+    )
+    return f"called {odd.op} with another {what} than the others: {mine}, not {theirs}"
+
+
+def _left(report: Report) -> Stall:
+    said = "left early: its program came to its end while the others were in a collective"
+    if report.ended is None:
+        said = "is gone without a word while the others were in a collective"
+    evidence = (f"its process (pid {report.pid}) has ended, and left no record of an exception",)
+    return Stall(rank=report.rank, cause=causes.LEFT_EARLY, said=said, evidence=evidence, provable=True)
+
+
+def _stopped(report: Report) -> Stall:
+    assert report.process is not None
+    return Stall(
+        rank=report.rank,
+        cause=causes.STOPPED,
+        said="is stopped: a signal (SIGSTOP, Ctrl-Z) or a debugger holds its process",
+        where=report.where,
+        evidence=(f"state {report.process.state} of pid {report.pid} in /proc",),
+        provable=True,
+    )
+
+
+def _busy(report: Report, before: Report | None) -> Stall:
+    """A rank that does something else than the others."""
+    share = None
+    if before is not None and report.time_s > before.time_s:
+        share = (report.cpu_s - before.cpu_s) / (report.time_s - before.time_s)
+    if report.in_loader:
+        return _in_data(report)
+    evidence: list[str] = []
+    state = report.process.state if report.process is not None else ""
+    if report.reads or state == "D":
+        source = report.reads or "a device or a network disk"
+        return Stall(
+            rank=report.rank,
+            cause=causes.STUCK_IN_IO,
+            said=f"is blocked reading {source}",
+            where=report.where,
+            evidence=tuple(evidence),
+        )
+    if share is not None:
+        evidence.append(f"it used {share:.0%} of a core meanwhile")
+    how = "computes" if share is not None and share > _BUSY else "waits" if share is not None else "is busy"
+    return Stall(
+        rank=report.rank,
+        cause=causes.STUCK_IN_PYTHON,
+        said=f"{how} outside of any collective, while the others wait for it",
+        where=_common_place(report.stack, before.stack if before else ()) or report.where,
+        evidence=tuple(evidence),
+    )
+
+
+def _in_data(report: Report) -> Stall:
+    evidence: list[str] = []
+    where, stopped = report.where, False
+    for worker in report.workers:
+        held = f", holding samples {worker['samples']}" if worker["samples"] else ""
+        doing = "is stopped" if worker["state"] in "Tt" else f"is at {worker['where']}" if worker["where"] else "waits"
+        stopped = stopped or worker["state"] in "Tt"
+        evidence.append(f"its loader worker (pid {worker['pid']}) {doing}{held}")
+        where = worker["where"] if worker["samples"] and worker["where"] else where
+    return Stall(
+        rank=report.rank,
+        cause=causes.STUCK_IN_DATA,
+        said="waits for its data loader, while the others wait for it",
+        where=where,
+        evidence=tuple(evidence),
+        provable=stopped,
+    )
+
+
+def _common_place(now: Sequence[str], before: Sequence[str]) -> str | None:
+    """The innermost line of two stacks up to which they are equal, from the outside: the loop that does not end."""
+    if not before:
+        return None
+    common = None
+    for mine, theirs in zip(reversed(now), reversed(before), strict=False):
+        if mine != theirs:
+            break
+        common = mine
+    return common if common is not None and "site-packages" not in common and "/lib/python" not in common else None

@@ -1,0 +1,185 @@
+"""On the launching side: looks at the ranks once a second, says who keeps the others waiting, and ends what cannot end.
+
+It needs only the run's folder, so it is the same for every driver. Where ranks run on other hosts, each host's own
+launching process watches (``drivers/node.py``), or the ranks end themselves when they are told.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from types import TracebackType
+
+from everyrank.diagnosis.proc import look_at, oom_kills
+from everyrank.diagnosis.rank_files import ask_for_reports, attempt_dir, clear_watch, newest_attempt, watch_dir
+from everyrank.diagnosis.reports import Beat, Report, read_beats, read_reports
+from everyrank.diagnosis.stalls import Stall, judge_departure, judge_stall
+from everyrank.diagnosis.telling import notice
+from everyrank.diagnosis.verdict import Verdict, clear_verdicts, write_verdict
+from everyrank.diagnosis.watch_config import WatchConfig
+
+_LOOK_EVERY_S = 0.5
+_ASK_AFTER_S = 2.0  # without progress: reports are asked for, and what provably cannot end is ended
+_ASK_AT_MOST_EVERY_S = 10.0
+_ANSWER_S = 1.0
+_OLD_S = 60.0  # in a shared folder: what was written longer ago is an earlier launch's
+_ABSENT_S = 4.0  # between two looks: this process itself was stopped, or the machine slept
+
+
+class Watcher:
+    """Watches the ranks of one launch; a context manager around it.
+
+    Args:
+        run_dir: The run's folder.
+        config: The ``watch`` section.
+        world_size: Number of ranks; 0 if it is not known.
+        say: Prints one line to a person.
+        shared: Other launching processes use the folder as well: only what is old in it is cleared.
+    """
+
+    def __init__(
+        self,
+        run_dir: str,
+        config: WatchConfig,
+        world_size: int,
+        say: Callable[[str], None] | None = None,
+        shared: bool = False,
+    ) -> None:
+        self.run_dir, self.config, self.world_size = run_dir, config, world_size
+        self._say = say or _print
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="everyrank-watcher", daemon=True)
+        self._oom_kills = oom_kills()
+        self._attempt = 0
+        self._reset()
+        clear_watch(watch_dir(run_dir), older_than_s=_OLD_S if shared else 0.0)
+        clear_verdicts(run_dir)
+
+    @property
+    def num_oom_kills(self) -> int:
+        """How many processes the kernel has ended here for want of memory since the launch."""
+        return oom_kills() - self._oom_kills
+
+    def __enter__(self) -> Watcher:
+        if self.config.enabled:
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def _reset(self) -> None:
+        self._progress: tuple[tuple[int, int], ...] = ()
+        self._since_s = self._looked_s = time.monotonic()
+        self._ask_at_s, self._pause_s = _ASK_AFTER_S, _ASK_AFTER_S
+        self._noticed, self._ended = False, False
+        self._before: Mapping[int, Report] = {}
+
+    def _run(self) -> None:
+        while not self._stop.wait(_LOOK_EVERY_S):
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # a file in the middle of a change
+                self._look()
+
+    def _look(self) -> None:
+        attempt = newest_attempt(watch_dir(self.run_dir))
+        if attempt != self._attempt:
+            self._attempt = attempt
+            self._reset()
+        folder = attempt_dir(watch_dir(self.run_dir), attempt)
+        beats = read_beats(folder)
+        now_s = time.monotonic()
+        progress = tuple(sorted((rank, beat.seq) for rank, beat in beats.items()))
+        absent = now_s - self._looked_s > _ABSENT_S
+        self._looked_s = now_s
+        if progress != self._progress or absent:
+            if self._noticed and not absent:
+                self._say("notice: the ranks go on")
+            self._reset()
+            self._progress = progress
+            return
+        still_s = now_s - self._since_s
+        if self._ended or not beats or still_s < self._ask_at_s:
+            return
+        self._ask_at_s = still_s + self._pause_s
+        self._pause_s = min(2 * self._pause_s, _ASK_AT_MOST_EVERY_S)
+        if not self._noticed:  # be there when the stall is due
+            self._ask_at_s = min(self._ask_at_s, max(self.config.stall_s, still_s + _LOOK_EVERY_S))
+        self._judge(folder, beats, still_s)
+
+    def _judge(self, folder: str, beats: Mapping[int, Beat], still_s: float) -> None:
+        reports = self._ask(folder, beats)
+        stall = judge_stall(reports, self._before, self.world_size or len(beats))
+        moved = any(
+            r.imports and rank in self._before and self._before[rank].stack != r.stack for rank, r in reports.items()
+        )
+        self._before = self._before if self._before and still_s < self.config.stall_s and not moved else reports
+        if moved:
+            self._since_s = time.monotonic()  # it imports: slow on a cold disk, and no fault
+            self._ask_at_s = _ASK_AFTER_S
+            return
+        if stall is None or read_beats(folder).keys() != beats.keys():
+            return
+        limit_s = self.config.end_after_s
+        is_due = still_s >= self.config.stall_s
+        departed = stall.provable and judge_departure(reports) is not None
+        if departed or (is_due and stall.provable) or (limit_s is not None and still_s >= limit_s):
+            self._end(stall, reports, still_s)
+        elif is_due and not self._noticed:
+            self._noticed = True
+            self._say(notice(stall, reports, still_s))
+
+    def _ask(self, folder: str, beats: Mapping[int, Beat]) -> dict[int, Report]:
+        """Fresh reports of all ranks that can give one; of a process that is stopped, the latest it gave."""
+        asked = ask_for_reports(folder)
+        deadline = time.monotonic() + _ANSWER_S
+        while True:
+            reports = read_reports(folder)
+            late = [r for r in beats if r not in reports or (reports[r].request < asked and not _is_mute(reports[r]))]
+            if not late or time.monotonic() > deadline or self._stop.wait(0.05):
+                return reports
+
+    def _end(self, stall: Stall, reports: Mapping[int, Report], still_s: float) -> None:
+        """Write the verdict and end the guilty rank; its launcher then ends the others, as after any failure."""
+        self._ended = True
+        guilty = reports.get(stall.rank) if stall.rank is not None else None
+        write_verdict(self.run_dir, stall_verdict(stall, reports, still_s, self._attempt))
+        victims = [guilty] if guilty is not None and not guilty.is_gone else list(reports.values())
+        for report in victims:
+            process = look_at(report.pid) if report.is_local else None
+            if process is not None and process.started == report.started:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(report.pid, signal.SIGKILL)
+
+
+def stall_verdict(stall: Stall, reports: Mapping[int, Report], still_s: float, attempt: int) -> Verdict:
+    """The verdict on ranks that stand still."""
+    guilty = reports.get(stall.rank) if stall.rank is not None else None
+    return Verdict(
+        rank=stall.rank,
+        cause=stall.cause,
+        said=stall.said,
+        host=guilty.host if guilty else None,
+        pid=guilty.pid if guilty else None,
+        where=stall.where,
+        waiting=tuple(f"rank {rank} {r.doing}" for rank, r in reports.items() if rank != stall.rank),
+        evidence=stall.evidence,
+        detected_after_s=round(still_s, 1),
+        attempt=attempt,
+    )
+
+
+def _is_mute(report: Report) -> bool:
+    return report.is_gone or report.is_stopped
+
+
+def _print(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
