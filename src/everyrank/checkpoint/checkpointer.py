@@ -23,6 +23,7 @@ from everyrank.checkpoint.folder import (
     list_checkpoints,
     new_token,
     remove_leftovers,
+    set_aside,
 )
 from everyrank.checkpoint.objects import Stateful, named_parameters, put_states, take_states
 from everyrank.checkpoint.reading import LoadedCheckpoint, read_checkpoint
@@ -77,6 +78,8 @@ class Checkpointer:
         sharded: Each rank writes its own parts of distributed tensors (FSDP2), into a folder that all ranks share,
             instead of gathering them whole on rank 0.
         after_write: Called on rank 0, in the writer's thread, with the folder of each checkpoint that is whole on disk.
+        prepare: Make the folder ready to be written to now. Otherwise nothing is written until ``prepare`` is called,
+            so that the folder of a run that goes on elsewhere can be read.
 
     Example:
         >>> with Checkpointer(run / "checkpoints", world=world) as checkpointer:
@@ -96,6 +99,7 @@ class Checkpointer:
         background: bool = True,
         sharded: bool = False,
         after_write: Callable[[Path], None] | None = None,
+        prepare: bool = True,
     ) -> None:
         self.folder = Path(folder)
         self.world = world
@@ -107,15 +111,29 @@ class Checkpointer:
         )
         self._snapshot = Snapshot()
         self._task = BackgroundTask()
-        if world.is_main:
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                remove_leftovers(self.folder)
-            except OSError as error:
-                raise CheckpointError(
-                    f"The folder for checkpoints, {self.folder}, cannot be used: {error}. "
-                    "Name a folder that can be written to."
-                ) from error
+        self._damaged: list[Path] | None = None if prepare else []
+        if prepare:
+            self.prepare()
+
+    def prepare(self) -> None:
+        """Make the folder ready to be written to: remove what killed runs left, set aside what was found damaged.
+
+        Raises:
+            CheckpointError: On rank 0, which does it, if the folder cannot be used.
+        """
+        damaged, self._damaged = self._damaged or [], None
+        if not self.world.is_main:
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(self.folder)
+            for path in damaged:
+                self._set_aside(path)
+        except OSError as error:
+            raise CheckpointError(
+                f"The folder for checkpoints, {self.folder}, cannot be used: {error}. "
+                "Fix: name a folder that can be written to."
+            ) from error
 
     def __enter__(self) -> Checkpointer:
         return self
@@ -343,7 +361,18 @@ class Checkpointer:
             if info.verified:
                 return info
             logger.warning("skipping the damaged checkpoint %s: %s", path.name, info.reason)
+            if self._damaged is not None:
+                self._damaged.append(path)
+            else:
+                self._set_aside(path)
         return None
+
+    def _set_aside(self, path: Path) -> None:
+        """Keep a damaged checkpoint from being counted as one: retention would delete whole ones in its favour."""
+        try:
+            logger.warning("the damaged checkpoint %s is now %s", path.name, set_aside(path).name)
+        except OSError as error:
+            logger.warning("the damaged checkpoint %s could not be set aside: %s", path, error)
 
     def _check_names(self, groups: Mapping[str, object]) -> None:
         for name in groups:

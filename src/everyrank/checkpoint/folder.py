@@ -5,6 +5,7 @@
     checkpoints/
       step-00001200/              a checkpoint
       step-00001400.replaced/     only for an instant, while another checkpoint of the same step takes its place
+      damaged-step-00001300/      was found damaged when a run went on from an earlier one
       .writing-00001400-x1y2z3/   being written; a leftover if its writer is dead
       .deleting-00000800-x1y2z3/  being deleted
 
@@ -167,6 +168,15 @@ def delete(checkpoint: Path) -> None:
     hidden.mkdir()
     os.rename(checkpoint, hidden)  # onto an empty folder, which a rename replaces
     shutil.rmtree(hidden, ignore_errors=True)  # what is left of it goes with the next run's leftovers
+
+
+def set_aside(checkpoint: Path) -> Path:
+    """Give a damaged checkpoint a name under which it is none, for a person to look at; return its new path."""
+    target = checkpoint.with_name(f"damaged-{checkpoint.name}")
+    if target.exists():
+        target = target.with_name(f"{target.name}-{new_token()}")
+    os.rename(checkpoint, target)
+    return target
 
 
 def remove_leftovers(folder: Path) -> None:

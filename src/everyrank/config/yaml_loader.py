@@ -77,16 +77,25 @@ class Named:
     path: str
 
 
+def names_of(config: Mapping[str, Any]) -> Any:
+    """Return a configuration as ``read_names`` would read it from the file that ``to_yaml`` writes."""
+    return yaml.load(to_yaml(config), Loader=_names_loader())
+
+
+def _names_loader() -> type[yaml.SafeLoader]:
+    loader = get_loader()
+    for tag in (PYOBJECT_TAG, _UNNAMED_TAG):
+        loader.add_constructor(tag, lambda loader, node: Named(str(node.value)))
+    return loader
+
+
 def read_names(path: str | Path) -> Any:
     """Like ``read_yaml``, but objects stay ``Named``: nothing is imported, and what is not needed need not exist.
 
     Raises:
         ConfigError: If the file is missing or is not YAML.
     """
-    loader = get_loader()
-    for tag in (PYOBJECT_TAG, _UNNAMED_TAG):
-        loader.add_constructor(tag, lambda loader, node: Named(str(node.value)))
-    return _load(path, loader)
+    return _load(path, _names_loader())
 
 
 def import_names(value: Any) -> Any:

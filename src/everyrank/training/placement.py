@@ -9,14 +9,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from everyrank.config.yaml_loader import to_yaml
 from everyrank.errors import ConfigError, LaunchEnvironmentError
 from everyrank.launch_env.detection import detect
-from everyrank.runtime.agreement import agree
 from everyrank.runtime.logs import get_logger, setup_logging
 from everyrank.runtime.process_group import current_world
 from everyrank.runtime.world import World
-from everyrank.training.config import TrainerConfig, plain_config
+from everyrank.training.config import TrainerConfig
 
 logger = get_logger("training")
 
@@ -90,44 +88,13 @@ def resolve_device(name: str, world: World, key: str = "training.device") -> tor
     return device
 
 
-def make_run_folder(config: TrainerConfig, world: World) -> Path:
-    """Make the run's folder with the resolved configuration, and send this rank's log there too. Collective."""
-    run = Path(os.path.expanduser(config.training.path))
-
-    def make() -> None:
-        try:
-            run.mkdir(parents=True, exist_ok=True)
-            (run / "config.yaml").write_text(to_yaml(plain_config(config)), encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(
-                f"training.path is {config.training.path!r}, but that folder cannot be written to: {error.strerror}. "
-                "Name another."
-            ) from error
-
-    agree(make, on=0)
-    _log_to(run / "logs" / f"rank-{world.rank}.log", world.rank)
-    return run
+def run_folder(config: TrainerConfig) -> Path:
+    """Return the run's folder, which need not exist."""
+    return Path(os.path.expanduser(config.training.path))
 
 
-def set_aside(run: Path, names: tuple[str, ...]) -> Path | None:
-    """Move what an earlier run left under these names into ``<run>/previous-<n>``, and return that folder or None.
-
-    Rank 0 calls it.
-    """
-    found = [run / name for name in names if (run / name).exists()]
-    if not any(path.is_file() or any(path.iterdir()) for path in found):
-        return None
-    number = 1
-    while (run / f"previous-{number}").exists():
-        number += 1
-    target = run / f"previous-{number}"
-    target.mkdir()
-    for path in found:
-        os.replace(path, target / path.name)
-    return target
-
-
-def _log_to(path: Path, rank: int) -> None:
+def log_to(path: Path, rank: int) -> None:
+    """Send this rank's log to a run's folder too."""
     everyrank_logger = logging.getLogger("everyrank")
     if not everyrank_logger.handlers:
         setup_logging(rank, log_file=path)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 from everyrank.data.sampler import GlobalBatchSampler
+from everyrank.errors import UserError
 from everyrank.runtime.logs import get_logger
 from everyrank.runtime.preemption import PreemptionWatch
 from everyrank.runtime.world import World
@@ -66,6 +67,7 @@ class RunLoop:
         self._step, self._scheduler, self._save = step, scheduler, save
         self._evaluation, self._validator = evaluation, validator
         self._agenda = Agenda(config)
+        self._failure = ""
         self._sync_every = 1
 
     def is_over(self, *, epoch_is_open: bool) -> bool:
@@ -80,7 +82,41 @@ class RunLoop:
         observers: Observers,
         until_epoch: int | None,
     ) -> Iterator[Row]:
-        """Train to the end; yield the row of each epoch and validation when all is decided and saved."""
+        """Train to the end; yield the row of each epoch and validation when all is decided and saved.
+
+        Raises:
+            UserError: An earlier call failed in the middle of a step.
+        """
+        self.check_whole()
+        try:
+            yield from self._run(train_loader, val_loader, ledger, observers, until_epoch)
+        except (SignalNoticed, GeneratorExit):
+            raise
+        except BaseException as error:
+            self._failure = f"{type(error).__name__}: {error}"
+            raise
+
+    def check_whole(self) -> None:
+        """Raise if the weights hold steps that nothing else knows of.
+
+        Raises:
+            UserError: An earlier call failed in the middle of a step.
+        """
+        if self._failure:
+            raise UserError(
+                f"This trainer failed in the middle of a step ({self._failure}): its weights may hold samples that its "
+                "cursor does not count, so going on would use them twice. Fix: make a new trainer, which goes on from "
+                "the newest checkpoint."
+            )
+
+    def _run(
+        self,
+        train_loader: Any,
+        val_loader: Any,
+        ledger: Ledger | None,
+        observers: Observers,
+        until_epoch: int | None,
+    ) -> Iterator[Row]:
         position, agenda = self.position, self._agenda
         sampler = sampler_of(train_loader, "the training loader")
         loop = EpochLoop(

@@ -26,8 +26,9 @@ from everyrank.training.parallel.local_updates import make_local_updates
 from everyrank.training.parallel.own_state import pack_own
 from everyrank.training.parallel.wrapping import powersgd_of, wrap
 from everyrank.training.parameter_groups import Frozen
-from everyrank.training.placement import make_run_folder, notice_differences, resolve_device, resolve_world
+from everyrank.training.placement import notice_differences, resolve_device, resolve_world, run_folder
 from everyrank.training.run_loop import RunLoop
+from everyrank.training.saving.changes import apply_changes, hyperparameters
 from everyrank.training.saving.persistence import Persistence
 from everyrank.training.saving.reload import load_model
 from everyrank.training.saving.state import pack, put_foreign, unpack
@@ -92,8 +93,8 @@ class TrainerDDP:
         self.ema = WeightAverage(self.module, training.ema) if training.ema else None
         self._local = make_local_updates(self.module, self.config.parallel, self.world, self.ema)
         self._frozen = Frozen(self.module, training.frozen) if training.frozen else None
-        self.run = make_run_folder(self.config, self.world)  # only now: what is wrong above leaves no file behind
-        self.history = History(self.run / "history.jsonl" if self.world.is_main else None)
+        self.run, self.history = run_folder(self.config), History(None)
+        self._persistence = Persistence(self.run, self.config, self.world, self.device)
         by_step = training.scheduler is not None and training.scheduler.interval == "step"
         self._step = TrainStep(
             self.model,
@@ -126,12 +127,11 @@ class TrainerDDP:
         self._loaders: tuple[Any, Any, Any] | None = None
         self._is_foreign = False
         self.global_batch_size = training.global_batch_size or (training.batch_size or 0) * self.world.size
-        self._persistence = Persistence(self.run, self.world, training, self.device)
         self._resume_from = self._persistence.loaded
         if self._resume_from is not None:
             self._restore(self._resume_from)
-        else:
-            self.history.load_state_dict({"num_rows": 0, "rows": []})
+        # Only now is anything written: what is wrong above leaves no file behind.
+        self.history.write_to(self._persistence.begin(is_over=self._loop.is_over(epoch_is_open=False)))
 
     @property
     def epoch(self) -> int:
@@ -194,11 +194,11 @@ class TrainerDDP:
             NonFiniteLossError: A loss is not finite and ``training.nan_policy`` is ``stop``.
             optuna.TrialPruned: On every rank, if the trial was pruned.
         """
+        self._persistence.need_to_write("run_training")
         if train_loader is None:
             train_loader, val_loader, _ = self._loaders or self.prepare_dataloaders()
         if train_loader is None:
             raise DataError("There is no training data. Give prepare_dataloaders a train_dataset, or configure `data`.")
-        self._train_loader = train_loader
         self._start_from_here(train_loader)
         is_trial = has_trial(self.world, trial)
         sampler = sampler_of(train_loader, "the training loader")
@@ -206,6 +206,7 @@ class TrainerDDP:
         signal_name = None
         with ExitStack() as stack:
             stack.enter_context(observers)
+            stack.callback(self._persistence.settle)
             for loader in (train_loader, val_loader):
                 stack.enter_context(getattr(loader, "shield", nullcontext()))
             self._loop.watch = stack.enter_context(PreemptionWatch()) if self.config.training.handle_signals else None
@@ -314,9 +315,12 @@ class TrainerDDP:
         Raises:
             ProcessGroupError: A rank has left, or does not come within the group's timeout; it is named.
         """
+        self._persistence.need_to_write("save_checkpoint")
         all_here("save_checkpoint", self.world)
         if self._train_loader is None:
             self._train_loader = (self._loaders or self.prepare_dataloaders())[0]
+        if self._resume_from is not None or self._is_foreign:
+            self._start_from_here(self._train_loader)
         self._save(None)
         self._persistence.finish()
         return self._persistence.checkpointer.folder / f"step-{self.step:08d}"
@@ -326,6 +330,10 @@ class TrainerDDP:
     def _start_from_here(self, train_loader: Any) -> None:
         """Set the cursor and this rank's randomness to where the run is."""
         sampler = sampler_of(train_loader, "the training loader")
+        before = sampler_of(self._train_loader or train_loader, "the training loader")
+        if before is not sampler and before.position > 0:  # another loader in the middle of an epoch
+            sampler.load_state_dict(before.state_dict())
+        self._train_loader = train_loader
         saved, self._resume_from = self._resume_from, None
         if saved is None and self._is_foreign:
             every = self.config.training.accumulation_steps
@@ -360,6 +368,7 @@ class TrainerDDP:
         }
 
     def _save(self, metric: float | None) -> None:
+        self._loop.check_whole()
         if self._local is not None:
             self._local.synchronize()
         self._step.finite.check(self.epoch, self.step)
@@ -381,8 +390,12 @@ class TrainerDDP:
 
     def _restore(self, saved: LoadedCheckpoint) -> None:
         """Go back to the checkpoint, all but the cursor and the randomness, which wait for the start of training."""
+        configured, changed = hyperparameters(self.optimizer), [change.key for change in self._persistence.changes]
         vars(self._position).update(vars(unpack(saved, world=self.world, **self._parts())))
-        self._loop.judge.best, self._loop.stopped_early = saved.state["best"], saved.state["stopped_early"]
+        apply_changes(self._persistence.changes, self.optimizer, configured)
+        if not any(key.startswith("training.best_") for key in changed):
+            self._loop.judge.best = saved.state["best"]
+        self._loop.stopped_early = saved.state["stopped_early"] and not any("early_stopping" in key for key in changed)
         self.global_batch_size = int(saved.state["sampler"]["global_batch_size"])
         if self._frozen is not None:
             self._frozen.num_steps = self.step
@@ -390,5 +403,3 @@ class TrainerDDP:
         self.history.load_state_dict(saved.state["history"], current_epoch=current)
         if self.early_stopping is not None and saved.state["early_stopping"] is not None:
             self.early_stopping.load_state_dict(saved.state["early_stopping"])
-        if self.world.is_main:
-            logger.info("Resuming from %s: epoch %d, step %d", saved.path, self.epoch, self.step)

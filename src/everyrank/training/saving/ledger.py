@@ -57,7 +57,7 @@ class Ledger:
         entries = sorted((e for part in gathered for e in part), key=lambda e: (e["step"], e["rank"]))
         if entries:
             path = self.folder / f"step-{step:08d}.pending"
-            _write(path, "".join(json.dumps(entry) + "\n" for entry in entries))
+            replace_file(path, "".join(json.dumps(entry) + "\n" for entry in entries))
             self._pending.append(path)
 
     def confirm(self, up_to: int) -> None:
@@ -98,7 +98,8 @@ def _step_of(path: Path) -> int:
     return int(match.group(1)) if match else -1
 
 
-def _write(path: Path, text: str) -> None:
+def replace_file(path: Path, text: str) -> None:
+    """Write a text file so that it is there whole, or as it was."""
     temporary = path.with_suffix(".tmp")
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)

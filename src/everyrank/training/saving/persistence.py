@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import os
+import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,58 +12,155 @@ from typing import Any
 import torch
 
 from everyrank.checkpoint.checkpointer import Checkpointer, LoadedCheckpoint
-from everyrank.checkpoint.folder import list_checkpoints, new_token
+from everyrank.checkpoint.folder import new_token
+from everyrank.config.yaml_loader import to_yaml
+from everyrank.errors import CheckpointError, ConfigError
 from everyrank.runtime.agreement import agree
 from everyrank.runtime.collectives import barrier, broadcast_decision, gather_objects
 from everyrank.runtime.logs import get_logger
+from everyrank.runtime.run_lock import RunLock
 from everyrank.runtime.world import World
-from everyrank.training.config import TrainingConfig
-from everyrank.training.placement import set_aside
-from everyrank.training.saving.ledger import Ledger
-from everyrank.training.saving.reload import find_in
+from everyrank.training.config import TrainerConfig
+from everyrank.training.placement import log_to
+from everyrank.training.saving.changes import Change, Fate, effective, find_changes, refuse
+from everyrank.training.saving.ledger import Ledger, replace_file
 from everyrank.training.saving.saved import SavedTraining
+from everyrank.training.saving.start import Start, find_start, make_way
 from everyrank.training.seeding import capture_rng
 
 logger = get_logger("training")
-
-_LEFT_BY_A_RUN = ("checkpoints", "ledger", "history.jsonl", "tensorboard", "curves.png")
 
 
 class Persistence:
     """Writes checkpoints and ledger together, and finds what to resume from. Every rank has one.
 
+    To make one reads; ``begin`` is the first that writes, and only if no other process writes there.
+
     Args:
         run: The run's folder.
+        config: The whole configuration.
         world: The joined world.
-        config: The ``training`` section.
         device: This rank's device.
 
     Attributes:
         loaded: The checkpoint the run goes on from, or None.
+        changes: The settings that differ from those it was made with.
         checkpointer: What writes the checkpoints.
         ledger: The ledger, or None.
+
+    Raises:
+        ConfigError: Settings differ that cannot be changed.
+        CheckpointError: The checkpoint that was named is not there or damaged.
     """
 
-    def __init__(self, run: Path, world: World, config: TrainingConfig, device: torch.device) -> None:
-        self._world, self._device = world, device
-        after_save = config.after_save
-        source = agree(lambda: _source(run, config.resume), on=0)
+    def __init__(self, run: Path, config: TrainerConfig, world: World, device: torch.device) -> None:
+        self._run, self._config, self._world, self._device = run, config, world, device
+        self._lock: RunLock | None = None
+        self._why_not = ""  # why nothing is written, if nothing is
+        training = config.training
+        after_save = training.after_save
+        self._start = agree(self._look, on=0)
         self.checkpointer = Checkpointer(
             run / "checkpoints",
             world=world,
-            keep_last=config.keep_last,
-            keep_best=config.keep_best,
-            keep_every=config.keep_every,
-            metric_mode=config.best_mode,
+            keep_last=training.keep_last,
+            keep_best=training.keep_best,
+            keep_every=training.keep_every,
+            metric_mode=training.best_mode,
             after_write=(lambda path: after_save(SavedTraining(path))) if after_save is not None else None,
+            prepare=False,
         )
-        found = self.checkpointer.latest() if config.resume == "auto" else source
+        found = self.checkpointer.latest() if self._start.kind == "auto" else self._start.source
         self.loaded: LoadedCheckpoint | None = self.checkpointer.load(found) if found is not None else None
+        self.changes: list[Change] = agree(self._compare, on=0)
         self._last_saved = self.loaded.step if self.loaded is not None else 0
-        self.ledger = Ledger(run / "ledger", world) if config.ledger else None
-        if self.ledger is not None:
-            ledger = self.ledger
+        self._metric = self.loaded.metric if self.loaded is not None else None
+        self.ledger: Ledger | None = None
+
+    def begin(self, *, is_over: bool) -> Path | None:
+        """Make the folder ready to be written to, unless another process writes there. Collective.
+
+        Args:
+            is_over: Whether nothing is left to train.
+
+        Returns:
+            The file of the history, on the rank that writes it.
+
+        Raises:
+            ConfigError: Settings differ that a run which is complete cannot have, or the folder cannot be written to.
+        """
+        self._why_not = agree(lambda: self._take(is_over), on=0)
+        if self._why_not:
+            if self._world.is_main:
+                logger.warning("%s %s: it is only read", self._run, self._why_not)
+            return None
+        log_to(self._run / "logs" / f"rank-{self._world.rank}.log", self._world.rank)
+        agree(self.checkpointer.prepare, on=0)
+        if self._config.training.ledger:
+            self.ledger = ledger = Ledger(self._run / "ledger", self._world)
             agree(lambda: ledger.resume(self._last_saved), on=0)
+        if self._world.is_main:
+            for change in self.changes:
+                level = logging.WARNING if change.fate is Fate.KEPT else logging.INFO
+                logger.log(level, "%s; it is %s", change, "kept" if change.fate is Fate.KEPT else "applied")
+            if self.loaded is not None:
+                epoch, step = self.loaded.state["position"]["epoch"], self.loaded.step
+                logger.info("Resuming from %s: epoch %d, step %d", self.loaded.path, epoch, step)
+        return self._run / "history.jsonl" if self._world.is_main else None
+
+    def need_to_write(self, what: str) -> None:
+        """Raise where this run is only read.
+
+        Raises:
+            ConfigError: On all ranks.
+        """
+        if self._why_not:
+            raise ConfigError(
+                f"{what} was called, but the run's folder {self._run} {self._why_not}. Fix: wait until that run ends "
+                "and make a new trainer, or name another training.path."
+            )
+
+    def _look(self) -> Start:
+        """Find where the run starts, holding the folder if there is one, so that it stays as it is found."""
+        if self._run.is_dir():
+            self._hold()
+        return find_start(self._run, self._config.training.resume)
+
+    def _hold(self) -> None:
+        try:
+            self._lock = RunLock(self._run)
+        except OSError as error:
+            self._why_not = f"cannot be written to ({error.strerror})"
+        else:
+            self._why_not = f"is in use by {self._lock.holder}" if self._lock.holder else ""
+
+    def _compare(self) -> list[Change]:
+        if self.loaded is None:
+            return []
+        source = self.loaded.path.parent.parent
+        changes = find_changes(source, self._config)
+        refuse(changes, source, is_over=False)
+        return changes
+
+    def _take(self, is_over: bool) -> str:
+        if self.loaded is not None:
+            refuse(self.changes, self.loaded.path.parent.parent, is_over=is_over)
+        training = self._config.training
+        try:
+            if self._lock is None and not self._why_not:
+                self._run.mkdir(parents=True, exist_ok=True)
+                self._hold()
+            if not self._why_not:
+                make_way(self._run, self._start, training.resume)
+                text = to_yaml(effective(self._config, self.changes))
+                replace_file(self._run / "config.yaml", text)
+        except OSError as error:
+            self._why_not = f"cannot be written to ({error.strerror})"
+        if self._why_not.startswith("cannot") and self.loaded is None:
+            raise ConfigError(
+                f"training.path is {training.path!r}, but that folder {self._why_not}. Fix: name another."
+            )
+        return self._why_not
 
     def save(
         self,
@@ -85,13 +183,15 @@ class Persistence:
             own = None
         if self.ledger is not None:
             self.ledger.write_pending(step)
+        if metric is None and step == self._last_saved:
+            metric = self._metric  # the same weights again: what they are worth is known
         rank_state = {"rng": capture_rng(self._device)}
         self.checkpointer.save(
             step, tensors=tensors, state=state, rank_state=rank_state, metric=metric, own_tensors=own
         )
         if self.ledger is not None:
             self.ledger.confirm(self._last_saved)  # save() has waited for the one before to be on disk
-        self._last_saved = step
+        self._last_saved, self._metric = step, metric
 
     @cached_property
     def _is_shared(self) -> bool:
@@ -119,6 +219,11 @@ class Persistence:
         if self.ledger is not None:
             self.ledger.confirm(self._last_saved)
 
+    def settle(self) -> None:
+        """Wait until nothing is being written, also where the run has failed; an error was logged. Not collective."""
+        with suppress(CheckpointError):
+            self.checkpointer.wait()
+
     def say_what_changed(self, global_batch_size: int) -> None:
         """Log on rank 0 how this run's world differs from the one that saved the checkpoint."""
         if self.loaded is None or not self._world.is_main or self.loaded.world_size == self._world.size:
@@ -129,32 +234,6 @@ class Persistence:
             "(before: %s); each rank's own randomness starts anew",
             *(before, now, global_batch_size, _per_rank(global_batch_size, now), _per_rank(global_batch_size, before)),
         )
-
-
-def _source(run: Path, resume: str) -> Path | None:
-    """Return the checkpoint that was asked for by path, and set aside what an earlier run left in the way."""
-    if resume == "auto":
-        return None
-    if resume == "never":
-        moved = set_aside(run, _LEFT_BY_A_RUN)
-        if moved is not None:
-            logger.info("training.resume is never: what an earlier run left is now in %s", moved)
-        return None
-    source = find_in(Path(os.path.expanduser(resume)))
-    here = run / "checkpoints"
-    if source.parent.resolve() != here.resolve():
-        moved = set_aside(run, _LEFT_BY_A_RUN)
-        if moved is not None:
-            logger.info("training.resume is %s: what an earlier run left here is now in %s", resume, moved)
-        return source
-    found = list_checkpoints(here, verify=False)
-    step = next(info.step for info in found if info.path.name == source.name)
-    for info in found:
-        if info.step > step:
-            # Later checkpoints belong to a future this run does not take; `auto` must not find them next time.
-            os.replace(info.path, run / f"unused-{info.path.name}")
-            logger.info("going back to step %d: %s is now %s", step, info.path.name, run / f"unused-{info.path.name}")
-    return source
 
 
 def _per_rank(global_batch_size: int, world_size: int) -> str:

@@ -92,6 +92,12 @@ class History:
             self.rows.pop()
             self.num_rows -= 1
         self._pending.clear()
+        if self.path is not None:
+            self.write_to(self.path)
+
+    def write_to(self, path: Path | None) -> None:
+        """Write to ``path`` from here on; what it holds beyond the position is cut off. None: write nowhere."""
+        self.path = path
         if self.path is None:
             return
         lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if self.path.exists() else []

@@ -1,0 +1,141 @@
+"""Settings that are changed when a run goes on: applied, kept or refused, and said; never ignored."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import typing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+from everyrank import ConfigError, TrainerDDP
+from everyrank.config.schema import section_of
+from everyrank.config.yaml_loader import read_names
+from everyrank.training.config import TrainerConfig, plain_config, read_config
+from everyrank.training.saving.changes import RULES, Fate, fate_of, table
+
+ROOT = Path(__file__).parents[3]
+STEP_LR = {"type": torch.optim.lr_scheduler.StepLR, "kwargs": {"step_size": 9}}
+OPTIMIZER = {"optimizer_type": torch.optim.AdamW, "optimizer_kwargs": {"lr": 0.01, "weight_decay": 0.1}}
+BASE: dict[str, Any] = {**OPTIMIZER, "num_epochs": 2, "checkpoint_at": 1, "ledger": True, "keep_best": 0}
+
+# One change of each setting that matters: changes of `training`, key, what is done about it.
+CHANGES: list[tuple[dict[str, Any], str, Fate]] = [
+    ({"seed": 7}, "training.seed", Fate.REFUSED),
+    ({"optimizer_type": torch.optim.Adam}, "training.optimizer_type", Fate.REFUSED),
+    ({"scheduler": STEP_LR}, "training.scheduler.type", Fate.REFUSED),
+    ({"shuffle": False}, "training.shuffle", Fate.REFUSED),
+    ({"drop_last": True}, "training.drop_last", Fate.REFUSED),
+    ({"global_batch_size": 20}, "training.global_batch_size", Fate.KEPT),
+    ({"optimizer_kwargs": {"lr": 0.5, "weight_decay": 0.1}}, "training.optimizer_kwargs.lr", Fate.TRAINS),
+    ({"optimizer_kwargs": {"lr": 0.01}}, "training.optimizer_kwargs.weight_decay", Fate.TRAINS),
+    ({"accumulation_steps": 2}, "training.accumulation_steps", Fate.TRAINS),
+    ({"dropout": 0.5}, "model.kwargs.dropout", Fate.TRAINS),
+    ({"clip_grad_norm": 1.0}, "training.clip_grad_norm", Fate.TRAINS),
+    ({"ema": {"decay": 0.9}}, "training.ema.decay", Fate.TRAINS),
+    ({"keep_last": 5}, "training.keep_last", Fate.FREE),
+    ({"validation": {"batch_size": 3}}, "validation.batch_size", Fate.FREE),
+]
+
+
+def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
+    found = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mtime_ns) for path in found}
+
+
+def train(folder: Path, until_epoch: int | None = None, **changes: Any) -> TrainerDDP:
+    trainer = TrainerDDP(config=tiny.make_config(folder, **{**BASE, **changes}))
+    trainer.prepare_dataloaders(train_dataset=tiny.make_data(35), val_dataset=tiny.make_data(9))
+    trainer.run_training(until_epoch=until_epoch)
+    return trainer
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("runs")
+    train(folder / "half", until_epoch=1)
+    train(folder / "whole")
+    return {"half": folder / "half", "whole": folder / "whole"}
+
+
+@pytest.mark.parametrize(("changes", "key", "fate"), CHANGES, ids=[key for _, key, _ in CHANGES])
+def test_each_change_is_applied_kept_or_refused(
+    tmp_path: Path, runs: dict[str, Path], changes: dict[str, Any], key: str, fate: Fate
+) -> None:
+    assert fate_of(key) is fate
+    for state in ("half", "whole"):
+        run = tmp_path / state
+        shutil.copytree(runs[state], run)
+        before = contents(run)
+        if fate is Fate.REFUSED or (fate is Fate.TRAINS and state == "whole"):
+            with pytest.raises(ConfigError, match="Fix: set them as the run has them") as found:
+                train(run, **changes)
+            assert any(problem.startswith(f"{key}: the run has ") for problem in found.value.problems)
+            after = contents(run)
+            assert after == {**before, ".in-use": after[".in-use"]}, "a refused resume changes no file"
+            continue
+        trainer = train(run, **changes)
+        said = (run / "logs" / "rank-0.log").read_text()
+        assert f"{key}: the run has " in said
+        assert ("it is kept" if fate is Fate.KEPT else "it is applied") in said
+        written = read_names(run / "config.yaml")["training"]["global_batch_size"]
+        assert written == trainer.global_batch_size == 10
+
+
+def test_a_changed_rate_is_the_one_that_trains_on(tmp_path: Path, runs: dict[str, Path]) -> None:
+    shutil.copytree(runs["half"], tmp_path / "run")
+    trainer = train(tmp_path / "run", optimizer_kwargs={"lr": 0.5, "weight_decay": 0.0})
+    group = trainer.optimizer.param_groups[0]
+    assert (group["lr"], group["weight_decay"]) == (0.5, 0.0)
+    assert [row["lr"] for row in trainer.history.training()] == [0.01, 0.5]
+
+
+def test_with_a_schedule_a_changed_rate_is_refused(tmp_path: Path) -> None:
+    train(tmp_path, until_epoch=1, scheduler=STEP_LR)
+    with pytest.raises(ConfigError, match=r"training.optimizer_kwargs.lr: the run has 0.01, configured is 0.5"):
+        train(tmp_path, scheduler=STEP_LR, optimizer_kwargs={"lr": 0.5, "weight_decay": 0.1})
+    with pytest.raises(ConfigError, match=r"training.scheduler.kwargs.step_size: the run has 9, configured is 3"):
+        train(tmp_path, scheduler={**STEP_LR, "kwargs": {"step_size": 3}})
+
+
+def test_a_run_that_stopped_early_goes_on_with_more_patience(tmp_path: Path) -> None:
+    stopping = {"kwargs": {"patience": 1, "delta": 100.0}}
+    assert train(tmp_path, num_epochs=9, early_stopping=stopping).epoch == 2
+    assert train(tmp_path, num_epochs=9, early_stopping=stopping).epoch == 2
+    assert train(tmp_path, num_epochs=9, early_stopping={"kwargs": {"patience": 4, "delta": 100.0}}).epoch == 5
+    assert train(tmp_path, num_epochs=9, early_stopping=None).epoch == 9
+
+
+def test_trials_that_share_a_path_do_not_share_a_result(tmp_path: Path) -> None:
+    train(tmp_path)
+    with pytest.raises(ConfigError, match="is complete, and was trained with other settings"):
+        train(tmp_path, optimizer_kwargs={"lr": 0.1, "weight_decay": 0.1})
+
+
+def test_every_key_has_a_rule_and_the_documentation_lists_them() -> None:
+    def keys(schema: Any, before: str = "") -> list[str]:
+        found = []
+        for field in dataclasses.fields(schema):
+            nested = section_of(typing.get_type_hints(schema)[field.name])
+            found += keys(nested, f"{before}{field.name}.") if nested else [f"{before}{field.name}"]
+        return found
+
+    known = keys(TrainerConfig)
+    assert all(isinstance(fate_of(key), Fate) for key in known)
+    for rule in RULES:
+        assert any(key == rule or key.startswith(f"{rule}.") for key in known), f"{rule} is no key"
+    assert table() in (ROOT / "docs" / "runs.md").read_text(encoding="utf-8")
+
+
+def test_an_unchanged_configuration_is_no_change(tmp_path: Path) -> None:
+    config = tiny.make_config(tmp_path)
+    config["criterion"] = lambda output, data: tiny.compute_loss(output, data)
+    trainer = TrainerDDP(config=config)
+    trainer.prepare_dataloaders(train_dataset=tiny.make_data(12))
+    trainer.run_training()
+    config["criterion"] = lambda output, data: tiny.compute_loss(output, data)
+    TrainerDDP(config=read_config(plain_config(read_config(config))))
