@@ -123,7 +123,7 @@ def test_the_run_folder_and_the_log(tmp_path: Path) -> None:
     result = trainer.run_test(test_loader)
     assert result.num_samples == 200
     made = {path.name for path in tmp_path.iterdir()}
-    assert made == {"config.yaml", "history.jsonl", "curves.png", "checkpoints", "logs", "tensorboard"}
+    assert made == {".in-use", "config.yaml", "history.jsonl", "curves.png", "checkpoints", "logs", "tensorboard"}
     log = (tmp_path / "logs" / "rank-0.log").read_text()
     for line in (
         r"^\[RANK 0\] \d{4}-\d\d-\d\d \d\d:\d\d:\d\d INFO [\w.]+: Training set size: 1,600$",

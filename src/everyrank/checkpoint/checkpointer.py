@@ -111,7 +111,7 @@ class Checkpointer:
         )
         self._snapshot = Snapshot()
         self._task = BackgroundTask()
-        self._damaged: list[Path] | None = None if prepare else []
+        self._damaged: list[Path] = []
         if prepare:
             self.prepare()
 
@@ -121,14 +121,12 @@ class Checkpointer:
         Raises:
             CheckpointError: On rank 0, which does it, if the folder cannot be used.
         """
-        damaged, self._damaged = self._damaged or [], None
         if not self.world.is_main:
             return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             remove_leftovers(self.folder)
-            for path in damaged:
-                self._set_aside(path)
+            self._set_aside_damaged()
         except OSError as error:
             raise CheckpointError(
                 f"The folder for checkpoints, {self.folder}, cannot be used: {error}. "
@@ -361,18 +359,17 @@ class Checkpointer:
             if info.verified:
                 return info
             logger.warning("skipping the damaged checkpoint %s: %s", path.name, info.reason)
-            if self._damaged is not None:
-                self._damaged.append(path)
-            else:
-                self._set_aside(path)
+            self._damaged.append(path)
         return None
 
-    def _set_aside(self, path: Path) -> None:
-        """Keep a damaged checkpoint from being counted as one: retention would delete whole ones in its favour."""
-        try:
-            logger.warning("the damaged checkpoint %s is now %s", path.name, set_aside(path).name)
-        except OSError as error:
-            logger.warning("the damaged checkpoint %s could not be set aside: %s", path, error)
+    def _set_aside_damaged(self) -> None:
+        """Keep those that were found damaged from being counted: retention would delete whole ones in their favour."""
+        damaged, self._damaged = self._damaged, []
+        for path in damaged:
+            try:
+                logger.warning("the damaged checkpoint %s is now %s", path.name, set_aside(path).name)
+            except OSError as error:
+                logger.warning("the damaged checkpoint %s could not be set aside: %s", path, error)
 
     def _check_names(self, groups: Mapping[str, object]) -> None:
         for name in groups:

@@ -110,7 +110,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_good_ones_are_kept(tmp_path: Path
 def test_the_same_path_again_goes_on_where_it_was(tmp_path: Path) -> None:
     make(tmp_path / "a", keep_last=9).run_training()
     source = str(tmp_path / "a" / "checkpoints" / "step-00000004")
-    for folder in ("a", "b"):
+    for folder in ("b", "a"):  # in the run itself, retention deletes the source
         first = make(tmp_path / folder, resume=source, num_epochs=3, keep_last=1, keep_best=0)
         assert first.step == 4
         first.run_training()
