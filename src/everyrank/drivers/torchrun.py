@@ -54,6 +54,7 @@ class TorchrunDriver:
         master = rendezvous.endpoint or (f"127.0.0.1:{c.master_port}" if c.master_port else "127.0.0.1, any free port")
         engine = EngineRun(
             work=work,
+            role=c.role,
             nproc_per_node=nproc,
             min_nodes=min_nodes,
             max_nodes=max_nodes,

@@ -39,6 +39,7 @@ class TorchrunConfig(DriverConfig):
         default=True,
         doc="One machine, nothing to configure; yields when several nodes or an endpoint are set.",
     )
+    role: str = field(default="default", doc="What torchelastic calls the ranks, in `ROLE_NAME`.")
     shutdown_timeout_s: float = field(
         default=30.0,
         doc="Seconds the ranks have to save and leave after a signal.",

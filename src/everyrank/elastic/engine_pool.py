@@ -20,8 +20,11 @@ _lock = threading.Lock()
 def fork_early() -> None:
     """Fork an engine now, so that it imports torch while this process reads its configuration.
 
-    Only for a process that has one thread and no accelerator context, such as the command line at its start.
+    Only for a process that has one thread and no accelerator context, such as the command line at its start. Once is
+    enough.
     """
+    if _idle:
+        return
     _give_back(Engine.fork())
 
 

@@ -45,7 +45,7 @@ def execute(run: EngineRun, forkserver: Forkserver, stdio: tuple[int, int]) -> O
         args = run.work.args
         make_ranks = functools.partial(ForkedRanks, run, forkserver, stdio)
     spec = WorkerSpec(
-        role="rank",
+        role=run.role,
         local_world_size=run.nproc_per_node,
         entrypoint=_start,
         args=args,

@@ -42,6 +42,7 @@ class EngineRun:
     Attributes:
         work: What each rank runs.
         nproc_per_node: Ranks on this node.
+        role: What torchelastic calls the ranks (``ROLE_NAME``).
         min_nodes: Nodes to start with.
         max_nodes: Nodes to grow to.
         rendezvous: How nodes find each other.
@@ -60,6 +61,7 @@ class EngineRun:
     nproc_per_node: int
     log_dir: str
     cwd: str
+    role: str = "default"
     sys_path: tuple[str, ...] = ()
     base_env: Mapping[str, str] = field(default_factory=dict)
     min_nodes: int = 1
