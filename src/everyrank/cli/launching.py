@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from everyrank.cli.program_arguments import SCRIPT_APP, name_script, script_words
 from everyrank.cli.run_config import DistributedConfig, EnvConfig, RunConfig
 from everyrank.cli.run_folder import RunFolder
+from everyrank.config.resolve import import_object
 from everyrank.config.schema import build
 from everyrank.diagnosis.judge import conclude, last_block
 from everyrank.diagnosis.outcome import Outcome
@@ -52,25 +53,39 @@ def launch_config(cfg: DictConfig, words: Sequence[str] | None = None, sys_path:
     driver_config, driver_class = _driver(resolved["driver"])
     foreign = _foreign_world()
     shared = foreign is not None or driver_config.shares_folder
-    request, folder = _request(resolved, shared, driver_class, tuple(sys_path))
-    if foreign is not None and not driver_config.dry_run:
-        print(f"notice: driver={driver_class.name} is not used: {foreign}", file=sys.stderr)
-        return _run_here(resolved, folder, request, resolved["env"]["variables"])
-    plan = driver_class(driver_config).plan(request)
-    quiet = request.program is not None and not driver_config.dry_run  # what it prints is the program's own
-    print(plan.render(with_files=driver_config.dry_run), file=sys.stderr if quiet else sys.stdout, flush=True)
-    if driver_config.dry_run:
-        return EXIT_OK, None
-    with folder.held():
-        _write_files(plan)
-        if plan.driver == "local" and request.program is None:
-            return _run_here(resolved, folder, request, {**request.env, **plan.env})
-        with Watcher(folder.path, request.watch, plan.world_size or 0, shared=folder.shared) as watcher:
-            outcome = driver_class(driver_config).run(plan, request)
-        if request.program is not None:
-            show = resolved["run"]["show"]
-            return _finish_program(outcome, plan, show=show, folder=folder, num_oom_kills=watcher.num_oom_kills)
-        return _finish(outcome, folder, watcher.num_oom_kills)
+    asked = dict(resolved["run"])
+    while True:
+        resolved["run"] = dict(asked)
+        request, folder = _request(resolved, shared, driver_class, tuple(sys_path))
+        if foreign is not None and not driver_config.dry_run:
+            print(f"notice: driver={driver_class.name} is not used: {foreign}", file=sys.stderr)
+            return _run_here(resolved, folder, request, resolved["env"]["variables"])
+        plan = driver_class(driver_config).plan(request)
+        if driver_config.dry_run:
+            print(plan.render(with_files=True), flush=True)
+            return EXIT_OK, None
+        with folder.held() as is_ours:
+            if is_ours:
+                return _carry_out(driver_class(driver_config), plan, request, folder, resolved)
+
+
+def _carry_out(
+    driver: Driver, plan: LaunchPlan, request: LaunchRequest, folder: RunFolder, resolved: dict[str, Any]
+) -> tuple[int, Any]:
+    """Carry a plan out in a folder that is held, and say how it ended."""
+    # what a program prints is its own
+    print(plan.render(with_files=False), file=sys.stderr if request.program is not None else sys.stdout, flush=True)
+    for line in folder.differences(resolved["app"]):
+        print(f"notice: {folder.path} was used with other settings: {line}", file=sys.stderr)
+    _write_files(plan)
+    if plan.driver == "local" and request.program is None:
+        return _run_here(resolved, folder, request, {**request.env, **plan.env})
+    with Watcher(folder.path, request.watch, plan.world_size or 0, shared=folder.shared) as watcher:
+        outcome = driver.run(plan, request)
+    if request.program is not None:
+        show = resolved["run"]["show"]
+        return _finish_program(outcome, plan, show=show, folder=folder, num_oom_kills=watcher.num_oom_kills)
+    return _finish(outcome, folder, watcher.num_oom_kills)
 
 
 def plan_config(cfg: DictConfig) -> tuple[LaunchPlan, int]:
@@ -146,8 +161,13 @@ def _section(schema: type[Any], resolved: dict[str, Any], name: str) -> Any:
 
 
 def _driver(values: dict[str, Any]) -> tuple[Any, type[Driver]]:
-    module, _, name = str(values["_target_"]).rpartition(".")
-    driver_class = getattr(importlib.import_module(module), name)
+    target = str(values["_target_"])
+    try:
+        driver_class = import_object(target)
+    except ConfigError as error:
+        raise ConfigError(f"driver._target_ {error} Fix: choose a driver with driver=NAME.") from error
+    if not isinstance(driver_class, type) or not hasattr(driver_class, "config_type"):
+        raise ConfigError(f"driver._target_={target} was set, but that is no driver. Fix: choose one with driver=NAME.")
     settings = {key: value for key, value in values.items() if key != "_target_"}
     return _section(driver_class.config_type, {"driver": settings}, "driver"), driver_class
 
@@ -180,11 +200,17 @@ def _run_here(
 
 def _write_files(plan: LaunchPlan) -> None:
     for path, content in plan.files.items():
-        os.makedirs(os.path.dirname(path), exist_ok=True)
         partial = f"{path}.{os.getpid()}.part"
-        with open(partial, "w", encoding="utf-8") as file:
-            file.write(content)
-        os.replace(partial, path)
+        try:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            with open(partial, "w", encoding="utf-8") as file:
+                file.write(content)
+            os.replace(partial, path)
+        except OSError as error:
+            raise ConfigError(
+                f"{path} cannot be written: {error.strerror}. Fix: make room, or set run.dir or env.output_dir to a "
+                "folder that can be written to."
+            ) from error
 
 
 def _finish(outcome: Outcome, folder: RunFolder, num_oom_kills: int) -> tuple[int, Any]:

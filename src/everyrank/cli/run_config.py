@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+import pydantic
 
 from everyrank.config.schema import field, section
+
+
+def _upper(value: Any) -> Any:
+    return value.upper() if isinstance(value, str) else value
 
 
 @section
@@ -26,9 +32,9 @@ class RunConfig:
         "The logs have all.",
     )
     program: dict[str, Any] | None = field(default=None, doc="Set by the launch, for an app that is a program.")
-    log_level: str | None = field(
-        default=None, doc="Level of the console log; null: INFO on rank 0, WARNING elsewhere."
-    )
+    log_level: Annotated[
+        Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] | None, pydantic.BeforeValidator(_upper)
+    ] = field(default=None, doc="Level of the console log; null: INFO on rank 0, WARNING elsewhere.")
 
 
 @section
@@ -39,7 +45,7 @@ class DistributedConfig:
         default="auto", doc="nccl on CUDA and gloo otherwise, if auto."
     )
     init_method: str = field(default="env://", doc="env://, file:///path on a shared disk, or tcp://host:port.")
-    timeout_s: float = field(default=600.0, gt=0, doc="Seconds until joining, or a collective, gives up.")
+    timeout_s: float = field(default=600.0, gt=0, le=1e9, doc="Seconds until joining, or a collective, gives up.")
     device: str = field(default="auto", doc="auto, cpu or cuda.")
 
 

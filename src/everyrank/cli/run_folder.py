@@ -7,15 +7,21 @@ or the machine: whatever launches the command again goes on where it stopped.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import yaml
+
+from everyrank.errors import ConfigError
+from everyrank.runtime.run_lock import RunLock, is_locked
+
 _MAX_COPIES = 1000
+_LOCK = ".lock"
 
 
 @dataclass(frozen=True)
@@ -25,12 +31,16 @@ class RunFolder:
     Attributes:
         name: Its name below ``env.output_dir``.
         path: Absolute path.
+        is_new: It must not exist yet.
+        is_asked_for: It was named by its path, so no other will do.
         shared: Several launching processes use it at once (one a node), so none holds it alone.
     """
 
     name: str
     path: str
     shared: bool
+    is_new: bool = False
+    is_asked_for: bool = False
 
     @classmethod
     def choose(cls, resolved: Mapping[str, Any], shared: bool) -> RunFolder:
@@ -40,29 +50,72 @@ class RunFolder:
         one: ``name-2``, ``name-3`` ...
         """
         run, env = resolved["run"], resolved["env"]
-        base = run["name"] or default_name(resolved["app"])
+        base = _plain("run.name", run["name"]) if run["name"] else default_name(resolved["app"])
         root = os.path.abspath(env["output_dir"])
         if run["dir"]:
-            return cls(os.path.basename(run["dir"]), os.path.abspath(run["dir"]), shared)
+            return cls(os.path.basename(run["dir"]), os.path.abspath(run["dir"]), shared, is_asked_for=True)
         if shared:
             return cls(base, os.path.join(root, base), True)
         for copy in range(1, _MAX_COPIES):
             name = base if copy == 1 else f"{base}-{copy}"
             path = os.path.join(root, name)
-            if not _in_use(path) and not (resolved["resume"] == "never" and os.path.exists(path)):
-                return cls(name, path, False)
-        raise RuntimeError(f"there are {_MAX_COPIES} runs named {base} in {root}")
+            is_new = resolved["resume"] == "never"
+            if not is_locked(Path(path, _LOCK)) and not (is_new and os.path.exists(path)):
+                return cls(name, path, False, is_new)
+        raise ConfigError(f"there are {_MAX_COPIES} runs named {base} in {root}. Fix: set another run.name.")
 
     @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
-        """Create the folder and hold its lock, which the kernel releases if this process dies."""
-        os.makedirs(os.path.join(self.path, "logs"), exist_ok=True)
-        if self.shared:
-            yield
+    def held(self) -> Iterator[bool]:
+        """Create the folder and hold its lock, which the kernel releases if this process dies.
+
+        Yields:
+            False if another launch has taken it since it was chosen: then choose again.
+
+        Raises:
+            ConfigError: The folder cannot be used, or is one that was asked for by path and is in use.
+        """
+        path = Path(self.path)
+        try:
+            if self.is_new:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.mkdir()
+            (path / "logs").mkdir(parents=True, exist_ok=True)
+            lock = None if self.shared else RunLock(path, _LOCK)
+        except OSError as error:
+            if self.is_new and isinstance(error, FileExistsError):
+                yield False
+                return
+            raise ConfigError(
+                f"the run's folder {self.path} cannot be used: {error.strerror}. Fix: set run.dir, or env.output_dir, "
+                "to a folder that can be written to."
+            ) from error
+        if lock is not None and lock.holder:
+            if self.is_asked_for:
+                raise ConfigError(
+                    f"run.dir={self.path} was set, but that folder is in use by {lock.holder}. Fix: wait until that "
+                    "run ends, or set another run.dir."
+                )
+            yield False
             return
-        with open(_lock_path(self.path), "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
+        try:
+            yield True
+        finally:
+            if lock is not None:
+                lock.release()
+
+    def differences(self, app: Mapping[str, Any]) -> list[str]:
+        """Settings of the app that this folder was used with before, where they were others."""
+        try:
+            with open(os.path.join(self.path, "run.yaml"), encoding="utf-8") as file:
+                before = dict(_flat(yaml.safe_load(file)["app"], "app."))
+        except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError):
+            return []
+        now = dict(_flat(app, "app."))
+        return [
+            f"{key}: was {before.get(key)!r}, is {now.get(key)!r}"
+            for key in {**before, **now}
+            if before.get(key) != now.get(key)
+        ]
 
     def result(self) -> Any:
         """What the app returned on rank 0, or None."""
@@ -76,19 +129,28 @@ class RunFolder:
 def default_name(app: Mapping[str, Any]) -> str:
     """``<app name>-<hash of its settings>``."""
     digest = hashlib.blake2b(json.dumps(app, sort_keys=True, default=str).encode(), digest_size=4).hexdigest()
-    return f"{app.get('name') or str(app['_target_']).rpartition('.')[2]}-{digest}"
+    name = _plain("app.name", app["name"]) if app.get("name") else str(app["_target_"]).rpartition(".")[2]
+    return f"{name}-{digest}"
 
 
-def _lock_path(path: str) -> str:
-    return os.path.join(path, ".lock")
+def _plain(key: str, name: Any) -> str:
+    """Return a name that is one folder's.
+
+    Raises:
+        ConfigError: It would lead elsewhere.
+    """
+    text = str(name)
+    if "/" in text or "\0" in text or text.startswith("."):
+        raise ConfigError(
+            f"{key}={text!r} was set, but it names the run's folder: no / in it, and no dot at its start. Fix: set a "
+            "plain name, or run.dir to a path."
+        )
+    return text
 
 
-def _in_use(path: str) -> bool:
-    try:
-        with open(_lock_path(path)) as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False
+def _flat(values: Mapping[str, Any], before: str) -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{before}{key}.")
+        else:
+            yield f"{before}{key}", value

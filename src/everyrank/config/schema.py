@@ -20,7 +20,7 @@ from everyrank.errors import ConfigError, did_you_mean
 
 T = TypeVar("T")
 
-_FORBID = pydantic.ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+_FORBID = pydantic.ConfigDict(extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False)
 
 # Strict: `true` is no number, and "4" is text.
 Int = Annotated[int, pydantic.Strict()]

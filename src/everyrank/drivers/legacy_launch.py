@@ -24,8 +24,8 @@ class LegacyLaunchConfig(DriverConfig):
     """``driver=launch``: ``python -m torch.distributed.launch``."""
 
     nproc_per_node: int | str = field(default=2, doc="Number of processes on this node, or `auto`, `gpu`, `cpu`.")
-    nnodes: int = field(default=1, doc="Number of nodes.")
-    node_rank: int = field(default=0, doc="This node's rank.")
+    nnodes: int = field(default=1, ge=1, doc="Number of nodes.")
+    node_rank: int = field(default=0, ge=0, doc="This node's rank.")
     master_addr: str | None = field(default=None, doc="Host of node 0; null for one node.")
     master_port: int | None = field(default=None, doc="Port on node 0; null finds a free one on one node.")
     use_env: bool | None = field(
@@ -33,7 +33,7 @@ class LegacyLaunchConfig(DriverConfig):
         doc="Pass `--use-env`: the local rank in `LOCAL_RANK` only, not on the command line. null: so for programs "
         "that do not mention `--local-rank` or `--local_rank`.",
     )
-    max_restarts: int = field(default=0, doc="How often the group is started again after a failure.")
+    max_restarts: int = field(default=0, ge=0, doc="How often the group is started again after a failure.")
 
     @property
     def num_nodes(self) -> int:

@@ -13,8 +13,8 @@ class TorchrunConfig(DriverConfig):
     """``driver=torchrun``: torch's elastic engine."""
 
     nproc_per_node: int | str = field(default=2, doc="Number of processes on this node, or `auto`, `gpu`, `cpu`.")
-    nnodes: int = field(default=1, doc="Number of nodes.")
-    node_rank: int = field(default=0, doc="0 on the first node, 1 on the second ...")
+    nnodes: int = field(default=1, ge=1, doc="Number of nodes.")
+    node_rank: int = field(default=0, ge=0, doc="0 on the first node, 1 on the second ...")
     master_addr: str | None = field(default=None, doc="Host of node 0, when `nnodes` > 1.")
     master_port: int | None = field(default=None, doc="Port on node 0; on one machine null finds a free one.")
     hosts: list[str] = field(
@@ -27,11 +27,11 @@ class TorchrunConfig(DriverConfig):
     )
     rdzv_endpoint: str | None = field(default=None, doc="`host:port` of an elastic rendezvous, the same on every node.")
     rdzv_id: str | None = field(default=None, doc="A name for the job, the same on every node.")
-    rdzv_timeout_s: float = field(default=300.0, doc="Seconds a node waits for the others.")
-    min_nodes: int | None = field(default=None, doc="Nodes an elastic run starts with; null means `nnodes`.")
-    max_nodes: int | None = field(default=None, doc="Nodes an elastic run grows to; null means `nnodes`.")
-    max_restarts: int = field(default=0, doc="How often a failed group is started again.")
-    monitor_interval: float = field(default=0.05, doc="Seconds between two looks at the ranks.")
+    rdzv_timeout_s: float = field(default=300.0, gt=0, doc="Seconds a node waits for the others.")
+    min_nodes: int | None = field(default=None, ge=1, doc="Nodes an elastic run starts with; null means `nnodes`.")
+    max_nodes: int | None = field(default=None, ge=1, doc="Nodes an elastic run grows to; null means `nnodes`.")
+    max_restarts: int = field(default=0, ge=0, doc="How often a failed group is started again.")
+    monitor_interval: float = field(default=0.05, gt=0, doc="Seconds between two looks at the ranks.")
     start_method: str | None = field(
         default=None, doc="`forkserver` (default on Linux: one import of torch for all ranks), `spawn` or `fork`."
     )
@@ -42,10 +42,12 @@ class TorchrunConfig(DriverConfig):
     role: str = field(default="default", doc="What torchelastic calls the ranks, in `ROLE_NAME`.")
     shutdown_timeout_s: float = field(
         default=30.0,
+        ge=0,
         doc="Seconds the ranks have to save and leave after a signal.",
     )
     failure_grace_s: float = field(
         default=1.0,
+        ge=0,
         doc="Seconds the other ranks have to end by themselves after one failed.",
     )
 

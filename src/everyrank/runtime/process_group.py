@@ -36,6 +36,7 @@ from everyrank.runtime.world import World
 _log = logging.getLogger("everyrank.runtime")
 _FAREWELL_S = 5.0  # how long the rank that hosts the store waits for the others to leave
 _PROBE_S = 1.0
+_MAX_TIMEOUT_S = 1e9
 _DESTROY_S = 2.0  # how long a rank that leaves on an exception waits for the group's threads
 
 
@@ -175,8 +176,8 @@ def _enter(
 ) -> World:
     if not dist.is_available():
         raise ConfigError("this torch was built without torch.distributed. Fix: install another build of torch.")
-    if not timeout_s > 0:
-        raise ConfigError(f"timeout_s={timeout_s!r} is not a positive number of seconds. Fix: use e.g. 600.")
+    if not 0 < timeout_s <= _MAX_TIMEOUT_S:
+        raise ConfigError(f"timeout_s={timeout_s!r} is no number of seconds between 0 and 1e9. Fix: use e.g. 600.")
     if dist.is_initialized():
         raise ProcessGroupError(
             f"this process is already in a process group, as rank {dist.get_rank()} of {dist.get_world_size()}. "

@@ -14,7 +14,6 @@ import socket
 import time
 from pathlib import Path
 
-_NAME = ".in-use"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS)
 # Within a process such a lock is one, and closing any descriptor of its file gives it up: so each file is open once.
 _held: dict[tuple[int, str], tuple[int, int]] = {}
@@ -25,18 +24,19 @@ class RunLock:
 
     Args:
         folder: The run's folder, which exists.
+        name: The lock's file in it. Who launches a run and who trains in it hold different ones.
 
     Attributes:
         holder: Who has the lock instead, in words; empty if this process has it.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._key = (os.getpid(), os.path.realpath(folder))
+    def __init__(self, folder: Path, name: str = ".in-use") -> None:
+        self._key = (os.getpid(), os.path.realpath(folder / name))
         self.holder = ""
         self._is_counted = False
         descriptor, count = _held.get(self._key, (-1, 0))
         if not count:
-            descriptor, self.holder = _open_and_lock(folder / _NAME)
+            descriptor, self.holder = _open_and_lock(folder / name)
         if not self.holder:
             _held[self._key] = (descriptor, count + 1)
             self._is_counted = True
@@ -54,6 +54,20 @@ class RunLock:
 
     def __del__(self) -> None:
         self.release()
+
+
+def is_locked(path: Path) -> bool:
+    """Whether somebody holds this lock file. Looking does not keep others from looking."""
+    if (os.getpid(), os.path.realpath(path)) in _held:
+        return True  # and opening and closing the file here would give it up
+    try:
+        with path.open() as file:
+            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def _open_and_lock(path: Path) -> tuple[int, str]:

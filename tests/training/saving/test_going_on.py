@@ -6,10 +6,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import alone
 import pytest
 import tiny
 import torch
 
+import everyrank
 from everyrank import TrainerDDP
 from everyrank.errors import DataError, UserError
 from everyrank.training.saving.ledger import read_ledger
@@ -126,3 +128,19 @@ def test_a_loader_of_other_data_is_refused_in_the_middle_of_an_epoch(tmp_path: P
     loader, _, _ = trainer.prepare_dataloaders(train_dataset=tiny.make_data(44))
     with pytest.raises(DataError, match="num_samples=43"):
         trainer.run_training(loader)
+
+
+def test_ranks_whose_folders_hold_other_runs_take_rank_0s(tmp_path: Path) -> None:
+    first = []
+    for rank, noise in ((0, 0), (1, 5)):
+        (tmp_path / str(rank)).mkdir()
+        trainer = TrainerDDP(config=tiny.make_config(tmp_path / str(rank) / "run", num_epochs=1))
+        trainer.prepare_dataloaders(train_dataset=tiny.make_data(40, seed=noise))
+        trainer.run_training()
+        first.append(tiny.weights(trainer))
+    zero, one = everyrank.launch(alone.with_folders_of_their_own, tmp_path, nproc_per_node=2)
+    for name, value in first[0].items():
+        assert not torch.equal(value, first[1][name])
+        assert torch.equal(zero["loaded"][name], value)
+        assert torch.equal(one["loaded"][name], value)
+        assert torch.equal(zero["trained"][name], one["trained"][name])

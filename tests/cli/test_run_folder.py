@@ -1,0 +1,111 @@
+"""The folder of a run: one launch at a time, a name that leads nowhere else, one message where it cannot be used."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from waiting import WAITS, wait_for
+
+from conftest import RunCli
+from everyrank.cli.main import run
+from everyrank.cli.run_folder import RunFolder
+from everyrank.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["app.name=../.."], "app.name='../..' was set, but it names the run's folder"),
+        (["run.name=a/b"], "run.name='a/b' was set, but it names the run's folder"),
+        (["run.dir=a_file"], "a_file cannot be used: "),
+        (["run.dir=a_file/below"], "a_file/below cannot be used: Not a directory. Fix: set run.dir"),
+        (["env.output_dir=a_file"], "cannot be used: Not a directory"),
+        (["run.log_level=LOUD"], "run.log_level: found 'LOUD' (str), but it must be one of 'DEBUG', 'INFO'"),
+        (["distributed.timeout_s=inf"], "distributed.timeout_s: found inf (float), but it must be a finite number"),
+        (["distributed.timeout_s=1e12"], "distributed.timeout_s: found 1000000000000.0 (float), but it must be less"),
+        (["distributed.timeout_s=-1"], "distributed.timeout_s: found -1"),
+        (["driver=torchrun", "driver.failure_grace_s=-1"], "driver.failure_grace_s: found -1"),
+        (["driver=torchrun", "driver.shutdown_timeout_s=-0.5"], "driver.shutdown_timeout_s: found -0.5"),
+        (["driver=torchrun", "driver.max_restarts=-1"], "driver.max_restarts: found -1"),
+        (["driver._target_=everyrank.drivers.local.LocalDrivr"], "Did you mean 'LocalDriver'?"),
+        (["driver._target_=everyrank.drivers.lokal.LocalDriver"], "driver._target_ 'everyrank.drivers.lokal"),
+        (["driver._target_=os.path.join"], "driver._target_=os.path.join was set, but that is no driver"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_mistakes_are_one_message_and_leave_nothing(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    told: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a_file").touch()
+    driver = [] if "driver=torchrun" in arguments else ["driver=local"]
+    assert run(["app=hello_dist", *driver, *arguments]) == 2
+    said = capsys.readouterr().err
+    assert told in said
+    assert "Traceback" not in said
+    assert [path.name for path in tmp_path.iterdir()] == ["a_file"]
+
+
+def test_four_starts_at_once_get_four_folders(
+    tmp_path: Path, start_cli: Callable[..., subprocess.Popen[str]], run_cli: RunCli
+) -> None:
+    arguments = ["driver=local", *WAITS]
+    started = [start_cli(*arguments) for _ in range(4)]
+    folders = tmp_path / "outputs"
+    name = None
+    for number in range(1, 5):
+        if name is None:
+            wait_for(folders)
+        name = min((path.name for path in folders.iterdir()), key=len)
+        wait_for(folders / (name if number == 1 else f"{name}-{number}") / "run.yaml")
+    assert len(list(folders.iterdir())) == 4
+    busy = run_cli(*arguments, f"run.dir={folders / name}")
+    assert busy.returncode == 2
+    assert re.search(r"is in use by pid \d+ on .*Fix: wait until", busy.stderr)
+    for process in started:
+        process.kill()
+        process.wait()
+    free = RunFolder("x", str(folders / name), False, is_asked_for=True)
+    with free.held() as is_ours:
+        assert is_ours, "their death has released it"
+        other = subprocess.run([sys.executable, "-c", _HOLD, str(folders / name)], capture_output=True, text=True)
+    assert "ConfigError" in other.stdout
+
+
+_HOLD = """
+import sys
+from everyrank.cli.run_folder import RunFolder
+try:
+    with RunFolder("x", sys.argv[1], False, is_asked_for=True).held():
+        print("held")
+except Exception as error:
+    print(type(error).__name__)
+"""
+
+
+def test_a_folder_that_must_be_new_is_made_by_one(tmp_path: Path) -> None:
+    first = RunFolder("a", str(tmp_path / "a"), False, is_new=True)
+    with first.held() as mine, RunFolder("a", str(tmp_path / "a"), False, is_new=True).held() as yours:
+        assert (mine, yours) == (True, False)
+
+
+def test_other_settings_in_the_same_folder_are_said(tmp_path: Path) -> None:
+    folder = RunFolder("a", str(tmp_path), False, is_asked_for=True)
+    assert folder.differences({"lr": 1}) == []
+    (tmp_path / "run.yaml").write_text("app: {lr: 1, data: {size: 3}}")
+    assert folder.differences({"lr": 1, "data": {"size": 3}}) == []
+    assert folder.differences({"lr": 2, "data": {"size": 3, "seed": 0}}) == [
+        "app.lr: was 1, is 2",
+        "app.data.seed: was None, is 0",
+    ]
+    with pytest.raises(ConfigError, match=r"app\.name"):
+        RunFolder.choose({"run": {"name": None}, "env": {}, "app": {"name": "../.."}}, False)
