@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from everyrank.lint.finding import Finding, Lines, apply_edits
+from everyrank.lint.finding import Finding, Fix, Lines, apply_edits
 from everyrank.lint.rule import Rule
 from everyrank.lint.rules import RULES
 from everyrank.lint.source import DoesNotParse, Source, read, write
@@ -69,13 +69,11 @@ def check_file(path: str, settings: Settings) -> Checked:
             fixes = [f.fix for f in findings if f.fix and (f.fix.safe or settings.unsafe) and _in_one_cell(source, f)]
             if not fixes:
                 break
-            text, applied = apply_edits(source.text, fixes)
-            mended = source.with_text(text)
-            try:
-                findings = find(mended, settings.codes)
-            except DoesNotParse:
-                break  # a fix that breaks the file is not made
-            source, num_fixed = mended, num_fixed + applied
+            text, applied = apply_edits(source.text, [fix for fix in fixes if _still_parses(source, fix)])
+            if not applied:
+                break
+            source, num_fixed = source.with_text(text), num_fixed + applied
+            findings = find(source, settings.codes)
     changed = source.whole_text != before
     if changed and settings.write:
         write(source)
@@ -86,6 +84,15 @@ def _unparsed(error: DoesNotParse, settings: Settings) -> list[Finding]:
     if DOES_NOT_PARSE not in settings.codes:
         return []
     return [Finding(DOES_NOT_PARSE, f"Not checked, for it does not parse: {error}", error.offset, error.offset)]
+
+
+def _still_parses(source: Source, fix: Fix) -> bool:
+    """Whether a file can be read when this has been mended: what cannot be, is left as it was."""
+    try:
+        list(source.with_text(apply_edits(source.text, [fix])[0]).parts())
+    except DoesNotParse:
+        return False
+    return True
 
 
 def _in_one_cell(source: Source, finding: Finding) -> bool:

@@ -167,7 +167,25 @@ class PythonModule:
         start, end = self.span(node)
         if hasattr(node, "body") and isinstance(node, ast.stmt):
             end = start + len(self.text[start:end].split("\n")[0].rstrip())
-        return Finding(code, message, start, end, fix)
+        return Finding(code, message, start, end, fix and self._within_string(node, fix))
+
+    def _within_string(self, node: ast.AST, fix: Fix) -> Fix | None:
+        """Return a fix as it can be written inside of an f-string, if it stands in one: with the other quotes."""
+        string = next((p for p in self.ancestors(node) if isinstance(p, ast.JoinedStr)), None)
+        if string is None:
+            return fix
+        try:  # before Python 3.12 the places of what is inside are not always right
+            exact = isinstance(node, ast.expr) and ast.dump(ast.parse(self.source(node), mode="eval").body) == ast.dump(
+                node
+            )
+        except SyntaxError:
+            exact = False
+        quote = re.sub(r"^\w*", "", self.source(string))[:1]
+        other = "'" if quote == '"' else '"'
+        if not exact or any(other in edit.text and quote in edit.text for edit in fix.edits):
+            return None
+        edits = tuple(Edit(edit.start, edit.end, edit.text.replace(quote, other)) for edit in fix.edits)
+        return Fix(fix.message, edits, fix.safe)
 
     # -- edits -------------------------------------------------------------------------------------------------------
 

@@ -83,8 +83,8 @@ def _looks_for_launcher(program: Program) -> bool:
     text = program.module.text
     return bool(
         re.search(r"['\"](?:RANK|WORLD_SIZE|LOCAL_RANK|MASTER_PORT)['\"] (?:not )?in ", text)
-        or re.search(r"environ\.(?:setdefault|update)\(", text)
-        or re.search(r"environ\[['\"](?:RANK|MASTER_ADDR|MASTER_PORT)['\"]\] *=[^=]", text)
+        or re.search(r"environ\.(?:setdefault|update)\([^)]*(?:RANK|WORLD_SIZE)", text)
+        or re.search(r"environ\[['\"](?:RANK|WORLD_SIZE)['\"]\] *=[^=]", text)
         or re.search(r"is_torchelastic_launched|is_torchrun", text)
         or re.search(
             r"(?:environ\.get|getenv)\(['\"](?:WORLD_SIZE|RANK|LOCAL_RANK)['\"]"
