@@ -53,18 +53,20 @@ def test_as_it_was_it_starts_under_none(program: Path) -> None:
 
 
 @pytest.mark.slow
-def test_after_fix_it_starts_under_every_launcher(program: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("launcher", ["python", "torchrun", "launch", "launch --use-env", "spawn"])
+def test_after_fix_it_starts_under_every_launcher(
+    launcher: str, program: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["check", "--fix", str(program)]) == 1  # that the group is never left has an unsafe fix
     left = capsys.readouterr().out
     assert "ER104" in left
     assert left.splitlines()[-1].startswith("1 file checked, 9 mended, 1 finding;")
     assert main(["check", "--fix", "--unsafe", str(program)]) == 0
-    for name, (command, world_size) in _launchers(program.parent).items():
-        done = _start([*command, "train.py"], program.parent)
-        assert done.returncode == 0, f"{name}: {done.stdout}{done.stderr}"
-        result = json.loads((program.parent / "result.json").read_text())
-        (program.parent / "result.json").unlink()
-        assert (result["world_size"], result["local_rank"]) == (world_size, 0), name
-        first, second = result["orders"]
-        assert len(set(first)) == 32 // world_size
-        assert first != second  # set_epoch: each epoch has an order of its own
+    command, world_size = _launchers(program.parent)[launcher]
+    done = _start([*command, "train.py"], program.parent)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((program.parent / "result.json").read_text())
+    assert (result["world_size"], result["local_rank"]) == (world_size, 0)
+    first, second = result["orders"]
+    assert len(set(first)) == 32 // world_size
+    assert first != second  # set_epoch: each epoch has an order of its own
