@@ -12,7 +12,8 @@ from everyrank.lint.program import Program
 from everyrank.lint.rule import Rule
 
 _SHARDS = re.compile(
-    r"Sampler|shard|split_dataset_by_node|\.prepare\b|prepare_data_loader|WebLoader|wds\.|[/%*:] *world_size|world_size *[/%*:]|num_replicas|IterableDataset|rank::"
+    r"Sampler|shard|split_dataset_by_node|\.prepare\b|prepare_data_loader|WebLoader|wds\."
+    r"|[/%*:] *world_size|world_size *[/%*:]|num_replicas|IterableDataset|rank::"
 )
 _SAMPLER = re.compile(r"(?:^|\.)DistributedSampler$")
 
