@@ -31,6 +31,7 @@ from everyrank.errors import (
     did_you_mean,
 )
 from everyrank.launch_env.process_environment import SUPERVISED
+from everyrank.runtime import gloo_exit, no_terminal
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -43,6 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     # torch.distributed.launch without --use-env appends one of these; runtime.environment reads it.
     parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
+    gloo_exit.install()
+    if os.environ.get(SUPERVISED) == "1":
+        no_terminal.install()
     die_with_parent()  # an agent that is killed must not leave its ranks training on
     if not sys.flags.safe_path:
         del sys.path[0]  # the folder that -m has put there; an app gets it back, a program has its own
@@ -68,10 +72,17 @@ def _run_file(config_file: str, local_rank: int | None) -> int:
     if run["program"] is not None:
         return run_program(run, local_rank)
     from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
 
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
-    return run_app(OmegaConf.create(text))[0]  # type: ignore[arg-type]
+    cfg = OmegaConf.create(text)
+    try:
+        OmegaConf.resolve(cfg)  # what the launching process read from the environment is in this one's, not in the file
+    except OmegaConfBaseException as error:
+        print(f"error: {config_file}: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    return run_app(cfg)[0]  # type: ignore[arg-type]
 
 
 def run_program(run: Mapping[str, Any], local_rank: int | None = None) -> int:
@@ -132,6 +143,10 @@ def _guarded_run(cfg: DictConfig, rank: int, log_dir: str) -> tuple[int, Any]:
         return EXIT_PREEMPTED, None
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED, None  # an app without a PreemptionWatch: the launching process says it, once
+    except SystemExit as error:
+        if error.code is None or isinstance(error.code, int):
+            return error.code or EXIT_OK, None
+        return _report(error, rank, log_dir, EXIT_FAILURE), None
     except UserError as error:
         return _report(error, rank, log_dir, EXIT_BAD_INPUT), None
     except Exception as error:

@@ -34,7 +34,7 @@ def family(pid: int) -> list[int]:
     return [root.pid, *(child.pid for child in root.children(recursive=True))]
 
 
-@pytest.mark.parametrize("driver", ["local", "spawn", "torchrun"])
+@pytest.mark.parametrize("driver", ["local", "spawn", "torchrun", "launch"])
 def test_a_run_listens_on_loopback_only(
     start_cli: Callable[..., subprocess.Popen[str]], tmp_path: Path, driver: str
 ) -> None:

@@ -49,6 +49,38 @@ class KilledOnRank:
             print(f"rank {world.rank} went on in attempt {world.environment.restart_count}", flush=True)
 
 
+class StuckWithChildren:
+    """Has a loader worker that never comes back, a child that holds its output, and one in a session of its own."""
+
+    def run(self, cfg: DictConfig) -> None:
+        import subprocess
+
+        rank, folder = everyrank.detect().rank, Path(cfg.app.folder)
+        folder.mkdir(exist_ok=True)
+        (folder / f"pid-rank-{rank}-{os.getpid()}").touch()
+        for own_session in (False, True):
+            child = subprocess.Popen(["sleep", "600"], start_new_session=own_session)
+            (folder / f"pid-child-{child.pid}").touch()
+        for _ in torch.utils.data.DataLoader(NeverRead(folder, rank), num_workers=1):
+            pass
+
+
+class NeverRead(torch.utils.data.Dataset[int]):
+    """Its samples cannot be read."""
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        self.folder, self.rank = folder, rank
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> int:
+        (self.folder / f"pid-worker-{os.getpid()}").touch()
+        (self.folder / f"stuck-{self.rank}").touch()
+        while True:
+            time.sleep(60)
+
+
 class OutsideProgram:
     """An app that is a program: each rank executes the command."""
 

@@ -21,6 +21,7 @@ from everyrank.cli.run_config import DistributedConfig, EnvConfig, RunConfig
 from everyrank.cli.run_folder import RunFolder
 from everyrank.config.resolve import import_object
 from everyrank.config.schema import build
+from everyrank.config.secrets import handed_over, hide
 from everyrank.diagnosis.judge import conclude, last_block
 from everyrank.diagnosis.outcome import Outcome
 from everyrank.diagnosis.watch_config import WatchConfig
@@ -53,10 +54,10 @@ def launch_config(cfg: DictConfig, words: Sequence[str] | None = None, sys_path:
     driver_config, driver_class = _driver(resolved["driver"])
     foreign = _foreign_world()
     shared = foreign is not None or driver_config.shares_folder
-    asked = dict(resolved["run"])
+    asked, raw = dict(resolved["run"]), OmegaConf.to_container(cfg)
     while True:
         resolved["run"] = dict(asked)
-        request, folder = _request(resolved, shared, driver_class, tuple(sys_path))
+        request, folder = _request(resolved, raw, shared, driver_class, tuple(sys_path))
         if foreign is not None and not driver_config.dry_run:
             print(f"notice: driver={driver_class.name} is not used: {foreign}", file=sys.stderr)
             return _run_here(resolved, folder, request, resolved["env"]["variables"])
@@ -75,7 +76,7 @@ def _carry_out(
     """Carry a plan out in a folder that is held, and say how it ended."""
     # what a program prints is its own
     print(plan.render(with_files=False), file=sys.stderr if request.program is not None else sys.stdout, flush=True)
-    for line in folder.differences(resolved["app"]):
+    for line in folder.differences(yaml.safe_load(request.config_text)["app"])  # without secrets:
         print(f"notice: {folder.path} was used with other settings: {line}", file=sys.stderr)
     _write_files(plan)
     if plan.driver == "local" and request.program is None:
@@ -99,7 +100,7 @@ def plan_config(cfg: DictConfig) -> tuple[LaunchPlan, int]:
     """
     resolved = _resolved(cfg)
     driver_config, driver_class = _driver(resolved["driver"])
-    request, _ = _request(resolved, True, driver_class, ())
+    request, _ = _request(resolved, OmegaConf.to_container(cfg), True, driver_class, ())
     plan = driver_class(driver_config).plan(replace(request, device="cpu"))
     if plan.world_size is None:
         raise ConfigError(
@@ -110,10 +111,11 @@ def plan_config(cfg: DictConfig) -> tuple[LaunchPlan, int]:
 
 
 def _request(
-    resolved: dict[str, Any], shared: bool, driver_class: type[Driver], sys_path: tuple[str, ...]
+    resolved: dict[str, Any], raw: Any, shared: bool, driver_class: type[Driver], sys_path: tuple[str, ...]
 ) -> tuple[LaunchRequest, RunFolder]:
     """Check what is to run, name its folder in ``resolved``, and say what is to be launched."""
-    env, distributed = _section(EnvConfig, resolved, "env"), _section(DistributedConfig, resolved, "distributed")
+    _section(EnvConfig, resolved, "env")
+    distributed = _section(DistributedConfig, resolved, "distributed")
     run, app = resolved["run"], resolved["app"]
     described = describe_app(app)
     _section(RunConfig, resolved, "run")
@@ -130,10 +132,10 @@ def _request(
             check_program(program)
     request = LaunchRequest(
         config_file=os.path.join(folder.path, "run.yaml"),
-        config_text=yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True),
+        config_text=yaml.safe_dump(hide(resolved, raw), sort_keys=False, allow_unicode=True),
         run_dir=folder.path,
         cwd=os.getcwd(),
-        env=env.variables,
+        env=handed_over(resolved, raw),
         program=program,
         sys_path=tuple(os.path.abspath(p) if p == "" else p for p in sys.path) if program is None else sys_path,
         device=distributed.device,
@@ -150,7 +152,16 @@ def _resolved(cfg: DictConfig) -> dict[str, Any]:
         raise ConfigError(f"{', '.join(missing)}: no value was set. Set {missing[0]}=VALUE on the command line.")
     resolved = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(resolved, dict)
+    variables = (resolved.get("env") or {}).get("variables")
+    if isinstance(variables, dict):  # YAML reads 1 and true as a number and a truth value; a variable is text
+        resolved["env"]["variables"] = {name: _as_text(value) for name, value in variables.items()}
     return resolved  # type: ignore[return-value]
+
+
+def _as_text(value: Any) -> Any:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(value) if isinstance(value, int | float) else value
 
 
 def _section(schema: type[Any], resolved: dict[str, Any], name: str) -> Any:

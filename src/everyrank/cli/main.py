@@ -92,12 +92,15 @@ def run(argv: Sequence[str]) -> int:
         from everyrank.elastic import engine_pool
 
         engine_pool.fork_early()  # imports torch while this process composes
+    from everyrank.elastic.process.torch_bound import check_torch
+
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # an app's _target_ may lie beside the user's own run.py
     if {"--help", "-h"} & set(argv) and not any(arg.startswith("app=") for arg in argv):
         argv = [*argv, "app=hello_dist"]  # help is shown for a whole configuration
     codes: list[int] = []
     try:
+        check_torch()
         _compose_and_launch(list(argv), program, sys_path, codes)
     except UserError as error:
         return _fail(str(error))

@@ -58,6 +58,8 @@ class Outcome:
             return EXIT_INTERRUPTED if self.signum == signal.SIGINT else 128 + self.signum
         if self.message:
             return EXIT_BAD_INPUT if self.user_error else EXIT_FAILURE
-        if codes == {EXIT_BAD_INPUT}:
+        # A mistake on one rank is a mistake: the others only lost it.
+        own = {f.exit_code for f in self.failures if not f.ended_by_us and not (f.error and f.error.get("lost_peer"))}
+        if own == {EXIT_BAD_INPUT}:
             return EXIT_BAD_INPUT
         return EXIT_FAILURE if self.failures else EXIT_OK

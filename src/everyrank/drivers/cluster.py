@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shlex
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+from everyrank.config.secrets import Secret
 from everyrank.diagnosis.outcome import RankFailure
 from everyrank.diagnosis.rank_files import existing, read_error
 from everyrank.drivers.driver import LaunchRequest
@@ -55,6 +57,19 @@ RAY = Launcher("ray", "ray", True, "it with: pip install 'everyrank[ray]'")
 SSH = Launcher("torchrun", "ssh", False, "an SSH client (Debian: openssh-client)")
 
 
+_HOST = re.compile(r"[A-Za-z0-9_\[][A-Za-z0-9_.:%@\[\]-]*")
+
+
+def check_hosts(hosts: Iterable[str]) -> None:
+    """Raise DriverError for what is no host: the programs that take it would read it as an option, or as several."""
+    for host in hosts:
+        if not _HOST.fullmatch(str(host)):
+            raise DriverError(
+                f"driver.hosts has {host!r}, which is no host. Fix: write NAME, USER@NAME or an address, one for each "
+                "entry; options have keys of their own (driver.ssh_args, driver.mpi_args)."
+            )
+
+
 def recorded_failures(log_dir: str) -> tuple[RankFailure, ...]:
     """The ranks that left a record of an exception in the run's logs."""
     return tuple(_failures(log_dir))
@@ -68,9 +83,15 @@ def _failures(log_dir: str) -> Iterator[RankFailure]:
             yield RankFailure(rank=int(error["rank"]), exit_code=int(error["exit_code"]), error=error, log_file=log)
 
 
+def secrets_of(env: Mapping[str, str]) -> dict[str, str]:
+    """The secrets among variables: they travel by environment or a pipe, never on a command line or in a file."""
+    return {name: str(value) for name, value in env.items() if isinstance(value, Secret)}
+
+
 def exports(env: dict[str, str], request: LaunchRequest) -> list[str]:
-    """Lines of a shell script that set variables, and let Python find an app that lies in the working directory."""
-    lines = [f"export {name}={shlex.quote(value)}" for name, value in sorted(env.items())]
+    """Lines of a shell script that set variables but secrets, and let Python find an app in the working directory."""
+    public = {name: value for name, value in env.items() if not isinstance(value, Secret)}
+    lines = [f"export {name}={shlex.quote(value)}" for name, value in sorted(public.items())]
     if request.program is None:
         lines.append(f'export PYTHONPATH={shlex.quote(request.cwd)}"${{PYTHONPATH:+:$PYTHONPATH}}"')
     return lines

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from everyrank.config.schema import field, section
+from everyrank.config.secrets import shown
 from everyrank.diagnosis.outcome import Outcome
 from everyrank.diagnosis.rank_files import log_file
 from everyrank.diagnosis.watch_config import WatchConfig, watch_variables
@@ -126,7 +127,7 @@ class LaunchPlan:
         """The plan as text."""
         lines = [f"notice: {notice}" for notice in self.notices]
         lines += [f"driver: {self.driver}", f"command: {shlex.join(self.command)}", *self.summary]
-        lines += [f"variable: {name}={shlex.quote(value)}" for name, value in sorted(self.env.items())]
+        lines += [f"variable: {name}={shown(value)}" for name, value in sorted(self.env.items())]
         for path, content in self.files.items():
             lines.append(f"file: {path}")
             if with_files:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from everyrank.config.schema import field, section
+from everyrank.config.secrets import Secret
 from everyrank.diagnosis.outcome import Outcome
 from everyrank.diagnosis.watch_config import WatchConfig
 from everyrank.drivers.cluster import node_command
@@ -36,6 +37,9 @@ class KubernetesConfig(DriverConfig):
     memory_per_node: str | None = field(default=None, doc="Memory of each pod, for example 64Gi; null: no request.")
     working_dir: str | None = field(default=None, doc="Folder in the image to run in; null: the image's own.")
     python: str = field(default="python", doc="Python in the image.")
+    secret: str | None = field(
+        default=None, doc="Secret of the namespace that holds the variables whose names look secret, by their names."
+    )
     backoff_limit: int = field(default=3, ge=0, doc="How often a failed job is started again.")
     master_port: int = field(default=23456, gt=0, lt=65536, doc="Port of the first pod, where the nodes meet.")
 
@@ -63,6 +67,12 @@ class KubernetesDriver:
                 "driver.image was not set; a pod needs a container image. "
                 "Set driver.image=REGISTRY/NAME:TAG to one that has everyrank and your app."
             )
+        for key, value in (("namespace", c.namespace), ("volume_claim", c.volume_claim), ("secret", c.secret)):
+            if value is not None and not re.fullmatch(r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?", value):
+                raise DriverError(
+                    f"driver.{key}={value!r} was set, but a name in Kubernetes has small letters, digits, '-' and '.' "
+                    f"only. Fix: driver.{key}={_dns_name(value)}, if that is its name."
+                )
         if c.nodes > 1 and c.volume_claim is None:
             raise DriverError(
                 f"driver.nodes={c.nodes} was set without driver.volume_claim, but the nodes of a run share its folder. "
@@ -150,7 +160,7 @@ def _replicas(c: KubernetesConfig, request: LaunchRequest, name: str, count: int
         "ports": [{"name": "pytorchjob-port", "containerPort": c.master_port}],
         "env": [
             {"name": "REPLICA_INDEX", "valueFrom": {"fieldRef": {"fieldPath": _INDEX_LABEL}}},
-            *({"name": key, "value": value} for key, value in sorted(variables.items())),
+            *(_variable(c, key, value) for key, value in sorted(variables.items())),
         ],
         "volumeMounts": mounts,
     }
@@ -163,6 +173,17 @@ def _replicas(c: KubernetesConfig, request: LaunchRequest, name: str, count: int
         "restartPolicy": "OnFailure",
         "template": {"spec": {"containers": [container], "volumes": volumes, "terminationGracePeriodSeconds": 120}},
     }
+
+
+def _variable(c: KubernetesConfig, name: str, value: str) -> dict[str, Any]:
+    if not isinstance(value, Secret):
+        return {"name": name, "value": value}
+    if c.secret is None:
+        raise DriverError(
+            f"{name} looks secret, and a manifest would show it to everybody who reads it. Fix: kubectl create secret "
+            f"generic NAME --from-literal={name}=..., and driver.secret=NAME."
+        )
+    return {"name": name, "valueFrom": {"secretKeyRef": {"name": c.secret, "key": name}}}
 
 
 def _dns_name(text: str) -> str:

@@ -13,7 +13,9 @@ from everyrank.diagnosis.rank_files import clear_errors, existing, read_error
 from everyrank.drivers.driver import DriverConfig, LaunchPlan, LaunchRequest, python_path, rank_variables
 from everyrank.elastic.guarded import guarded
 from everyrank.elastic.machine import resolve_nproc
-from everyrank.elastic.signals import forwarded
+from everyrank.elastic.process.sweep import MARK
+from everyrank.elastic.process.sweeping import new_mark, swept
+from everyrank.elastic.signals import forwarded, signals_to
 from everyrank.errors import EXIT_FAILURE, DriverError
 from everyrank.launch_env.process_environment import SUPERVISED
 from everyrank.rendezvous.ports import check_port_is_free
@@ -73,18 +75,18 @@ class LegacyLaunchDriver:
                 )
             flags += [f"--nnodes={c.nnodes}", f"--node-rank={c.node_rank}"]
             flags += [f"--master-addr={c.master_addr}", f"--master-port={c.master_port}"]
-        elif c.master_port:
-            flags += ["--master-addr=127.0.0.1", f"--master-port={c.master_port}"]
         else:
-            flags.insert(0, "--standalone")  # torch's own default is port 29500, for every launch on the machine
+            # torch's own ways for one machine listen on all of its addresses, --standalone too.
+            flags.insert(0, f"--rdzv-endpoint=127.0.0.1:{c.master_port or 0}")
         # Most programs read LOCAL_RANK, and end at an option they do not know.
         wanted = request.program is None or request.program.local_rank_option is not None
         if c.use_env if c.use_env is not None else not wanted:
             flags.append("--use-env")
+        launcher = "torch.distributed.launch" if c.nnodes > 1 else "everyrank.elastic.legacy_launcher"
         return LaunchPlan(
             driver=self.name,
             log_dir=request.log_dir,
-            command=(sys.executable, "-m", "torch.distributed.launch", *flags, *request.worker),
+            command=(sys.executable, "-m", launcher, *flags, *request.worker),
             nproc_per_node=nproc,
             num_nodes=c.nnodes,
             summary=(f"processes per node: {nproc}", f"nodes: {c.nnodes}"),
@@ -98,13 +100,16 @@ class LegacyLaunchDriver:
         if c.master_port and c.nnodes == 1:
             check_port_is_free(c.master_port)
         clear_errors(request.log_dir)
-        env = {**os.environ, **plan.env, SUPERVISED: "1", "PYTHONWARNINGS": "ignore::FutureWarning"}
+        mark = new_mark()
+        env = {**os.environ, **plan.env, **mark, SUPERVISED: "1", "PYTHONWARNINGS": "ignore::FutureWarning"}
         env.update(python_path(request))
         command = guarded(plan.command)
         os.makedirs(request.log_dir, exist_ok=True)
-        with open(os.path.join(request.log_dir, "launcher.log"), "ab") as log:
-            process = subprocess.Popen(command, cwd=request.cwd, env=env, stderr=log, process_group=0)
-            with forwarded(process.send_signal, lambda: os.killpg(process.pid, signal.SIGKILL)) as told:
+        with open(os.path.join(request.log_dir, "launcher.log"), "ab") as log, swept(mark[MARK]):
+            process = subprocess.Popen(
+                command, cwd=request.cwd, env=env, stdin=subprocess.DEVNULL, stderr=log, start_new_session=True
+            )
+            with forwarded(signals_to(process), lambda: os.killpg(process.pid, signal.SIGKILL)) as told:
                 code = process.wait()
         failures = _failures(request.log_dir)
         if code and not failures:

@@ -11,11 +11,13 @@ from dataclasses import replace
 from everyrank.config.schema import field, section
 from everyrank.diagnosis.outcome import Outcome, RankFailure
 from everyrank.diagnosis.rank_files import clear_errors
-from everyrank.drivers.cluster import MPI, recorded_failures
+from everyrank.drivers.cluster import MPI, check_hosts, recorded_failures
 from everyrank.drivers.driver import DriverConfig, LaunchPlan, LaunchRequest, python_path, rank_variables
 from everyrank.elastic.guarded import guarded
 from everyrank.elastic.machine import resolve_nproc
-from everyrank.elastic.signals import forwarded
+from everyrank.elastic.process.sweep import MARK
+from everyrank.elastic.process.sweeping import new_mark, swept
+from everyrank.elastic.signals import forwarded, signals_to
 from everyrank.errors import EXIT_FAILURE, DriverError
 
 
@@ -56,6 +58,8 @@ class MpiDriver:
         c = self.config
         if c.hosts and c.hostfile:
             raise DriverError("driver.hosts and driver.hostfile were both set, but mpirun takes one. Leave one out.")
+        if c.hostfile and c.hostfile.startswith("-"):
+            raise DriverError(f"driver.hostfile={c.hostfile} was set; it is a file. Fix: name one, or ./{c.hostfile}.")
         if c.hostfile and not c.num_ranks:
             raise DriverError(
                 f"driver.hostfile={c.hostfile} was set without driver.num_ranks. Set driver.num_ranks to all its ranks."
@@ -64,6 +68,7 @@ class MpiDriver:
         num_ranks = c.num_ranks or nproc * max(len(c.hosts), 1)
         env = {**rank_variables(request, c.threads_per_rank), **python_path(request)}
         flags = ["-np", str(num_ranks), "--bind-to", "none"]  # by default each rank is bound to one core
+        check_hosts(c.hosts)
         if c.hosts:
             flags += ["--host", ",".join(f"{host}:{nproc}" for host in c.hosts)]
         elif c.hostfile:
@@ -92,11 +97,17 @@ class MpiDriver:
         """Run mpirun to its end."""
         replace(MPI, program=self.config.mpirun).require()
         clear_errors(request.log_dir)
-        process = subprocess.Popen(
-            guarded(plan.command), cwd=request.cwd, env={**os.environ, **plan.env}, process_group=0
-        )
-        with forwarded(process.send_signal, lambda: os.killpg(process.pid, signal.SIGKILL)) as told:
-            code = process.wait()
+        mark = new_mark()
+        with swept(mark[MARK]):
+            process = subprocess.Popen(
+                guarded(plan.command),
+                cwd=request.cwd,
+                env={**os.environ, **plan.env, **mark},
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+            with forwarded(signals_to(process), lambda: os.killpg(process.pid, signal.SIGKILL)) as told:
+                code = process.wait()
         failures = recorded_failures(request.log_dir)
         if code and not failures:
             failures = (RankFailure(rank=0, exit_code=code if code > 0 else EXIT_FAILURE),)

@@ -3,18 +3,20 @@
 For schedulers that start one task a node: each runs torch's engine with the ranks of its node. The configuration is
 the resolved one that the launching process wrote; the settings are those of ``driver=torchrun``.
 
-With ``--attached`` the launching process holds the other end of the standard input (``ssh.py``): a number on a line of
-it is a signal to pass on, its end is the end of the launching process, and what went wrong is told by that process.
+With ``--attached`` the launching process holds the other end of the standard input (``ssh.py``): its first line has the
+secret variables, a number on a line is a signal to pass on, its end is the end of the launching process, and what went
+wrong is told by that process.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
 import threading
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TextIO
 
 from everyrank.config.schema import build
 from everyrank.diagnosis.judge import conclude, last_block
@@ -40,7 +42,9 @@ def main(argv: Sequence[str]) -> int:
     path = fresh_path()
     sys.path.insert(0, os.getcwd())
     if attached:
-        threading.Thread(target=_listen, args=(sys.stdin.fileno(),), daemon=True).start()
+        orders = os.fdopen(os.dup(sys.stdin.fileno()))
+        os.environ.update(json.loads(orders.readline() or "{}"))  # secrets
+        threading.Thread(target=_listen, args=(orders,), daemon=True).start()
     try:
         return _run(config_file, arguments, path, attached)
     except UserError as error:
@@ -50,15 +54,15 @@ def main(argv: Sequence[str]) -> int:
         return EXIT_INTERRUPTED
 
 
-def _listen(descriptor: int) -> None:
-    with os.fdopen(os.dup(descriptor)) as orders:
-        for line in orders:
-            os.kill(os.getpid(), int(line))
+def _listen(orders: TextIO) -> None:
+    for line in orders:
+        os.kill(os.getpid(), int(line))
     os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _run(config_file: str, arguments: list[str], path: list[str], attached: bool) -> int:
     import yaml
+    from omegaconf import OmegaConf
 
     with open(config_file, encoding="utf-8") as file:
         text = file.read()
@@ -74,7 +78,7 @@ def _run(config_file: str, arguments: list[str], path: list[str], attached: bool
         config_text=text,
         run_dir=run["run"]["dir"],
         cwd=os.getcwd(),
-        env=run["env"]["variables"],
+        env=OmegaConf.to_container(OmegaConf.create(run["env"]["variables"]), resolve=True),  # type: ignore[arg-type]
         program=None if program is None else Program.from_mapping(program),
         sys_path=tuple(sys.path if program is None else path),
         device=run["distributed"]["device"],

@@ -17,7 +17,7 @@ from typing import Any
 from everyrank.config.schema import field, section
 from everyrank.diagnosis.outcome import Outcome
 from everyrank.diagnosis.rank_files import clear_errors
-from everyrank.drivers.cluster import RAY, recorded_failures
+from everyrank.drivers.cluster import RAY, recorded_failures, secrets_of
 from everyrank.drivers.driver import DriverConfig, LaunchPlan, LaunchRequest, python_path, rank_variables
 from everyrank.elastic.signals import forwarded
 from everyrank.errors import EXIT_BAD_INPUT, DriverError
@@ -85,7 +85,7 @@ class RayDriver:
 
         # Ray's own folder holds sockets, whose paths must be short, so it is not in the run's.
         folder = None if address else tempfile.mkdtemp(prefix="ray-", dir="/tmp")
-        variables = {**plan.env, **python_path(request)}
+        variables = {**plan.env, **secrets_of(plan.env), **python_path(request)}
         try:
             self._connect(ray, variables, folder)
             with forwarded(_interrupt, lambda: _interrupt(signal.SIGINT)) as told:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 from everyrank.diagnosis.outcome import Outcome, RankFailure
 from everyrank.diagnosis.rank_files import clear_errors, existing, log_file
-from everyrank.drivers.cluster import SLURM, recorded_failures
+from everyrank.drivers.cluster import SLURM, recorded_failures, secrets_of
 from everyrank.drivers.driver import DriverConfig, LaunchPlan, LaunchRequest, rank_variables
 from everyrank.drivers.slurm_script import SlurmConfig, batch_script
 from everyrank.elastic.signals import forwarded
@@ -82,7 +82,9 @@ class SlurmDriver:
         return self._outcome(job, state, code, log, told.signum, recorded_failures(request.log_dir))
 
     def _submit(self, plan: LaunchPlan) -> str:
-        done = subprocess.run(plan.command, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            plan.command, capture_output=True, text=True, check=False, env={**os.environ, **secrets_of(plan.env)}
+        )
         if done.returncode == 0:
             return done.stdout.strip().split(";")[0]
         said = " ".join(done.stderr.replace("sbatch: error: ", "").split())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 from typing import Literal
@@ -9,7 +10,7 @@ from typing import Literal
 from everyrank.config.schema import field, section
 from everyrank.drivers.cluster import exports, node_command
 from everyrank.drivers.driver import DriverConfig, LaunchRequest
-from everyrank.errors import EXIT_PREEMPTED
+from everyrank.errors import EXIT_PREEMPTED, DriverError
 
 
 @section
@@ -112,6 +113,24 @@ def _directives(config: SlurmConfig, request: LaunchRequest, name: str, tasks_pe
         "open-mode": "append",
         "signal": f"USR1@{c.signal_before_s}" if c.signal_before_s and c.time else None,
     }
-    lines = [f"#SBATCH --{key}={value}" for key, value in options.items() if value is not None]
+    lines = [f"#SBATCH --{key}={_quoted(key, value)}" for key, value in options.items() if value is not None]
     lines.append("#SBATCH --requeue" if c.requeue else "#SBATCH --no-requeue")
-    return [*lines, *(f"#SBATCH {argument}" for argument in c.sbatch_args)]
+    return [*lines, *(f"#SBATCH {_one_line('sbatch_args', argument)}" for argument in c.sbatch_args)]
+
+
+def _quoted(key: str, value: object) -> str:
+    """A value as sbatch reads it from a line of options: it knows quotes and backslashes as a shell does."""
+    text = _one_line(key, value)
+    if re.fullmatch(r"[\w@%+=:,./\[\]*&|!()-]+", text):
+        return text
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def _one_line(key: str, value: object) -> str:
+    text = str(value)
+    if not text.isprintable() or not text.strip():
+        raise DriverError(
+            f"driver.{key.replace('-', '_')}={text!r} was set, but an option of sbatch is one line of text. Fix: leave "
+            "out line breaks and other characters that cannot be printed."
+        )
+    return text

@@ -15,10 +15,13 @@ from everyrank.drivers.driver import DriverConfig, LaunchPlan, LaunchRequest, ra
 from everyrank.elastic.entry import call_entry
 from everyrank.elastic.lifetime import die_with_parent
 from everyrank.elastic.machine import resolve_nproc
-from everyrank.elastic.signals import forwarded
+from everyrank.elastic.process.sweep import MARK
+from everyrank.elastic.process.sweeping import new_mark, swept
+from everyrank.elastic.signals import catches, forwarded
 from everyrank.errors import EXIT_OK, EXIT_PREEMPTED
 from everyrank.launch_env.process_environment import SUPERVISED
 from everyrank.rendezvous.ports import check_port_is_free
+from everyrank.runtime import no_terminal
 
 _GRACE_S = 1.0
 _SHUTDOWN_S = 30.0
@@ -81,24 +84,27 @@ class SpawnDriver:
             # This process holds the store; the ranks connect to it and listen on nothing.
             "TORCHELASTIC_USE_AGENT_STORE": "True",
             SUPERVISED: "1",
+            **new_mark(),
         }
         clear_errors(request.log_dir)
-        context = mp.start_processes(
-            _spawned_rank,
-            args=(request.config_file, request.sys_path, request.log_dir, shared, os.getpid()),
-            nprocs=world_size,
-            join=False,
-            start_method="spawn",
-        )
-        processes = context.processes
+        processes: list[Any] = []
 
         def send(signum: int) -> None:
             for process in processes:
-                if process.is_alive():
+                if process.is_alive() and (signum != signal.SIGQUIT or catches(process.pid, signum)):
                     os.kill(process.pid, signum)
 
         try:
-            with forwarded(send, lambda: send(signal.SIGKILL)) as told:
+            with swept(shared[MARK]) as sweep_sessions, forwarded(send, lambda: send(signal.SIGKILL)) as told:
+                context = mp.start_processes(
+                    _spawned_rank,
+                    args=(request.config_file, request.sys_path, request.log_dir, shared, os.getpid()),
+                    nprocs=world_size,
+                    join=False,
+                    start_method="spawn",
+                )
+                processes += context.processes
+                sweep_sessions([process.pid for process in processes])
                 ended_by_us = _wait(processes, told)
         finally:
             rendezvous.shutdown()
@@ -150,7 +156,8 @@ def _spawned_rank(
     parent_pid: int,
 ) -> None:
     die_with_parent(parent_pid)
-    os.setpgid(0, 0)  # Ctrl-C in the terminal goes to the launching process, which passes it on once
+    os.setsid()  # Ctrl-C in the terminal goes to the launching process, which passes it on once
+    no_terminal.detach()
     os.environ.update(shared)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), TORCHELASTIC_ERROR_FILE=error_file(log_dir, rank))
     sys.path[:] = sys_path

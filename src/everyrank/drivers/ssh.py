@@ -7,6 +7,7 @@ connected to this process: when this process ends, for whatever reason, the node
 from __future__ import annotations
 
 import contextlib
+import json
 import shlex
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from collections.abc import Sequence
 
 from everyrank.diagnosis.outcome import Outcome, RankFailure
 from everyrank.diagnosis.rank_files import clear_errors
-from everyrank.drivers.cluster import SSH, exports, node_command, recorded_failures
+from everyrank.drivers.cluster import SSH, check_hosts, exports, node_command, recorded_failures, secrets_of
 from everyrank.drivers.driver import DriverConfig, LaunchPlan, LaunchRequest, rank_variables
 from everyrank.drivers.torchrun_config import TorchrunConfig
 from everyrank.elastic.guarded import guarded
@@ -49,6 +50,7 @@ class SshDriver:
                 f"driver.hosts={list(c.hosts)} was set with driver.nnodes, driver.min_nodes or a rendezvous. The hosts "
                 "are the nodes: leave the others out, or leave driver.hosts out and start each node yourself."
             )
+        check_hosts(c.hosts)
         env = rank_variables(request, c.threads_per_rank)
         commands = [self._command(request, env, rank) for rank in range(len(c.hosts))]
         return LaunchPlan(
@@ -96,6 +98,11 @@ class SshDriver:
             )
             for rank in range(len(hosts))
         ]
+
+        secrets = json.dumps(secrets_of(env))
+        for node in nodes:
+            with contextlib.suppress(OSError):
+                print(secrets, file=node.stdin, flush=True)
 
         def send(signum: int) -> None:
             for node in nodes:

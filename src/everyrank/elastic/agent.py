@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
@@ -21,6 +21,7 @@ from everyrank.diagnosis.judge import conclude
 from everyrank.diagnosis.outcome import RankFailure
 from everyrank.diagnosis.rank_files import error_file, existing, log_file, read_error
 from everyrank.elastic.forkserver import Forkserver, RankProcess
+from everyrank.elastic.process.sweep import sweep
 from everyrank.elastic.spec import EngineRun
 from everyrank.errors import EXIT_BAD_INPUT, EXIT_FAILURE, EXIT_OK, EXIT_PREEMPTED, ProcessGroupError
 
@@ -77,6 +78,7 @@ class ForkedRanks(PContext):
                 env={**self._run.base_env, **self._run.env, **self.envs[local_rank]},
                 cwd=self._run.cwd,
                 sys_path=list(self._run.sys_path),
+                surroundings=self._run.surroundings,
             )
             self._pids[local_rank] = self._forkserver.fork(process, *self._stdio)
         if self._run.max_restarts or self._run.min_nodes != self._run.max_nodes:
@@ -144,6 +146,7 @@ class RankAgent(LocalElasticAgent):
         spec: WorkerSpec,
         make_ranks: Callable[..., ForkedRanks] | None,
         take_signals: Callable[[], None],
+        sweep_sessions: Callable[[Iterable[int]], None],
     ) -> None:
         super().__init__(
             spec=spec,
@@ -155,6 +158,8 @@ class RankAgent(LocalElasticAgent):
         self._run = run
         self._make_ranks = make_ranks
         self._take_signals = take_signals
+        self._sweep_sessions = sweep_sessions
+        self._sessions: set[int] = set()
 
     @property
     def ranks(self) -> PContext | None:
@@ -163,7 +168,10 @@ class RankAgent(LocalElasticAgent):
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         if self._make_ranks is None:
+            sweep(sessions=self._sessions)  # what the ranks of an earlier attempt have left
             pids = super()._start_workers(worker_group)
+            self._sessions = set(pids.values())
+            self._sweep_sessions(self._sessions)
             self._take_signals()  # torch has just put its own handlers there
             return pids
         spec = worker_group.spec

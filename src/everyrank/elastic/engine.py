@@ -8,7 +8,6 @@ a machine, and the ranks are forked from that import.
 from __future__ import annotations
 
 import contextlib
-import importlib
 import logging
 import os
 import select
@@ -17,13 +16,17 @@ import socket
 import subprocess
 import sys
 import threading
+from dataclasses import replace
+from multiprocessing.util import _args_from_interpreter_flags  # type: ignore[attr-defined]
 from typing import Any
 
 from everyrank.diagnosis.outcome import Outcome
 from everyrank.elastic import wire
 from everyrank.elastic.lifetime import die_with_parent
-from everyrank.elastic.spec import EngineRun
+from everyrank.elastic.process.preloaded import Preloaded
+from everyrank.elastic.spec import EngineRun, RankFunction
 from everyrank.errors import EveryrankError, UserError
+from everyrank.runtime import gloo_exit, no_terminal
 
 _TELL_AGAIN_S = 1.0
 
@@ -57,14 +60,15 @@ class Engine:
     def spawn(cls) -> Engine:
         """Start an engine as a fresh interpreter: safe from any process, whatever threads it has."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        command = [sys.executable, "-m", "everyrank.elastic.engine", str(theirs.fileno())]
+        python = [sys.executable, *_args_from_interpreter_flags()]
+        command = [*python, "-m", "everyrank.elastic.engine", str(theirs.fileno())]
         env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
         process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=env, stdin=subprocess.DEVNULL)
         theirs.close()
         return cls(ours, process.pid, process)
 
-    def run(self, run: EngineRun) -> Outcome:
-        """Carry out one launch and wait for it.
+    def run(self, run: EngineRun) -> Outcome | None:
+        """Carry out one launch and wait for it; None if this engine holds modules that have been edited since.
 
         Raises:
             EveryrankError: The engine itself died.
@@ -107,16 +111,20 @@ class Engine:
 
 def _serve(channel: socket.socket) -> None:
     """Answer runs until the launching process is gone."""
-    # A group of its own: Ctrl-C in a terminal reaches the launching process, which passes it on exactly once.
-    os.setpgid(0, 0)
+    # A session of its own: Ctrl-C in a terminal reaches the launching process, which passes it on exactly once, and
+    # nothing here can be stopped because it reads the terminal.
+    os.setsid()
+    no_terminal.detach()
+    at_start = dict(os.environ)
     for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(signum, signal.SIG_IGN)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    gloo_exit.install()
     _import_torch()
     from everyrank.elastic.forkserver import Forkserver
 
-    forkserver = Forkserver()
-    preloaded: tuple[str, ...] = ()
+    forkserver = Forkserver(channel)
+    preloaded = Preloaded()
     from everyrank.elastic.execute import execute
 
     threading.Thread(target=_watch, args=(channel,), daemon=True).start()
@@ -125,10 +133,15 @@ def _serve(channel: socket.socket) -> None:
             run, fds = wire.receive(channel)
         except (EOFError, OSError):
             break
-        if run.start_method == "forkserver" and not set(run.preload) <= set(preloaded):
+        if preloaded.changed():
+            wire.close_all(fds)
+            wire.send(channel, None)  # a module cannot be imported anew: the next engine will
+            break
+        if run.start_method == "forkserver" and not preloaded.has(run.preload):
             forkserver.close()
-            preloaded = tuple(dict.fromkeys([*preloaded, *run.preload]))
-            forkserver = _preloading_forkserver(preloaded)
+            preloaded.load(run.preload)
+            forkserver = Forkserver(channel)
+        run = _as_it_must_start(run, at_start, fds[1])
         wire.send(channel, _outcome(execute, run, forkserver, (fds[0], fds[1])))
         wire.close_all(fds)
     forkserver.close()
@@ -140,16 +153,19 @@ def _import_torch() -> None:
     # The agent's running commentary repeats, rank by rank, what the outcome says once.
     for name in list(logging.root.manager.loggerDict):
         if name.startswith("torch.distributed.elastic"):
-            logging.getLogger(name).setLevel(logging.CRITICAL)
+            logging.getLogger(name).disabled = True
 
 
-def _preloading_forkserver(modules: tuple[str, ...]) -> Any:
-    from everyrank.elastic.forkserver import Forkserver
+def _as_it_must_start(run: EngineRun, at_start: dict[str, str], stderr: int) -> EngineRun:
+    """Fork no rank whose variables a fork would not obey."""
+    from everyrank.elastic.process.fresh import read_too_early
 
-    for module in modules:
-        with contextlib.suppress(ImportError):
-            importlib.import_module(module)
-    return Forkserver()
+    names = read_too_early(at_start, {**run.base_env, **run.env})
+    if run.start_method == "spawn" or not names or not isinstance(run.work, RankFunction):
+        return run
+    said = f"{', '.join(names)}: read only when a process starts, so the ranks are fresh interpreters, not forks"
+    os.write(stderr, f"notice: {said}\n".encode())
+    return replace(run, start_method="spawn")
 
 
 def _watch(channel: socket.socket) -> None:

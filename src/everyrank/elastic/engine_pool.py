@@ -10,6 +10,8 @@ from dataclasses import replace
 
 from everyrank.diagnosis.outcome import Outcome
 from everyrank.elastic.engine import Engine
+from everyrank.elastic.process.surroundings import Surroundings
+from everyrank.elastic.process.sweeping import new_mark
 from everyrank.elastic.signals import forwarded
 from everyrank.elastic.spec import EngineRun
 
@@ -34,17 +36,26 @@ def run(order: EngineRun) -> Outcome:
     Raises:
         KeyboardInterrupt: From a second Ctrl-C; every rank is gone.
     """
-    if not order.base_env:
-        order = replace(order, base_env=dict(os.environ))
+    order = replace(
+        order,
+        base_env=order.base_env or dict(os.environ),
+        env={**order.env, **new_mark()},
+        surroundings=Surroundings.here(),
+    )
     engine = _take()
-    with forwarded(engine.signal, engine.close) as told:
+    with forwarded(lambda signum: engine.signal(signum), lambda: engine.close()) as told:
         try:
             outcome = engine.run(order)
+            if outcome is None:
+                engine.close()
+                engine = Engine.spawn()
+                outcome = engine.run(order)
         except Exception:
             if told.signum == signal.SIGINT:
                 raise KeyboardInterrupt from None
             raise
     _give_back(engine)
+    assert outcome is not None  # a new engine holds nothing that could have been edited
     return outcome
 
 

@@ -6,7 +6,7 @@ import functools
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch.distributed.elastic.agent.server.api import WorkerSpec
@@ -19,6 +19,10 @@ from everyrank.elastic.agent import ForkedRanks, RankAgent
 from everyrank.elastic.entry import call_entry
 from everyrank.elastic.forkserver import Forkserver
 from everyrank.elastic.lifetime import die_with_parent
+from everyrank.elastic.process.surroundings import Surroundings
+from everyrank.elastic.process.sweep import MARK
+from everyrank.elastic.process.sweeping import swept
+from everyrank.elastic.signals import catches
 from everyrank.elastic.spec import EngineRun
 from everyrank.errors import ProcessGroupError, UserError
 from everyrank.rendezvous.elastic import ElasticRendezvous
@@ -26,7 +30,7 @@ from everyrank.rendezvous.loopback import LoopbackRendezvous
 from everyrank.rendezvous.ports import split_endpoint
 from everyrank.rendezvous.static import StaticRendezvous
 
-_HANDLED = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
+_HANDLED = "SIGTERM,SIGINT,SIGHUP,SIGUSR1,SIGUSR2"
 
 
 def execute(run: EngineRun, forkserver: Forkserver, stdio: tuple[int, int]) -> Outcome:
@@ -37,10 +41,20 @@ def execute(run: EngineRun, forkserver: Forkserver, stdio: tuple[int, int]) -> O
         forkserver: Where ranks come from with ``start_method=forkserver``.
         stdio: Descriptors for the ranks' stdout and stderr.
     """
+    with swept(run.env.get(MARK, "")) as sweep_sessions:
+        return _execute(run, forkserver, stdio, sweep_sessions)
+
+
+def _execute(
+    run: EngineRun,
+    forkserver: Forkserver,
+    stdio: tuple[int, int],
+    sweep_sessions: Callable[[Iterable[int]], None],
+) -> Outcome:
     _enter_environment(run, stdio)
     handler = _rendezvous(run)
     make_ranks = None
-    args: tuple[Any, ...] = (run.work.entry, run.work.args)
+    args: tuple[Any, ...] = (run.work.entry, run.work.args, run.surroundings)
     if run.start_method == "forkserver":
         args = run.work.args
         make_ranks = functools.partial(ForkedRanks, run, forkserver, stdio)
@@ -54,12 +68,13 @@ def execute(run: EngineRun, forkserver: Forkserver, stdio: tuple[int, int]) -> O
         monitor_interval=run.monitor_interval_s,
     )
     take_signals = _once()
-    agent = RankAgent(run, spec, make_ranks, take_signals)
+    agent = RankAgent(run, spec, make_ranks, take_signals, sweep_sessions)
     signum: int | None = None
     message = ""
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = _HANDLED  # torch handles them once ranks run; we, until then
     try:
         take_signals()
+        signal.signal(signal.SIGQUIT, functools.partial(_show_stacks, agent))
         agent.run()
     except SignalException as error:
         signum = int(error.sigval)
@@ -71,7 +86,7 @@ def execute(run: EngineRun, forkserver: Forkserver, stdio: tuple[int, int]) -> O
     finally:
         if signum is None:
             handler.shutdown()
-        for name in _HANDLED.split(","):
+        for name in (*_HANDLED.split(","), "SIGQUIT"):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     return _outcome(run, agent, signum, message)
 
@@ -131,9 +146,20 @@ def _rendezvous(run: EngineRun) -> RendezvousHandler:
     )
 
 
-def _start(entry: str, args: tuple[Any, ...]) -> None:
+def _show_stacks(agent: RankAgent, signum: int, _frame: Any) -> None:
+    """Have every rank print its stacks and go on."""
+    for pid in agent.ranks.pids().values() if agent.ranks else ():
+        if catches(pid, signum):
+            os.kill(pid, signum)
+
+
+def _start(entry: str, args: tuple[Any, ...], surroundings: Surroundings | None) -> None:
     """Entry of a rank that torch starts by spawn or fork."""
     die_with_parent()
+    if os.getsid(0) != os.getpid():
+        os.setsid()  # its children can be told from others'
+    if surroundings is not None:
+        surroundings.enter()
     call_entry(entry, args)
 
 

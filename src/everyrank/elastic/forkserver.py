@@ -12,13 +12,11 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
-import random
 import selectors
 import signal
 import socket
 import sys
 import threading
-import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +24,9 @@ from typing import Any
 from everyrank.elastic import wire
 from everyrank.elastic.entry import call_entry
 from everyrank.elastic.lifetime import die_with_parent
+from everyrank.elastic.process.fresh import as_if_fresh, finish
+from everyrank.elastic.process.surroundings import Surroundings
+from everyrank.elastic.process.sweep import MARK, sweep
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +39,7 @@ class RankProcess:
         env: The complete environment of the rank.
         cwd: Its working directory.
         sys_path: Its module search path.
+        surroundings: What it inherits from the launching process besides.
     """
 
     entry: str
@@ -45,19 +47,23 @@ class RankProcess:
     env: dict[str, str]
     cwd: str
     sys_path: list[str] = field(default_factory=list)
+    surroundings: Surroundings | None = None
 
 
 class Forkserver:
     """The engine's handle on its forkserver process."""
 
-    def __init__(self) -> None:
+    def __init__(self, *private: socket.socket) -> None:
+        """Fork it from this process; ``private`` are sockets of this process that the ranks must not hold."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        engine_pid = os.getpid()
         pid = os.fork()
         if pid == 0:
-            ours.close()
-            _serve(theirs, engine_pid)
-            os._exit(0)
+            for end in (ours, *private):
+                end.close()
+            try:
+                _serve(theirs)
+            finally:
+                os._exit(0)
         theirs.close()
         self._connect(ours, pid)
 
@@ -134,8 +140,8 @@ class Forkserver:
         os.waitpid(self.pid, 0)
 
 
-def _serve(channel: socket.socket, engine_pid: int) -> None:
-    die_with_parent(engine_pid)
+def _serve(channel: socket.socket) -> None:
+    """Fork ranks until the engine closes the channel or dies, then end what is left of them."""
     # Signals meant for the ranks reach them through the engine, once.
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(signum, signal.SIG_IGN)
@@ -144,7 +150,8 @@ def _serve(channel: socket.socket, engine_pid: int) -> None:
     os.set_blocking(wake_w, False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.set_wakeup_fd(wake_w)
-    alive: set[int] = set()
+    alive: dict[int, bool] = {}  # whether it is a rank
+    marks: set[str] = set()
     with selectors.DefaultSelector() as selector:
         selector.register(channel, selectors.EVENT_READ)
         selector.register(wake_r, selectors.EVENT_READ)
@@ -153,24 +160,27 @@ def _serve(channel: socket.socket, engine_pid: int) -> None:
             try:
                 if wake_r in ready:
                     os.read(wake_r, 4096)
-                    _reap(alive, channel)
+                    _reap(alive, marks, channel)
                 if channel.fileno() in ready:
-                    _answer(channel, alive, [wake_r, wake_w, selector.fileno()])
-            except (EOFError, ConnectionError):
+                    _answer(channel, alive, marks, [wake_r, wake_w, selector.fileno()])
+            except (EOFError, OSError):
                 break
-    for pid in alive:
-        os.kill(pid, signal.SIGKILL)
+    for mark in marks or {""}:
+        sweep(mark, [pid for pid, is_rank in alive.items() if is_rank])  # each rank is the first of a session
 
 
-def _reap(alive: set[int], channel: socket.socket) -> None:
+def _reap(alive: dict[int, bool], marks: set[str], channel: socket.socket) -> None:
     for pid in list(alive):
         done, status = os.waitpid(pid, os.WNOHANG)
         if done:
-            alive.discard(pid)
+            if alive.pop(pid):
+                sweep(sessions=[pid])  # a rank's children end with it
+            if marks and not any(alive.values()):
+                sweep(marks.pop())  # also those that have left its session
             wire.send(channel, ("exit", pid, os.waitstatus_to_exitcode(status)))
 
 
-def _answer(channel: socket.socket, alive: set[int], private_fds: Sequence[int]) -> None:
+def _answer(channel: socket.socket, alive: dict[int, bool], marks: set[str], private_fds: Sequence[int]) -> None:
     (kind, *rest), fds = wire.receive(channel)
     if kind == "kill":
         if rest[0] in alive:
@@ -184,18 +194,19 @@ def _answer(channel: socket.socket, alive: set[int], private_fds: Sequence[int])
         for fd in private_fds:
             os.close(fd)
         if kind == "warm":
-            _warm(rest[0], socket.socket(fileno=fds[0]), server_pid)
+            _warm(rest[0], socket.socket(fileno=fds[0]))
         _become_rank(rest[0], fds, server_pid)
-    alive.add(pid)
+    alive[pid] = kind == "fork"
+    if kind == "fork" and (mark := rest[0].env.get(MARK)):
+        marks.add(mark)
     wire.close_all(fds)
     wire.send(channel, ("pid", pid))
 
 
-def _warm(modules: Sequence[str], channel: socket.socket, server_pid: int) -> None:
+def _warm(modules: Sequence[str], channel: socket.socket) -> None:
     """Be a forkserver that has imported modules; never returns."""
     code = 1
     try:
-        die_with_parent(server_pid)
         for module in modules:
             with contextlib.suppress(ImportError):
                 importlib.import_module(module)
@@ -203,7 +214,7 @@ def _warm(modules: Sequence[str], channel: socket.socket, server_pid: int) -> No
         torch = sys.modules.get("torch")
         if threading.active_count() == 1 and not (torch and torch.cuda.is_initialized()):
             wire.send(channel, ("warm",))
-            _serve(channel, server_pid)
+            _serve(channel)
         code = 0
     finally:
         os._exit(code)
@@ -211,9 +222,10 @@ def _warm(modules: Sequence[str], channel: socket.socket, server_pid: int) -> No
 
 def _become_rank(process: RankProcess, fds: Sequence[int], server_pid: int) -> None:
     """Turn a forked copy of the server into a rank, run it and exit; never returns."""
-    code = 1
     try:
-        for signum in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCHLD):
+        os.setsid()  # its children can be told from others', and no terminal can stop it
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for signum in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2):
             signal.signal(signum, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         die_with_parent(server_pid)
@@ -224,32 +236,10 @@ def _become_rank(process: RankProcess, fds: Sequence[int], server_pid: int) -> N
         os.environ.update(process.env)
         os.chdir(process.cwd)
         sys.path[:] = process.sys_path or sys.path
-        _fresh_randomness()
-        _set_num_threads()
+        if process.surroundings is not None:
+            process.surroundings.enter()
+        as_if_fresh()
         call_entry(process.entry, process.args)
-        code = 0
-    except SystemExit as exit_:
-        code = exit_.code if isinstance(exit_.code, int) else int(exit_.code is not None)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        for stream in (sys.stdout, sys.stderr):
-            try:
-                stream.flush()
-            except (OSError, ValueError):
-                code = code or 1
-        os._exit(code)
-
-
-def _fresh_randomness() -> None:
-    """A spawned process would have its own unseeded generators; forked copies would all draw the same numbers."""
-    random.seed()
-    if "numpy" in sys.modules:
-        sys.modules["numpy"].random.seed()
-
-
-def _set_num_threads() -> None:
-    """OpenMP reads OMP_NUM_THREADS when it is loaded, which for a forked rank was long ago."""
-    num_threads = os.environ.get("OMP_NUM_THREADS", "")
-    if num_threads.isdigit() and "torch" in sys.modules:
-        sys.modules["torch"].set_num_threads(int(num_threads))
+    except BaseException as error:
+        finish(error)
+    finish(None)

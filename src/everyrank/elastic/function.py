@@ -18,6 +18,7 @@ from everyrank.diagnosis.watch_config import WatchConfig, watch_variables
 from everyrank.diagnosis.watcher import Watcher
 from everyrank.elastic import engine_pool
 from everyrank.elastic.machine import resolve_nproc
+from everyrank.elastic.process.torch_bound import check_torch
 from everyrank.elastic.spec import EngineRun, RankFunction
 from everyrank.errors import DriverError, EveryrankError, UserError, did_you_mean
 
@@ -71,6 +72,7 @@ def launch(
             f"start_method={start_method!r} was set; it is one of {', '.join(START_METHODS)}."
             f"{did_you_mean(start_method, START_METHODS)}"
         )
+    check_torch()
     num_ranks = resolve_nproc(nproc_per_node, "nproc_per_node")
     folder = tempfile.mkdtemp(prefix="everyrank-launch-")
     try:

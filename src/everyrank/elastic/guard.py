@@ -1,6 +1,7 @@
 """``python -I -S guard.py PARENT_PID PROGRAM [ARG ...]``: become PROGRAM, and end when the parent (0: any) ends.
 
-Run as a plain file, so that a rank of an outside program costs one bare interpreter start and no import of everyrank.
+A Python program, and those that it starts, get the ``sitecustomize`` of ``runtime/site``. Run as a plain file, so that
+a rank of an outside program costs one bare interpreter start and no import of everyrank.
 """
 
 import ctypes
@@ -8,12 +9,22 @@ import os
 import signal
 import sys
 
+SITE = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "runtime", "site")
+
+
+def add_site(python_path: str) -> str:
+    """``PYTHONPATH`` with the folder of our ``sitecustomize`` before it."""
+    folders = python_path.split(os.pathsep) if python_path else []
+    return os.pathsep.join([SITE, *(folder for folder in folders if folder != SITE)])
+
+
 if __name__ == "__main__":
     parent_pid, program = int(sys.argv[1]), sys.argv[2:]
     if sys.platform.startswith("linux"):
         ctypes.CDLL(None).prctl(1, int(signal.SIGKILL), 0, 0, 0)  # PR_SET_PDEATHSIG
         if parent_pid and os.getppid() != parent_pid:
             sys.exit(1)
+    os.environ["PYTHONPATH"] = add_site(os.environ.get("PYTHONPATH", ""))
     try:
         os.execvp(program[0], program)
     except OSError as error:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-_FORWARDED = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")
+_FORWARDED = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")
 
 
 class Forwarder:
@@ -24,13 +26,18 @@ class Forwarder:
         if self.signum == signal.SIGINT and signum == signal.SIGINT:
             self._kill()
             return
-        self.signum = signum
+        if signum == getattr(signal, "SIGHUP", None):
+            signum = signal.SIGTERM  # the terminal is gone: the ranks save and stop
+        if signum != getattr(signal, "SIGQUIT", None):  # that one shows stacks, and the run goes on
+            self.signum = signum
         self._send(signum)
 
 
 @contextlib.contextmanager
 def forwarded(send: Callable[[int], None], kill: Callable[[], None]) -> Iterator[Forwarder]:
-    """Pass SIGTERM, Ctrl-C, SIGHUP, SIGUSR1 and SIGUSR2 on to the ranks while the block runs.
+    """Pass SIGTERM, Ctrl-C, SIGHUP (as SIGTERM), SIGQUIT, SIGUSR1 and SIGUSR2 on to the ranks while the block runs.
+
+    One that this process ignores, as SIGHUP under ``nohup``, stays ignored.
 
     The ranks live in a process group of their own, so a Ctrl-C typed in a terminal reaches them through here alone.
 
@@ -42,10 +49,45 @@ def forwarded(send: Callable[[int], None], kill: Callable[[], None]) -> Iterator
     if threading.current_thread() is not threading.main_thread():
         yield forwarder
         return
-    names = [name for name in _FORWARDED if hasattr(signal, name)]
+    names = [n for n in _FORWARDED if hasattr(signal, n) and signal.getsignal(getattr(signal, n)) != signal.SIG_IGN]
     previous = {name: signal.signal(getattr(signal, name), forwarder) for name in names}
     try:
         yield forwarder
     finally:
         for name, handler in previous.items():
             signal.signal(getattr(signal, name), handler)
+
+
+def catches(pid: int, signum: int) -> bool:
+    """Whether a process has a handler for a signal, which would end it otherwise (Linux; elsewhere no)."""
+    try:
+        with open(f"/proc/{pid}/status", encoding="ascii", errors="replace") as file:
+            caught = next((line.split()[1] for line in file if line.startswith("SigCgt:")), "0")
+    except OSError:
+        return False
+    return bool(int(caught, 16) >> (signum - 1) & 1)
+
+
+def signals_to(launcher: subprocess.Popen[bytes]) -> Callable[[int], None]:
+    """Return a function that passes a signal on to an outside launcher, and SIGQUIT to the ranks under it.
+
+    An outside launcher would end at SIGQUIT; its ranks print their stacks and go on.
+    """
+
+    def send(signum: int) -> None:
+        if signum != getattr(signal, "SIGQUIT", None):
+            launcher.send_signal(signum)
+            return
+        for pid in _children(launcher.pid):
+            if catches(pid, signum):
+                os.kill(pid, signum)
+
+    return send
+
+
+def _children(pid: int) -> list[int]:
+    try:
+        with open(f"/proc/{pid}/task/{pid}/children", encoding="ascii") as file:
+            return [int(child) for child in file.read().split()]
+    except OSError:
+        return []

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from everyrank.elastic.process.surroundings import Surroundings
+
 
 @dataclass(frozen=True, kw_only=True)
 class RankFunction:
@@ -55,6 +57,7 @@ class EngineRun:
         shutdown_timeout_s: Seconds the ranks have after a signal before SIGKILL.
         failure_grace_s: Seconds the other ranks have to end by themselves after one failed.
         preload: Modules that the forkserver imports before the first rank.
+        surroundings: What the ranks inherit from the launching process besides environment and folder.
     """
 
     work: RankFunction
@@ -75,6 +78,7 @@ class EngineRun:
     shutdown_timeout_s: float = 30.0
     failure_grace_s: float = 1.0
     preload: tuple[str, ...] = ()
+    surroundings: Surroundings | None = None
 
     @property
     def run_dir(self) -> str:

@@ -23,7 +23,6 @@ class Membership:
         timeout_s: Timeout of the group.
         roster: For each rank, where it runs: ``"pid 7 on node1"``.
         num_barriers: How many monitored barriers this process has entered.
-        num_references: References that Python held to the group when it was new.
         saved_variables: Environment variables that were set while joined, and what they were before.
     """
 
@@ -35,7 +34,6 @@ class Membership:
     timeout_s: float
     roster: list[str]
     num_barriers: int = 0
-    num_references: int = 0
     saved_variables: dict[str, str | None] = field(default_factory=dict)
 
 

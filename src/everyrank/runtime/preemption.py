@@ -16,14 +16,14 @@ import torch.distributed as dist
 from everyrank.errors import EXIT_INTERRUPTED
 from everyrank.runtime.logs import get_logger
 
-_WATCHED = ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT")
+_WATCHED = ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGINT")
 _AT_ONCE = ("SIGTERM", "SIGINT")
 # A signal to a process group reaches a rank directly and once more through its launcher: the two count as one.
 _SAME_WISH_S = 2.0
 
 
 class PreemptionWatch:
-    """Notice SIGTERM, SIGUSR1, SIGUSR2 and Ctrl-C, and let all ranks agree on when to stop.
+    """Notice SIGTERM, SIGHUP, SIGUSR1, SIGUSR2 and Ctrl-C, and let all ranks agree on when to stop.
 
     As a context manager it installs handlers that only take note, and puts the former ones back at the end. The second
     SIGTERM, or the second Ctrl-C, ends this process at once (also while it is blocked inside a collective), with exit
@@ -119,7 +119,7 @@ class PreemptionWatch:
         self._listener = threading.Thread(target=self._listen, name="everyrank-signals", daemon=True)
         self._listener.start()
         for name in _WATCHED:
-            if hasattr(signal, name):
+            if hasattr(signal, name) and not _is_ignored(name):
                 number = getattr(signal, name)
                 self._previous[number] = signal.signal(number, self._take_note)
 
@@ -161,3 +161,8 @@ class PreemptionWatch:
             os._exit(code)
         if len(arrivals_s) == 1:
             get_logger("runtime").warning("got %s: all ranks will stop at the same step (again: at once)", name)
+
+
+def _is_ignored(name: str) -> bool:
+    """``nohup`` has SIGHUP ignored, on purpose."""
+    return name == "SIGHUP" and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
 import socket
@@ -28,6 +27,7 @@ from everyrank.rendezvous.handshake import Handshake, shake_hands
 from everyrank.rendezvous.init_method import master_of_url
 from everyrank.rendezvous.interfaces import choose_interfaces
 from everyrank.rendezvous.paths import check_paths
+from everyrank.runtime import gloo_exit
 from everyrank.runtime.device import bind_device, choose_backend, device_identity
 from everyrank.runtime.membership import Membership, get_membership, set_membership
 from everyrank.runtime.mistakes import told_plainly
@@ -183,6 +183,7 @@ def _enter(
             f"this process is already in a process group, as rank {dist.get_rank()} of {dist.get_world_size()}. "
             "Fix: join once, around the whole program, or leave first (cleanup_ddp)."
         )
+    gloo_exit.install()
     bound = bind_device(environment, device)
     chosen = choose_backend(backend, bound)
     gpu = device_identity(bound) if chosen == "nccl" else ""
@@ -205,7 +206,6 @@ def _enter(
             endpoint=rendezvous.endpoint,
             timeout_s=timeout_s,
             roster=handshake.places,
-            num_references=_num_references(),
             saved_variables=saved,
         )
     )
@@ -263,7 +263,6 @@ def _leave(*, failed: bool) -> None:
             dist.destroy_process_group()
         return
     set_membership(None)
-    _let_groups_outlive_reducers(membership.num_references)
     try:
         if failed:
             _destroy_without_waiting()
@@ -273,32 +272,6 @@ def _leave(*, failed: bool) -> None:
             _say_goodbye(membership)
     finally:
         _restore(membership.saved_variables)
-
-
-def _num_references() -> int:
-    group = dist.group.WORLD
-    return sys.getrefcount(group) if group is not None else 0
-
-
-def _let_groups_outlive_reducers(num_references: int) -> None:
-    """Make models that outlive the group free their reducer before the group.
-
-    A DistributedDataParallel that is freed after its group was destroyed may hold the group's last reference in its
-    C++ reducer. In torch 2.13 the reducer then destroys the gloo group while it holds the GIL, and waits for a gloo
-    thread that wants the GIL: the process never ends. An attribute that is made last is freed last, and Python's own
-    reference to a group gives the GIL away.
-
-    Args:
-        num_references: How many references the group had when it was joined: without more there is no such model, and
-            the objects of the process need not be searched.
-    """
-    groups = list(dist.distributed_c10d._world.pg_map)
-    if len(groups) == 1 and _num_references() <= num_references:
-        return
-    for referrer in gc.get_referrers(*groups):
-        attributes = referrer if isinstance(referrer, dict) else getattr(referrer, "__dict__", {})
-        if "reducer" in attributes and "process_group" in attributes:
-            attributes.setdefault("_outlives_the_reducer", attributes["process_group"])
 
 
 def _destroy_without_waiting() -> None:

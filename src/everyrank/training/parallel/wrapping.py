@@ -70,10 +70,6 @@ def wrap(module: nn.Module, config: ParallelConfig | None, world: World, device:
         **options,
     )
     _register_hook(wrapped, config)
-    # Attributes go in the order they came: this one outlives DDP's reducer. If the reducer were the last to let go of a
-    # gloo group (where the trainer lives longer than the group), its destructor, which holds Python's lock, would wait
-    # for a gloo thread that waits for Python's lock to drop a tensor.
-    wrapped.__dict__["_outlives_the_reducer"] = dist.group.WORLD
     return wrapped
 
 

@@ -1,0 +1,59 @@
+"""Which torch this package works with, and the private names that are why.
+
+Names without a promise change between minor releases: each that we use is written here, and a test looks whether it is
+there. ``pyproject.toml`` and README state the same bound.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import re
+
+from everyrank.errors import ConfigError
+
+LOWEST = (2, 13)
+BELOW = (2, 14)
+
+_AGENT = "torch.distributed.elastic.agent.server.local_elastic_agent:LocalElasticAgent"
+_CONTEXT = "torch.distributed.elastic.multiprocessing.api"
+PRIVATE_NAMES = (
+    f"{_AGENT}._start_workers",
+    f"{_AGENT}._stop_workers",
+    f"{_AGENT}._monitor_workers",
+    f"{_AGENT}._shutdown",
+    f"{_CONTEXT}:PContext._start",
+    f"{_CONTEXT}:PContext._close",
+    f"{_CONTEXT}:LogsSpecs.reify",
+    f"{_CONTEXT}:MultiprocessContext._start",
+    "torch.distributed.elastic.rendezvous:RendezvousStoreInfo",
+    "torch.distributed.distributed_c10d:_world.pg_map",
+    "torch.distributed.distributed_c10d:_abort_process_group",
+    "torch.distributed.distributed_c10d:_get_default_store",
+    "torch.distributed:set_debug_level_from_env",
+    "torch._dynamo:optimize",
+    "torch:_foreach_lerp_",
+    "torch:_foreach_mul_",
+    "torch:_foreach_add_",
+    "torch:_foreach_copy_",
+)
+
+
+@functools.cache
+def check_torch() -> None:
+    """Refuse a torch that this package was not made for, without importing it.
+
+    Raises:
+        ConfigError: torch is missing, too old or too new.
+    """
+    wanted = f"torch>={'.'.join(map(str, LOWEST))},<{'.'.join(map(str, BELOW))}"
+    try:
+        version = importlib.metadata.version("torch")
+    except importlib.metadata.PackageNotFoundError:
+        raise ConfigError(f"torch is not installed here. Fix: pip install '{wanted}'.") from None
+    found = tuple(int(number) for number in re.findall(r"\d+", version)[:2])
+    if not LOWEST <= found < BELOW:
+        raise ConfigError(
+            f"torch {version} is installed, but this everyrank works with {wanted}: it uses parts of torch's launcher "
+            f"that change between releases. Fix: pip install '{wanted}'."
+        )

@@ -1,0 +1,139 @@
+"""Leaving a gloo group without torch's deadlock, whoever leaves it.
+
+In torch 2.13 a ``backward()`` leaves a Python object in what gloo's work keeps, and gloo's thread needs Python's lock
+to let it go. Two things go wrong when that meets an end:
+
+- ``dist.destroy_process_group()`` while a DistributedDataParallel lives: the model's C++ reducer then holds the group's
+  last reference. When the model is freed, its destructor joins gloo's thread while it holds the lock: for ever.
+- The end of the interpreter: gloo's thread asks for a lock that nobody will give it, and the process hangs or aborts
+  ("terminate called without an active exception").
+
+The cure for the first: Python keeps the group until the reducer is gone, for Python gives its lock free when it drops a
+group. For the second: the lock is free, before the interpreter ends, until gloo's threads have nothing left to do.
+
+This file needs neither torch nor the rest of everyrank: the ``sitecustomize`` beside it loads it by its path, in every
+Python program that we start.
+"""
+
+from __future__ import annotations
+
+import sys
+
+# Every Python program that we start pays for these imports: there are few, and the rest is made where it is used.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
+    from typing import Any
+
+_MODULE = "torch.distributed.distributed_c10d"
+_THREAD_NAME = "pt_gloo_runloop"
+_LOOK_S = 0.006  # a thread that waits for Python's lock looks again every 5 ms, which the kernel counts
+_SETTLE_S = 1.0
+
+
+def install() -> None:
+    """Cure this process: now if it has imported ``torch.distributed``, else right after that import."""
+    module = sys.modules.get(_MODULE)
+    if module is not None:
+        _cure(module)
+    elif not any(type(finder).__name__ == _AfterImport.__name__ for finder in sys.meta_path):
+        sys.meta_path.insert(0, _AfterImport())
+
+
+class _AfterImport:
+    """Lets the other finders find the one module, and cures it after its import."""
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name != _MODULE:
+            return None
+        sys.meta_path.remove(self)
+        for finder in sys.meta_path:
+            spec = finder.find_spec(name, path, target)
+            if spec is not None:
+                _cure_after(spec.loader)
+                return spec
+        return None
+
+
+def _cure_after(loader: Any) -> None:
+    execute = loader.exec_module
+
+    def exec_module(module: ModuleType) -> None:
+        execute(module)
+        _cure(module)
+
+    loader.exec_module = exec_module
+
+
+def _cure(module: Any) -> None:
+    import atexit
+    import functools
+
+    original = module.destroy_process_group
+    if hasattr(original, "_outlives_reducers"):
+        return
+
+    @functools.wraps(original)
+    def destroy_process_group(*args: Any, **kwargs: Any) -> None:
+        _keep_for_reducers(list(module._world.pg_map))
+        original(*args, **kwargs)
+
+    destroy_process_group._outlives_reducers = True  # type: ignore[attr-defined]
+    module.destroy_process_group = destroy_process_group
+    package: Any = sys.modules["torch.distributed"]
+    if getattr(package, "destroy_process_group", None) is original:
+        package.destroy_process_group = destroy_process_group
+    atexit.register(_settle)
+
+
+def _keep_for_reducers(groups: list[Any]) -> None:
+    """Hold each group until the C++ parts of the models that use it are freed.
+
+    A weak reference to an object of C++ is told after that object's destructor has run.
+    """
+    import gc
+    import weakref
+
+    for referrer in gc.get_referrers(*groups) if groups else ():
+        attributes = referrer if isinstance(referrer, dict) else getattr(referrer, "__dict__", {})
+        if "reducer" in attributes and "process_group" in attributes:
+            for part in (attributes["reducer"], attributes.get("logger")):  # each can be the last to hold the group
+                if part is not None:
+                    weakref.finalize(part, _let_go, attributes["process_group"]).atexit = False
+
+
+def _let_go(_group: Any) -> None:
+    """The caller drops its reference after this."""
+
+
+def _settle() -> None:
+    """Leave Python's lock free until gloo's threads sleep and have not been awake since the look before."""
+    import time
+
+    deadline = time.monotonic() + _SETTLE_S
+    before: set[tuple[str, str, str]] | None = None
+    while time.monotonic() < deadline:
+        now = set(_gloo_threads())
+        if not now or (now == before and all(state == "S" for _, state, _ in now)):
+            return
+        before = now
+        time.sleep(_LOOK_S)
+
+
+def _gloo_threads() -> Iterator[tuple[str, str, str]]:
+    """Id, state and number of sleeps of each thread of gloo's; nothing where the kernel does not tell (not Linux)."""
+    import os
+
+    tasks = "/proc/self/task"
+    for task in os.listdir(tasks) if os.path.isdir(tasks) else ():
+        try:
+            with open(f"{tasks}/{task}/comm") as file:
+                if file.read().strip() != _THREAD_NAME:
+                    continue
+            with open(f"{tasks}/{task}/status") as file:
+                facts = dict(line.split(":", 1) for line in file.read().splitlines())
+            yield task, facts["State"].split()[0], facts["voluntary_ctxt_switches"].strip()
+        except (OSError, KeyError):
+            continue  # it has ended meanwhile
