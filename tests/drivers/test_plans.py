@@ -100,10 +100,12 @@ def _with_program(*words: str, no_python: bool = False) -> LaunchRequest:
 
 def test_legacy_launch_and_spawn() -> None:
     plan = LegacyLaunchDriver(LegacyLaunchConfig(nproc_per_node=2)).plan(REQUEST)
-    assert " ".join(plan.command[1:]).startswith("-m torch.distributed.launch --standalone --nproc-per-node=2")
+    assert " ".join(plan.command[1:]).startswith(
+        "-m everyrank.elastic.legacy_launcher --rdzv-endpoint=127.0.0.1:0 --nproc-per-node=2"
+    )
     assert " ".join(plan.command).endswith(WORKER)
     plan = LegacyLaunchDriver(LegacyLaunchConfig(use_env=True, master_port=4242)).plan(REQUEST)
-    assert {"--use-env", "--master-port=4242", "--master-addr=127.0.0.1"} <= set(plan.command)
+    assert {"--use-env", "--rdzv-endpoint=127.0.0.1:4242"} <= set(plan.command)
     assert "each a fresh interpreter" in SpawnDriver(SpawnConfig(nproc_per_node=3)).plan(REQUEST).render()
 
 

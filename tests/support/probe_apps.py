@@ -49,6 +49,16 @@ class KilledOnRank:
             print(f"rank {world.rank} went on in attempt {world.environment.restart_count}", flush=True)
 
 
+class ReadsSecrets:
+    """Notes what rank 0 has been told."""
+
+    def run(self, cfg: DictConfig) -> None:
+        told = [os.environ[name] for name in ("MY_API_TOKEN", "NUMBER", "FLAG", "HALF")]
+        if everyrank.detect().rank == 0:
+            Path(cfg.app.folder).mkdir()
+            Path(cfg.app.folder, "seen-0").write_text("|".join([cfg.app.password, *told]))
+
+
 class StuckWithChildren:
     """Has a loader worker that never comes back, a child that holds its output, and one in a session of its own."""
 
