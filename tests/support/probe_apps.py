@@ -49,6 +49,18 @@ class KilledOnRank:
             print(f"rank {world.rank} went on in attempt {world.environment.restart_count}", flush=True)
 
 
+class EndsOnRank1:
+    """Rank 1 alone finds a mistake, or exits with a text; rank 0 waits for it."""
+
+    def run(self, cfg: DictConfig) -> None:
+        with everyrank.join(**cfg.distributed) as world:
+            if world.rank == 1 and cfg.app.how == "mistake":
+                raise everyrank.ConfigError("app.width=-1 was set on rank 1, but a width is positive.")
+            if world.rank == 1:
+                sys.exit("the disk is missing")
+            everyrank.barrier()
+
+
 class ReadsSecrets:
     """Notes what rank 0 has been told."""
 

@@ -37,7 +37,10 @@ def describe(verdict: Verdict, world_size: int, num_restarts: int = 0) -> str:
         num_restarts: How often the group had been started again.
     """
     if verdict.user_error is not None:
-        return f"error: {verdict.user_error}"
+        lines = [f"error: {verdict.user_error}"]
+        if verdict.rank is not None and world_size > 1:
+            lines.append(f"  said by rank {verdict.rank} of {world_size}")
+        return "\n".join([*lines, *([f"  its log: {verdict.log_file}"] if verdict.log_file else [])])
     size = f" of {world_size}" if world_size else ""
     who = "undecided:" if verdict.rank is None else f"rank {verdict.rank}{size}"
     lines = [verdict.traceback.rstrip(), ""] if verdict.traceback else []
