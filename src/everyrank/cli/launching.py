@@ -76,7 +76,7 @@ def _carry_out(
     """Carry a plan out in a folder that is held, and say how it ended."""
     # what a program prints is its own
     print(plan.render(with_files=False), file=sys.stderr if request.program is not None else sys.stdout, flush=True)
-    for line in folder.differences(yaml.safe_load(request.config_text)["app"])  # without secrets:
+    for line in folder.differences(yaml.safe_load(request.config_text)["app"]):  # as it is written: without secrets
         print(f"notice: {folder.path} was used with other settings: {line}", file=sys.stderr)
     _write_files(plan)
     if plan.driver == "local" and request.program is None:
