@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from conftest import ROOT
 from everyrank.cli.main import main
@@ -208,3 +209,48 @@ def test_it_starts_fast_and_without_torch(old: Path) -> None:
 def test_the_page_of_the_rules_is_up_to_date() -> None:
     page = (ROOT / "docs" / "check" / "rules.md").read_text(encoding="utf-8")
     assert page == rules_page(), "run: python -m everyrank.lint.pages > docs/check/rules.md"
+
+
+def test_the_hook_for_other_repositories_runs_on_a_list_of_files(old: Path) -> None:
+    (hook,) = yaml.safe_load((ROOT / ".pre-commit-hooks.yaml").read_text())
+    (old.parent / "good.py").write_text("import torch\n")
+    command = [sys.executable, "-m", *hook["entry"].split()]
+    done = subprocess.run([*command, "good.py"], capture_output=True, text=True, check=False, cwd=old.parent)
+    assert (done.returncode, done.stdout) == (0, "1 file checked, nothing found.\n")
+    done = subprocess.run([*command, "good.py", "old.py"], capture_output=True, text=True, check=False, cwd=old.parent)
+    assert done.returncode == 1
+    assert done.stdout.count("old.py:") == 2
+    assert hook["id"] == "everyrank-check"
+    assert hook["language"] == "python"
+
+
+def test_many_files_are_shared_among_processes_in_their_order(old: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in range(60):
+        (old.parent / f"file_{number:02}.py").write_text("\n" * number + OLD)
+    code, out = _run(capsys, ".", "--jobs=2", "--select=ER006")
+    rows = [line.split(":")[:2] for line in out.splitlines()[:-1]]
+    assert code == 1
+    assert rows == [*([f"./file_{n:02}.py", str(8 + n)] for n in range(60)), ["./old.py", "8"]]
+    assert _run(capsys, ".", "--jobs=1", "--select=ER006")[1] == out
+
+
+def test_shell_in_a_file_without_a_known_suffix_is_read_when_it_is_named(
+    old: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (old.parent / "launch").write_text("#!/bin/bash\npython -m torch.distributed.launch --use_env train.py\n")
+    code, out = _run(capsys, "launch")
+    assert code == 1
+    assert out.startswith("launch:2:11: ER004 [*]")
+    _run(capsys, "--fix", "launch")
+    assert (old.parent / "launch").read_text() == "#!/bin/bash\ntorchrun train.py\n"
+
+
+def test_the_new_launcher_is_safe_where_the_program_reads_local_rank(
+    old: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (old.parent / "run.sh").write_text("python -m torch.distributed.launch --nproc_per_node=2 old.py --lr 1\n")
+    _run(capsys, "--fix", "run.sh")
+    assert "torch.distributed.launch" in (old.parent / "run.sh").read_text()
+    _run(capsys, "--fix", "old.py")
+    assert _run(capsys, "--fix", "run.sh")[0] == 0
+    assert (old.parent / "run.sh").read_text() == "torchrun --nproc_per_node=2 old.py --lr 1\n"

@@ -14,6 +14,8 @@ from everyrank.lint.program import Program
 from everyrank.lint.rule import Rule
 
 _SPELLINGS = ("--local_rank", "--local-rank")
+# Libraries that read LOCAL_RANK for the program.
+_JOINS_ITSELF = {"everyrank", "accelerate", "lightning", "pytorch_lightning", "deepspeed", "transformers"}
 _LOCAL_ADDRESS = ("localhost", "127.0.0.1", "0.0.0.0")
 
 
@@ -48,6 +50,7 @@ def local_rank_option(program: Program) -> Iterator[Finding]:
     module = program.module
     options = [(call, name) for call, name in module.calls if name.endswith((".add_argument", ".add_arg"))]
     given = {constant(value) for call, _ in options for value in call.args}
+    imported = {name.split(".")[0] for name in module.imports.values()}
     for call, _ in options:
         names = [value for value in call.args if constant(value) in _SPELLINGS]
         if not names:
@@ -61,7 +64,9 @@ def local_rank_option(program: Program) -> Iterator[Finding]:
             edits.append(Edit(end, end, f", {quote}{missing[0]}{quote}"))
         required = next((k for k in call.keywords if k.arg == "required" and constant(k.value) is True), None)
         default = next((k for k in call.keywords if k.arg == "default"), None)
-        knows = "LOCAL_RANK" in program.variables_read or "LOCAL_RANK" in set(_strings(program))
+        knows = (
+            _JOINS_ITSELF & imported or "LOCAL_RANK" in program.variables_read or "LOCAL_RANK" in set(_strings(program))
+        )
         if required:
             faults.append("it is required, and torchrun passes none")
         elif not knows:

@@ -181,7 +181,7 @@ def wrapped_model_used(program: Program) -> Iterator[Finding]:
     module = program.module
     for node in module.by_type[ast.Attribute]:
         assert isinstance(node, ast.Attribute)
-        if node.attr in OF_WRAPPER or not isinstance(node.ctx, ast.Load):
+        if node.attr in OF_WRAPPER or node.attr.startswith("__") or not isinstance(node.ctx, ast.Load):
             continue
         name = module.dotted(node.value)
         if name not in program.wrapped_names or not _surely_wrapped(program, name, node) or _is_tested(program, node):

@@ -13,7 +13,7 @@ from everyrank.lint.rule import Rule
 
 # Models with buffers: BatchNorm, and the libraries and architectures that have it.
 _BUFFERS = re.compile(
-    r"batch_?norm|resnet|resnext|mobilenet|efficientnet|densenet|torchvision|timm\b|\bmodels\.__dict__", re.I
+    r"(?<!keep_)batch_?norm|resnet|resnext|mobilenet|efficientnet|densenet|torchvision|timm\b|\bmodels\.__dict__", re.I
 )
 _WHO = {"zero": "rank 0 alone", "others": "every rank but 0"}
 
