@@ -40,6 +40,7 @@ PUBLIC = [
     "cleanup_ddp",
     "current_world",
     "detect",
+    "exact",
     "gather_objects",
     "get_loader",
     "get_logger",

@@ -35,6 +35,7 @@ _EXPORTS = {
     "cleanup_ddp": "runtime.process_group",
     "current_world": "runtime.process_group",
     "detect": "launch_env.detection",
+    "exact": "data.exact",
     "gather_objects": "runtime.collectives",
     "get_loader": "config.yaml_loader",
     "get_logger": "runtime.logs",
@@ -70,6 +71,7 @@ def __dir__() -> list[str]:
 if TYPE_CHECKING:  # for type checkers and editors, which do not follow __getattr__
     from everyrank.checkpoint.checkpointer import Checkpointer as Checkpointer
     from everyrank.config.yaml_loader import get_loader as get_loader
+    from everyrank.data.exact import exact as exact
     from everyrank.data.per_sample import GlobalSampler as GlobalSampler
     from everyrank.data.permutation import GlobalPermutation as GlobalPermutation
     from everyrank.data.sampler import GlobalBatchSampler as GlobalBatchSampler
