@@ -58,7 +58,10 @@ def probe():
 
 
 # Made anew for each launch.
-_MAY_DIFFER = {"EVERYRANK_LAUNCH_ID", "MASTER_PORT", "TORCHELASTIC_ERROR_FILE", "TORCHELASTIC_RUN_ID"}
+_MAY_DIFFER = {
+    *("EVERYRANK_LAUNCH_ID", "EVERYRANK_WATCH", "EVERYRANK_WATCHED"),
+    *("MASTER_PORT", "TORCHELASTIC_ERROR_FILE", "TORCHELASTIC_RUN_ID"),
+}
 
 
 def _umask():
@@ -72,7 +75,9 @@ def _descriptors():
     for name in os.listdir("/proc/self/fd"):
         if int(name) > 2:
             try:
-                found[name] = os.readlink(f"/proc/self/fd/{name}")
+                target = os.readlink(f"/proc/self/fd/{name}")
+                if "/watch/" not in target:  # where every rank reports what it does
+                    found[name] = target
             except OSError:
                 continue
     return found
