@@ -18,6 +18,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "fsdp2": {"parallel": {"strategy": "fsdp2"}},
     "fsdp2_accumulated": {"parallel": {"strategy": "fsdp2"}, "accumulation_steps": 2, "clip_grad_norm": 1.0, "ema": {}},
     "accumulated": {"accumulation_steps": 2, "clip_grad_norm": 1.0, "ema": {}},
+    "static_accumulated": {
+        "parallel": {"static_graph": True},
+        "accumulation_steps": 2,
+        "clip_grad_norm": 1.0,
+        "ema": {},
+        "dropout": 0.2,
+    },
+    "dropped_accumulated": {"accumulation_steps": 2, "clip_grad_norm": 1.0, "ema": {}, "dropout": 0.2},
     "bf16": {"mixed_precision": "bf16"},
     "fp16": {"mixed_precision": "fp16"},
     "hook_bf16": {"parallel": {"comm_hook": "bf16"}},
@@ -43,6 +51,7 @@ def test_options_on_two_ranks(tmp_path: Path) -> None:
     for name in ("static_graph", "unused", "fsdp2"):
         assert distance(found[name], plain) < 1e-6, name
     assert distance(found["fsdp2_accumulated"], found["accumulated"]) < 1e-6
+    assert distance(found["static_accumulated"], found["dropped_accumulated"]) == 0
     for name in ("bf16", "fp16", "hook_bf16", "hook_fp16", "powersgd"):
         assert 0 < distance(found[name], plain) < 0.1, f"{name} has no effect, or too much"
     assert "SyncBatchNorm works on CUDA only" in found["sync_batchnorm"]
@@ -50,7 +59,7 @@ def test_options_on_two_ranks(tmp_path: Path) -> None:
 
 
 def test_options_are_resumed(tmp_path: Path) -> None:
-    names = ("fsdp2_accumulated", "accumulated", "fp16", "powersgd")
+    names = ("fsdp2_accumulated", "static_accumulated", "accumulated", "fp16", "powersgd")
     variants = {name: VARIANTS[name] for name in names}
     resumed = everyrank.launch(tiny.resume_options, tmp_path / "resumed", variants, nproc_per_node=2)
     whole = everyrank.launch(tiny.train_options, tmp_path / "whole", variants, nproc_per_node=2)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler, Subset, TensorDataset, default_collate
 
+from everyrank.data.containers import map_tensors
 from everyrank.data.randomness import SeededDataset, tell_epoch
 from everyrank.data.split import View
 from everyrank.errors import DataError
@@ -172,8 +173,8 @@ def _tell_epoch(dataset: Any, batch_sampler: Any) -> None:
 
 
 def _pinned(batch: Any) -> Any:
-    if isinstance(batch, (list, tuple)):
-        return [_pinned(item) for item in batch]
-    if isinstance(batch, dict):
-        return {key: _pinned(item) for key, item in batch.items()}
-    return batch.pin_memory() if hasattr(batch, "pin_memory") else batch
+    return map_tensors(
+        batch,
+        lambda tensor: tensor.pin_memory(),
+        lambda item: item.pin_memory() if hasattr(item, "pin_memory") else item,
+    )

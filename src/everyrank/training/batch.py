@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
-
-def is_graph(value: Any) -> bool:
-    """Tell whether ``value`` is a PyTorch Geometric object, without importing PyTorch Geometric."""
-    module = sys.modules.get("torch_geometric.data.data")
-    return module is not None and isinstance(value, module.BaseData)
+from everyrank.data.containers import is_graph, map_tensors
 
 
 def make_mover(device: torch.device, dtype: torch.dtype | None) -> Callable[[Any], Any] | None:
@@ -30,31 +26,20 @@ def make_mover(device: torch.device, dtype: torch.dtype | None) -> Callable[[Any
         wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
         return tensor.to(device, wanted, non_blocking=True)
 
-    return lambda batch: map_tensors(batch, convert)
+    def move(item: Any) -> Any:
+        return item.to(device) if callable(getattr(item, "to", None)) else item
 
-
-def map_tensors(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """Return ``batch`` with ``function`` applied to each tensor; other objects with ``to`` are left as they are."""
-    if isinstance(batch, Tensor):
-        return function(batch)
-    if isinstance(batch, Mapping):
-        return {key: map_tensors(item, function) for key, item in batch.items()}
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(map_tensors(item, function) for item in batch))
-    if isinstance(batch, list | tuple):
-        return type(batch)(map_tensors(item, function) for item in batch)
-    if is_graph(batch):
-        return batch.apply(function)
-    return batch
+    return lambda batch: map_tensors(batch, convert, move)
 
 
 def make_apply(module: nn.Module, batch: Any) -> Callable[[nn.Module, Any], Any]:
     """Return how a model is called with batches like ``batch`` where no ``apply_model`` is configured.
 
-    A tensor, a graph batch or any other object is the model's one argument. Of a tuple or list the first element is. A
-    dictionary is passed by name if the model's ``forward`` asks for names it has, and otherwise whole.
+    A tensor, a packed sequence, a graph batch or any other object is the model's one argument. Of a tuple or list the
+    first element is. A dictionary is passed by name if the model's ``forward`` asks for names it has, and otherwise
+    whole.
     """
-    if isinstance(batch, tuple | list):
+    if isinstance(batch, tuple | list) and not isinstance(batch, PackedSequence):
         return lambda model, data: model(data[0])
     if isinstance(batch, Mapping):
         empty = inspect.Parameter.empty
@@ -73,7 +58,7 @@ def sample_losses(criterion: Callable[[Any, Any], Tensor], output: Any, batch: A
     """
     if is_graph(batch):
         return _graph_losses(criterion, output, batch, num_samples)
-    if not (_splits(output, num_samples) and _splits(batch, num_samples)):
+    if not (splits(output, num_samples) and splits(batch, num_samples)):
         return None
     try:
         parts = [
@@ -86,24 +71,62 @@ def sample_losses(criterion: Callable[[Any, Any], Tensor], output: Any, batch: A
 
 
 def vectorised_losses(criterion: Callable[[Any, Any], Tensor], output: Any, batch: Any) -> Tensor | None:
-    """Like ``sample_losses``, in one call through ``torch.vmap``; None where the criterion does not allow that."""
+    """Like ``sample_losses``, in one call through ``torch.vmap``; None where the criterion does not allow that.
+
+    Of a graph batch the criterion sees what there is one row of for each graph, such as ``y``; if it asks for nodes or
+    edges, it is evaluated graph by graph.
+    """
+    rows = _rows_of_graphs(batch) if is_graph(batch) else batch
 
     def one(output_row: Any, batch_row: Any) -> Tensor:
         def restore(tensor: Tensor) -> Tensor:
             return tensor.unsqueeze(0)
 
-        return criterion(map_tensors(output_row, restore), map_tensors(batch_row, restore)).reshape(())
+        data = map_tensors(batch_row, restore)
+        if is_graph(batch):
+            data = _OneGraph(data, batch)
+        return criterion(map_tensors(output_row, restore), data).reshape(())
 
     try:
-        return torch.vmap(one)(output, batch).detach().double()
+        return torch.vmap(one)(output, rows).detach().double()
     except Exception:
         # Whatever a criterion does that vmap cannot follow (an `if` on a value, `.item()`, a foreign object) ends here;
         # the caller then evaluates sample by sample, where a true mistake shows itself.
         return None
 
 
+class _OneGraph:
+    """A row of a graph batch, as far as a criterion may look at it without the graph."""
+
+    num_graphs = 1
+
+    def __init__(self, rows: dict[str, Tensor], batch: Any) -> None:
+        self._rows, self._batch = rows, batch
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self._rows:
+            return self._rows[name]
+        if name in self._batch or hasattr(type(self._batch), name):
+            raise LookupError(f"{name} is not one row a graph")  # no AttributeError, which hasattr would hide
+        raise AttributeError(name)
+
+    __getitem__ = __getattr__
+
+
+def _rows_of_graphs(batch: Any) -> dict[str, Tensor]:
+    """Return the tensors of a graph batch that have one row for each graph."""
+    return {
+        key: value
+        for key, value in batch.to_dict().items()
+        if isinstance(value, Tensor)
+        and value.dim() > 0
+        and value.shape[0] == getattr(batch, "num_graphs", None)
+        and not (batch.is_node_attr(key) or batch.is_edge_attr(key))
+    }
+
+
 def _graph_losses(criterion: Callable[[Any, Any], Tensor], output: Any, batch: Any, num: int) -> Tensor | None:
-    if getattr(batch, "num_graphs", None) != num or not _splits(output, num) or not hasattr(batch, "to_data_list"):
+    if getattr(batch, "num_graphs", None) != num or not splits(output, num) or not hasattr(batch, "to_data_list"):
         return None
     from torch_geometric.data import Batch
 
@@ -115,13 +138,16 @@ def _graph_losses(criterion: Callable[[Any, Any], Tensor], output: Any, batch: A
     return torch.stack(parts)
 
 
-def _splits(value: Any, num_samples: int) -> bool:
+def splits(value: Any, num_samples: int) -> bool:
+    """Tell whether everything in ``value`` has ``num_samples`` rows."""
+    if isinstance(value, PackedSequence):
+        return False
     if isinstance(value, Tensor):
         return value.dim() > 0 and value.shape[0] == num_samples
     if isinstance(value, Mapping):
-        return all(_splits(item, num_samples) for item in value.values())
+        return all(splits(item, num_samples) for item in value.values())
     if isinstance(value, list | tuple):
-        return len(value) > 0 and all(_splits(item, num_samples) for item in value)
+        return len(value) > 0 and all(splits(item, num_samples) for item in value)
     return False
 
 

@@ -18,10 +18,12 @@ from everyrank.errors import ConfigError
 from everyrank.training.batch import make_apply, make_mover
 from everyrank.training.config import TrainerConfig, TrainingConfig
 from everyrank.training.ema import WeightAverage
+from everyrank.training.evaluation.parts import look_at_criterion
 from everyrank.training.parallel.local_updates import LocalUpdates
-from everyrank.training.parallel.wrapping import without_sync
+from everyrank.training.parallel.wrapping import records_its_graph, without_sync
 from everyrank.training.parameter_groups import Frozen
 from everyrank.training.saving.finite import FiniteWeights
+from everyrank.training.seeding import capture_rng, restore_rng
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
@@ -63,6 +65,9 @@ class TrainStep:
         self.criterion, self.apply_model = criterion, apply_model
         self.config, self.device, self.scheduler, self.ema = config, device, scheduler, ema
         self.scaler = torch.amp.GradScaler(device.type) if config.mixed_precision == "fp16" else None
+        self._num_steps = 0  # that the optimizer was told to take; counted with a scaler only
+        if self.scaler is not None:
+            optimizer.register_step_post_hook(self._count_step)
         self.skipped = False  # whether the last step left the weights as they were
         self.finite = FiniteWeights(module, ema, config.nan_policy)
         self._statistics: list[tuple[Tensor, Tensor]] = []  # what to put back if the step is skipped
@@ -76,7 +81,7 @@ class TrainStep:
         self._autocast = AUTOCAST[config.mixed_precision] if config.mixed_precision else None
         own_ways = (config.mixed_precision, config.clip_grad_norm, config.clip_grad_value, config.nan_policy == "skip")
         self._is_plain = not any((*own_ways, scheduler, ema, self._move, local, frozen))
-        self._checked = False
+        self._checked = self._looked = False
 
     def __call__(self, batches: Iterator[Any], weights: Sequence[float]) -> Tensor:
         """Take one optimizer step.
@@ -121,6 +126,8 @@ class TrainStep:
         if guessed:
             self.apply_model = make_apply(self.module, moved)
         try:
+            if len(weights) > 1 and records_its_graph(self.model):
+                self._record_graph(moved, weights[0])
             loss = self._accumulate(_Chain(data, batches), weights)
         except Exception as error:
             if guessed:
@@ -133,6 +140,16 @@ class TrainStep:
         self._checked = True
         self._update()
         return loss
+
+    def _record_graph(self, data: Any, weight: float) -> None:
+        """Let DDP record its static graph, which it cannot while gradients stay on the rank; leave no other trace."""
+        kept = capture_rng(self.device)
+        statistics = [(buffer, buffer.clone()) for buffer in self.module.buffers()]
+        self._backward(data, weight)
+        self._zero_grad()
+        for statistic, before in statistics:
+            statistic.copy_(before)
+        restore_rng(kept, self.device)
 
     def _accumulate(self, batches: Iterator[Any], weights: Sequence[float]) -> Tensor:
         if self.config.nan_policy == "skip":
@@ -156,6 +173,9 @@ class TrainStep:
         with torch.autocast(self.device.type, dtype=self._autocast, enabled=self._autocast is not None):
             output = self.apply_model(self.model, data)
             loss = self.criterion(output, data)
+            if not self._looked:
+                self._looked = True
+                look_at_criterion(self.criterion, output, data, loss, self.device)
         if not isinstance(loss, Tensor) or loss.dim() != 0:
             found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise ConfigError(
@@ -192,10 +212,7 @@ class TrainStep:
     def _step_optimizer(self) -> bool:
         """Step the optimizer unless the gradients forbid it; tell whether it was done."""
         if self.scaler is not None:
-            before = self.scaler.get_scale()
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-            self.skipped = self.scaler.get_scale() < before
+            self.skipped = self._step_scaled(self.scaler)
         else:
             self.skipped = self.config.nan_policy == "skip" and not self._gradients_are_finite()
             if not self.skipped:
@@ -204,6 +221,22 @@ class TrainStep:
                 for statistic, kept in self._statistics:  # a sample that is NaN is in them by now
                     statistic.copy_(kept)
         return not self.skipped
+
+    def _step_scaled(self, scaler: torch.amp.GradScaler) -> bool:
+        """Step the optimizer unless the scaled gradients overflowed; tell whether it was left out.
+
+        The scaler asks the device once itself, and then steps the optimizer or does not: its hook tells which. Only an
+        optimizer that is given the answer on the device (a fused one) needs to be asked for it again.
+        """
+        asks_again = getattr(self.optimizer, "_step_supports_amp_scaling", False)
+        before = scaler.get_scale() if asks_again else 0.0
+        num_before = self._num_steps
+        scaler.step(self.optimizer)
+        scaler.update()
+        return scaler.get_scale() < before if asks_again else self._num_steps == num_before
+
+    def _count_step(self, *_: object) -> None:
+        self._num_steps += 1
 
     def _gradients_are_finite(self) -> bool:
         # Gradients are the same on every rank by now, so every rank comes to the same answer without asking; with local

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from everyrank.data.containers import is_graph
 from everyrank.errors import ConfigError, DataError
 from everyrank.runtime.collectives import all_here, broadcast_decision, reduce_sum
 from everyrank.runtime.handover import Handover
@@ -168,16 +169,21 @@ class DefaultValidator:
     ) -> EvaluationResult:
         sampler = sampler_of(loader, f"the {self.name.lower()} loader")
         self.metrics.reset()
-        # loss sum, sum of squares, samples, batches without samples' losses, batches that are no mean of them
-        sums = torch.zeros(5, dtype=torch.float64, device=self.device)
+        # loss sum, sum of squares, batches that are no mean of their samples' losses: nothing here waits for the device
+        sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+        num_samples = num_whole = 0  # the second: batches without samples' losses
         with self._evaluating(model) as evaluated:
             for number, data in self._batches(loader):
-                self._add(sums, *self.compute_batch(evaluated, data), data, sampler.share(number).num_local)
+                count = sampler.share(number).num_local
+                output, loss = self.compute_batch(evaluated, data)
+                if count:  # otherwise a placeholder: this rank has no sample of this global batch
+                    num_samples += count
+                    num_whole += self._add(sums, output, loss, data, count)
                 if between_batches is not None:
                     between_batches()
-        local = torch.cat([sums, self.metrics.sums])
+        local = torch.cat([sums, sums.new_tensor([num_samples, num_whole]), self.metrics.sums])
         total = (reduce_sum(local) if reduce else local).cpu()
-        loss_sum, square_sum, count, num_whole, num_not_mean = total[:5].tolist()
+        loss_sum, square_sum, num_not_mean, count, num_whole = total[:5].tolist()
         mean = loss_sum / count
         per_sample = num_whole == 0 and num_not_mean == 0
         return EvaluationResult(
@@ -203,9 +209,8 @@ class DefaultValidator:
             data = next(batches)
             yield number, self._move(data) if self._move else data
 
-    def _add(self, sums: Tensor, output: Any, loss: Tensor, data: Any, num_samples: int) -> None:
-        if num_samples == 0:
-            return  # a placeholder: this rank has no sample of this global batch
+    def _add(self, sums: Tensor, output: Any, loss: Tensor, data: Any, num_samples: int) -> bool:
+        """Add a batch; return whether it could not be taken apart into samples."""
         loss = loss.detach().double()
         if loss.dim() != 0:
             raise ConfigError(
@@ -217,13 +222,12 @@ class DefaultValidator:
         samples = loss.expand(num_samples) if samples is None else samples
         not_mean = (samples.mean() - loss).abs() > _TOLERANCE * loss.abs().clamp(min=1e-6)
         squares = torch.where(not_mean, loss.square() * num_samples, samples.square().sum())
-        sums += torch.stack(
-            [loss * num_samples, squares, loss.new_tensor(num_samples), loss.new_tensor(whole), not_mean.double()]
-        )
+        sums += torch.stack([loss * num_samples, squares, not_mean.double()])
         self.metrics.update(output, data, num_samples)
+        return whole
 
     def _sample_losses(self, output: Any, data: Any, num_samples: int) -> Tensor | None:
-        if self._vectorised and isinstance(data, Tensor | tuple | list | dict):
+        if self._vectorised and (isinstance(data, Tensor | tuple | list | dict) or is_graph(data)):
             losses = vectorised_losses(self.criterion, output, data)
             if losses is not None and losses.shape == (num_samples,):
                 return losses

@@ -71,7 +71,10 @@ class MetricSet:
         for metric, select in self._stateful.values():
             metric.update(*select(output, batch))
         for name, function in self._functions.items():
-            self._sums[name] += torch.as_tensor(function(output, batch), device=self._device).double() * num_samples
+            value = function(output, batch)
+            # A number is added as it is: a tensor made of it would be a copy to the device that is waited for.
+            value = value.to(self._device).double() if isinstance(value, Tensor) else float(value)
+            self._sums[name] += value * num_samples
 
     @property
     def sums(self) -> Tensor:

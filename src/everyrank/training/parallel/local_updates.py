@@ -14,7 +14,7 @@ where the ranks' shares differ: with ``every: 1`` and SGD, also with momentum an
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,9 +28,7 @@ from everyrank.errors import CheckpointError
 from everyrank.runtime.world import World
 from everyrank.training.ema import WeightAverage
 from everyrank.training.parallel.config import LocalUpdatesConfig, OuterOptimizerConfig, ParallelConfig
-
-# Tensors travel in flat buckets of about this size: few messages, and little memory beside the model.
-_BUCKET_BYTES = 64 << 20
+from everyrank.training.parallel.flat import as_real, flat_buckets, send_from_main, split_flat
 
 
 class LocalUpdates:
@@ -62,7 +60,7 @@ class LocalUpdates:
         self._parameters: list[Tensor] = list(module.parameters())
         self._anchors = [parameter.detach().clone() for parameter in self._parameters]
         self.outer = build_outer_optimizer(self._anchors, config.outer_optimizer)
-        self._send([parameter.detach() for parameter in self._parameters] + list(module.buffers()))
+        send_from_main([parameter.detach() for parameter in self._parameters] + list(module.buffers()))
         self._last_buffers = self._copy_buffers()
 
     @property
@@ -153,13 +151,13 @@ class LocalUpdates:
             if parameter.requires_grad
         ]
         wire = torch.bfloat16 if self.config.compress == "bf16" else None
-        for bucket in _buckets(pairs):
+        for bucket in flat_buckets(pairs):
             # Divided before it is summed, so that the sum stays in range in a narrow type.
-            flat = torch.cat([_real(anchor - parameter).reshape(-1) for anchor, parameter in bucket])
+            flat = torch.cat([as_real(anchor - parameter).reshape(-1) for anchor, parameter in bucket])
             sent = flat.div_(self.world.size).to(wire or flat.dtype)
             self._sum(sent)
             flat.copy_(sent)
-            for (anchor, parameter), update in zip(bucket, _split(flat, [a for a, _ in bucket]), strict=True):
+            for (anchor, parameter), update in zip(bucket, split_flat(flat, [a for a, _ in bucket]), strict=True):
                 if self.outer is None:
                     torch.sub(anchor, update, out=parameter)
                 else:
@@ -182,7 +180,7 @@ class LocalUpdates:
         dist.all_reduce(changed, op=dist.ReduceOp.MAX)
         moved = [buffer for buffer, has_changed in zip(buffers, changed.tolist(), strict=True) if has_changed]
         self._average([buffer for buffer in moved if buffer.is_floating_point() or buffer.is_complex()])
-        self._send([buffer for buffer in moved if not (buffer.is_floating_point() or buffer.is_complex())])
+        send_from_main([buffer for buffer in moved if not (buffer.is_floating_point() or buffer.is_complex())])
 
     def _copy_buffers(self) -> list[Tensor]:
         """Return copies of the buffers; torch's count of a tensor's changes leaves out those of batch statistics."""
@@ -199,26 +197,15 @@ class LocalUpdates:
 
     def _average(self, tensors: Sequence[Tensor]) -> None:
         """Replace each tensor by its mean over the ranks."""
-        for bucket in _buckets([(tensor, tensor) for tensor in tensors]):
-            flat = torch.cat([_real(tensor).reshape(-1) for tensor, _ in bucket]).div_(self.world.size)
+        for bucket in flat_buckets([(tensor, tensor) for tensor in tensors]):
+            flat = torch.cat([as_real(tensor).reshape(-1) for tensor, _ in bucket]).div_(self.world.size)
             self._sum(flat)
-            for (tensor, _), mean in zip(bucket, _split(flat, [t for t, _ in bucket]), strict=True):
+            for (tensor, _), mean in zip(bucket, split_flat(flat, [t for t, _ in bucket]), strict=True):
                 tensor.copy_(mean)
 
     def _sum(self, flat: Tensor) -> None:
         if self.world.is_distributed:
             dist.all_reduce(flat)
-
-    def _send(self, tensors: Sequence[Tensor]) -> None:
-        """Give every rank rank 0's tensors."""
-        if not self.world.is_distributed:
-            return
-        with torch.no_grad():
-            for bucket in _buckets([(tensor, tensor) for tensor in tensors]):
-                flat = torch.cat([_real(tensor).reshape(-1) for tensor, _ in bucket])
-                dist.broadcast(flat, src=0)
-                for (tensor, _), sent in zip(bucket, _split(flat, [t for t, _ in bucket]), strict=True):
-                    tensor.copy_(sent)
 
 
 def make_local_updates(
@@ -249,33 +236,3 @@ def build_outer_optimizer(
         return None
     key = "parallel.local_updates.outer_optimizer"
     return construct(key, config.type, anchors, *config.args, **config.kwargs)
-
-
-def _buckets(pairs: Sequence[tuple[Tensor, Tensor]]) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Yield pairs of tensors whose first ones can be put into one flat tensor, up to a size, in a fixed order."""
-    kinds: dict[tuple[torch.dtype, torch.device], list[tuple[Tensor, Tensor]]] = {}
-    for pair in pairs:
-        kinds.setdefault((pair[0].dtype, pair[0].device), []).append(pair)
-    for kind in kinds.values():
-        bucket: list[tuple[Tensor, Tensor]] = []
-        num_bytes = 0
-        for pair in kind:
-            if bucket and num_bytes + pair[0].nbytes > _BUCKET_BYTES:
-                yield bucket
-                bucket, num_bytes = [], 0
-            bucket.append(pair)
-            num_bytes += pair[0].nbytes
-        yield bucket
-
-
-def _split(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """Return the parts of a flat tensor, shaped as the tensors it was made of."""
-    parts = flat.split([_real(tensor).numel() for tensor in like])
-    return [
-        torch.view_as_complex(part.view(*tensor.shape, 2)) if tensor.is_complex() else part.view(tensor.shape)
-        for part, tensor in zip(parts, like, strict=True)
-    ]
-
-
-def _real(tensor: Tensor) -> Tensor:
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor

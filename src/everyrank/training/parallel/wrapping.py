@@ -17,6 +17,7 @@ from everyrank.errors import ConfigError
 from everyrank.runtime.world import World
 from everyrank.training.parallel.compression import mean_in_bfloat16, mean_in_float16
 from everyrank.training.parallel.config import ParallelConfig
+from everyrank.training.parallel.flat import send_from_main
 from everyrank.training.parallel.powersgd import PowerSGD, mean_by_powersgd
 
 _POWERSGD = "_everyrank_powersgd"
@@ -133,6 +134,11 @@ def is_sharded(module: nn.Module) -> bool:
     return hasattr(module, "set_requires_gradient_sync")
 
 
+def records_its_graph(model: nn.Module) -> bool:
+    """Tell whether a wrapped model records in its first backward pass what all later ones do."""
+    return isinstance(model, DistributedDataParallel) and model.static_graph
+
+
 def without_sync(model: nn.Module) -> AbstractContextManager[Any]:
     """Return a context in which backward passes keep their gradients on the rank (for accumulation)."""
     if isinstance(model, DistributedDataParallel):
@@ -158,8 +164,7 @@ class _FsdpNoSync:
 def send_buffers(module: nn.Module, world: World) -> None:
     """Give every rank rank 0's buffers (batch statistics), so that all evaluate the same model. Collective."""
     if world.is_distributed:
-        for buffer in module.buffers():
-            dist.broadcast(buffer, src=0)
+        send_from_main(list(module.buffers()))
 
 
 def _register_hook(model: DistributedDataParallel, config: ParallelConfig) -> None:

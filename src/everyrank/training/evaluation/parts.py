@@ -1,0 +1,143 @@
+"""A criterion looked at once: is it the mean over samples that the promise of equal steps rests on?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from everyrank.data.containers import is_graph, map_tensors
+from everyrank.errors import ConfigError
+from everyrank.runtime.agreement import gather_agreed
+from everyrank.runtime.logs import get_logger
+from everyrank.runtime.process_group import current_world
+from everyrank.training.batch import splits
+from everyrank.training.seeding import capture_rng, restore_rng
+
+logger = get_logger("training")
+
+
+def look_at_criterion(
+    criterion: Callable[[Any, Any], Any], output: Any, data: Any, loss: Any, device: torch.device
+) -> None:
+    """Compare the loss of a run's first batch with its halves'; log once where it mixes samples. Collective.
+
+    Args:
+        criterion: The criterion; random numbers that it draws here are drawn again by whoever is next.
+        output: The model's output for the batch.
+        data: The batch.
+        loss: What the criterion returned for it; what is no scalar is left to others.
+        device: Where they are.
+
+    Raises:
+        ConfigError: On all ranks, if the criterion adds up its samples' losses.
+    """
+    kept = capture_rng(device)
+
+    def look() -> bool:
+        if not isinstance(loss, Tensor) or loss.dim() != 0:
+            return True
+        with torch.no_grad():
+            found = relation_to_parts(_undisturbed(criterion), map_tensors(output, Tensor.detach), data)
+        relation, values = found if found is not None else ("mean", [])
+        if relation == "sum":
+            raise ConfigError(
+                f"criterion returns the sum of its samples' losses: {values[0]:.6g} for a batch whose halves give "
+                f"{values[1]:.6g} and {values[2]:.6g}. A sum trains differently at each world size and batch size. "
+                "Fix: return the mean over the samples (reduction='mean', or divide by their number); with SGD a "
+                "learning rate times the batch size then takes the same steps."
+            )
+        return relation == "mean"
+
+    if not all(gather_agreed(look)) and current_world().is_main:
+        logger.warning(
+            "The criterion is no mean over samples: the loss of a batch is not the mean of its halves' losses. That "
+            "may be meant (a contrastive loss, a mean over tokens or nodes); the result then depends on how many ranks "
+            "share a batch"
+        )
+    restore_rng(kept, device)
+
+
+def relation_to_parts(
+    function: Callable[[Any, Any], Any], output: Any, batch: Any
+) -> tuple[Literal["mean", "sum", "neither"], list[float]] | None:
+    """Compare a function of a batch with the same of its two halves.
+
+    Args:
+        function: ``(output, data)`` to a number, such as a criterion; called three times.
+        output: The model's output for the batch.
+        batch: The batch.
+
+    Returns:
+        Whether the whole is the mean of the parts by number of samples, their sum, or neither; and the three values.
+        None where that cannot be told: the batch cannot be taken apart, or a value is not finite.
+    """
+    halves = _halves(output, batch)
+    if halves is None:
+        return None
+    try:
+        values = [float(function(*part)) for part in ((output, batch), *((o, b) for o, b, _ in halves))]
+    except (RuntimeError, ValueError, IndexError):
+        return None  # a function that needs all samples at once
+    whole, first, second = values
+    if not all(math.isfinite(value) for value in values):
+        return None
+    tolerance = _tolerance(output) * max(map(abs, values))
+    sizes = [size for _, _, size in halves]
+    mean = (sizes[0] * first + sizes[1] * second) / sum(sizes)
+    if abs(whole - mean) <= tolerance:
+        return "mean", values
+    return ("sum" if abs(whole - first - second) <= tolerance else "neither"), values
+
+
+def _undisturbed(criterion: Callable[[Any, Any], Tensor]) -> Callable[[Any, Any], Tensor]:
+    """Return a criterion that may be called once more: a module's buffers (a running centre) stay as they are."""
+    if not isinstance(criterion, nn.Module) or not any(True for _ in criterion.buffers()):
+        return criterion
+
+    def call(output: Any, data: Any) -> Any:
+        buffers = {name: buffer.clone() for name, buffer in criterion.named_buffers()}
+        return torch.func.functional_call(criterion, buffers, (output, data))
+
+    return call
+
+
+def _halves(output: Any, batch: Any) -> list[tuple[Any, Any, int]] | None:
+    """Return output, batch and number of samples of each half, or None."""
+    first = _first_tensor(output)
+    num = getattr(batch, "num_graphs", None) if is_graph(batch) else first.shape[0] if first.dim() else 0
+    if not num or num < 2 or not splits(output, num):
+        return None
+    cuts = (slice(0, num // 2), slice(num // 2, num))
+    if is_graph(batch):
+        if not hasattr(batch, "to_data_list"):
+            return None
+        from torch_geometric.data import Batch
+
+        graphs = batch.to_data_list()
+        parts = [Batch.from_data_list(graphs[cut]) for cut in cuts]
+    elif splits(batch, num):
+        parts = [_cut(batch, cut) for cut in cuts]
+    else:
+        return None
+    outputs = [_cut(output, cut) for cut in cuts]
+    return [(o, b, cut.stop - cut.start) for o, b, cut in zip(outputs, parts, cuts, strict=True)]
+
+
+def _cut(value: Any, rows: slice) -> Any:
+    return map_tensors(value, lambda tensor: tensor[rows])
+
+
+def _first_tensor(value: Any) -> Tensor:
+    found: list[Tensor] = []
+    map_tensors(value, lambda tensor: found.append(tensor) or tensor)  # type: ignore[func-returns-value]
+    return found[0] if found else torch.zeros(())
+
+
+def _tolerance(output: Any) -> float:
+    """Return the relative rounding that is borne: autocast may narrow any sum."""
+    narrow = _first_tensor(output).dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled()
+    return 3e-2 if narrow else 1e-3
