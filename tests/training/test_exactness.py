@@ -154,7 +154,7 @@ def test_models_start_equal_and_ranks_draw_their_own_randomness(tmp_path: Path) 
 
 def test_augmentation_is_the_same_on_any_rank_and_in_any_worker(tmp_path: Path) -> None:
     (alone,) = everyrank.launch(numerics.train_augmented, tmp_path / "1", [0, 2], nproc_per_node=1)
-    (shared, _) = everyrank.launch(numerics.train_augmented, tmp_path / "2", [0, 1, 2], nproc_per_node=2)
+    (shared, _) = everyrank.launch(numerics.train_augmented, tmp_path / "2", [0, 2], nproc_per_node=2)
     for found in (alone[2], *shared.values()):
         for key in ("training", "validation"):
             losses = [[row["loss"] for row in result[key]] for result in (alone[0], found)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 from pathlib import Path
 from typing import Any
@@ -229,6 +230,8 @@ def train_augmented(folder: Path, num_workers: list[int]) -> dict[int, dict[str,
             data, held_out = Augmented(tiny.make_data(43)), Augmented(tiny.make_data(20, seed=1))
             loaders = trainer.prepare_dataloaders(train_dataset=data, val_dataset=held_out)
             found[number] = tiny.outcome(trainer, trainer.run_training(*loaders[:2]))
+            del trainer, loaders
+            gc.collect()  # ends the loader processes; those of a rank that ends leave their temporary folders
     return found
 
 
