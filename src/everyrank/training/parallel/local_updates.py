@@ -28,7 +28,7 @@ from everyrank.errors import CheckpointError
 from everyrank.runtime.world import World
 from everyrank.training.ema import WeightAverage
 from everyrank.training.parallel.config import LocalUpdatesConfig, OuterOptimizerConfig, ParallelConfig
-from everyrank.training.parallel.flat import as_real, flat_buckets, send_from_main, split_flat
+from everyrank.training.parallel.wrapping.flat import as_real, flat_buckets, send_from_main, split_flat
 
 
 class LocalUpdates:

@@ -17,8 +17,8 @@ from everyrank.errors import ConfigError
 from everyrank.runtime.world import World
 from everyrank.training.parallel.compression import mean_in_bfloat16, mean_in_float16
 from everyrank.training.parallel.config import ParallelConfig
-from everyrank.training.parallel.flat import send_from_main
 from everyrank.training.parallel.powersgd import PowerSGD, mean_by_powersgd
+from everyrank.training.parallel.wrapping.flat import send_from_main
 
 _POWERSGD = "_everyrank_powersgd"
 
