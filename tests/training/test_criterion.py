@@ -8,10 +8,10 @@ import numerics
 import pytest
 import tiny
 import torch
-from everyrank.training.evaluation.evaluators.parts import relation_to_parts
 from torch import Tensor
 
 import everyrank
+from everyrank.training.decisions.criterion import relation_to_parts
 
 
 @pytest.mark.parametrize("size", [1, 2])

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from everyrank.errors import ConfigError
 from everyrank.training.batch import make_apply, make_mover
 from everyrank.training.config import TrainerConfig, TrainingConfig
+from everyrank.training.decisions.criterion import look_at_criterion
 from everyrank.training.ema import WeightAverage
-from everyrank.training.evaluation.evaluators.parts import look_at_criterion
 from everyrank.training.parallel.local_updates import LocalUpdates
 from everyrank.training.parallel.wrapping import records_its_graph, without_sync
 from everyrank.training.parameter_groups import Frozen

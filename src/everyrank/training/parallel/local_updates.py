@@ -25,10 +25,10 @@ from everyrank.checkpoint.encoding import flatten_state, unflatten_state
 from everyrank.checkpoint.reading import LoadedCheckpoint
 from everyrank.config.resolve import construct
 from everyrank.errors import CheckpointError
+from everyrank.runtime.flat_tensors import as_real, flat_buckets, send_from_main, split_flat
 from everyrank.runtime.world import World
 from everyrank.training.ema import WeightAverage
 from everyrank.training.parallel.config import LocalUpdatesConfig, OuterOptimizerConfig, ParallelConfig
-from everyrank.training.parallel.wrapping.flat import as_real, flat_buckets, send_from_main, split_flat
 
 
 class LocalUpdates:

@@ -14,11 +14,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from everyrank.errors import ConfigError
+from everyrank.runtime.flat_tensors import send_from_main
 from everyrank.runtime.world import World
 from everyrank.training.parallel.compression import mean_in_bfloat16, mean_in_float16
 from everyrank.training.parallel.config import ParallelConfig
 from everyrank.training.parallel.powersgd import PowerSGD, mean_by_powersgd
-from everyrank.training.parallel.wrapping.flat import send_from_main
 
 _POWERSGD = "_everyrank_powersgd"
 
