@@ -98,6 +98,7 @@ def run_program(run: Mapping[str, Any], local_rank: int | None = None) -> int:
     from everyrank.program import rank
     from everyrank.program.command import Program
 
+    _rehearse()
     program = Program.from_mapping(run["program"])
     try:
         return rank.run_program(program, run["dir"], prefix=run["prefix"], show=run["show"], local_rank=local_rank)
@@ -114,6 +115,7 @@ def run_app(cfg: DictConfig) -> tuple[int, Any]:
     Returns:
         The exit code, and what the app returned.
     """
+    _rehearse()
     from everyrank.launch_env.detection import detect
     from everyrank.runtime.output import tee_output
 
@@ -127,6 +129,14 @@ def run_app(cfg: DictConfig) -> tuple[int, Any]:
             return _guarded_run(cfg, rank, log_dir)
     except UserError as error:
         return _report(error, rank, log_dir, EXIT_BAD_INPUT), None
+
+
+def _rehearse() -> None:
+    """In a rank that is to rehearse and was forked: it did not start as a Python of its own."""
+    if os.environ.get("EVERYRANK_REHEARSE"):
+        from everyrank.rehearsal import install
+
+        install()
 
 
 def _guarded_run(cfg: DictConfig, rank: int, log_dir: str) -> tuple[int, Any]:

@@ -16,7 +16,16 @@ import everyrank
 from conftest import ROOT
 from everyrank.cli.main import run
 
-_PAGES = ("index", "getting_started", "drivers", "single_gpu_to_ddp", "exactly_once", "causal_sets", "troubleshooting")
+_PAGES = (
+    "index",
+    "getting_started",
+    "drivers",
+    "single_gpu_to_ddp",
+    "exactly_once",
+    "causal_sets",
+    "rehearsal",
+    "troubleshooting",
+)
 _BASH = re.compile(r"^```bash\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _APP = re.compile(r"^```python\n# my_app\.py\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 

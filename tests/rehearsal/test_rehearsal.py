@@ -52,6 +52,46 @@ def _losses(output: str, device: str) -> dict[int, list[float]]:
     return found
 
 
+@pytest.mark.slow
+def test_shards_and_checkpoints_are_those_of_the_cpu(tmp_path: Path) -> None:
+    """FSDP2 (meta device, mixed precision, DCP) and tensor parallelism; the first FSDP trains as well."""
+    rehearsed = _parts(_run(*REHEARSED, *TORCHRUN, PROGRAMS / "sharded.py", tmp_path / "rehearsed", cwd=tmp_path))
+    plain = _parts(_run(*TORCHRUN, PROGRAMS / "sharded.py", tmp_path / "plain", cwd=tmp_path))
+    assert {(rank, name) for rank, name, _ in rehearsed} == {
+        (rank, name) for rank in "01" for name in ("fsdp2", "fsdp1", "tensor parallel")
+    }
+    for rank, name, device in plain:
+        assert device == "cpu"
+        assert rehearsed[rank, name, "cuda"] == plain[rank, name, device]
+    for losses in rehearsed.values():
+        assert len(losses) == 6
+        assert losses[-1] < losses[0]
+
+
+def _parts(output: str) -> dict[tuple[str, str, str], list[float]]:
+    found = re.findall(r"rank (\d) ([\w ]+) on (\w+): ([\d. ]+)", output)
+    return {(rank, name, device): [float(loss) for loss in losses.split()] for rank, name, device, losses in found}
+
+
+def test_spawned_ranks_collect_and_share_their_moments(tmp_path: Path) -> None:
+    output = _run(*REHEARSED, sys.executable, PROGRAMS / "spawned.py", tmp_path / "init", cwd=tmp_path)
+    assert "2 GPUs" in output
+    for rank in (0, 1):
+        assert f"rank {rank} of 2: 4 steps, the weights of one process" in output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("library", ["accelerate", "fabric"])
+def test_libraries_choose_cuda_by_themselves(tmp_path: Path, library: str) -> None:
+    pytest.importorskip("lightning.fabric" if library == "fabric" else library)
+    rehearsed = _run(*REHEARSED, *TORCHRUN, PROGRAMS / "libraries.py", library, cwd=tmp_path)
+    plain = _run(*TORCHRUN, PROGRAMS / "libraries.py", library, cwd=tmp_path, ACCELERATE_USE_CPU="true")
+    loss = re.search(r"rank 0 of 2 on cpu(?::0)?: 12 steps, loss ([\d.]+)", plain)
+    assert loss is not None, plain
+    for rank in (0, 1):
+        assert f"rank {rank} of 2 on cuda:{rank}: 12 steps, loss {loss[1]}" in rehearsed
+
+
 def test_a_sitecustomize_of_the_users_runs_as_well(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text("print('mine was run')")
     code = "import sys; print('torch' in sys.modules); import torch; print(torch.cuda.device_count())"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -170,3 +171,19 @@ def _announce(cfg: DictConfig, rank: int) -> None:
 
 if __name__ == "__main__":
     ScriptTrains.main(sys.argv[-1])  # the legacy launcher puts --local-rank=N before it
+
+
+class Rehearsed:
+    """Says which device and backend it has, and how many devices a Python that it starts counts."""
+
+    def run(self, cfg: DictConfig) -> None:
+        count = "import torch; print(torch.cuda.device_count())"
+        with everyrank.join(**cfg.distributed) as world:
+            child = subprocess.run([sys.executable, "-c", count], capture_output=True, text=True, check=True)
+            total = everyrank.reduce_sum(torch.ones(1, device=world.device))
+            backend = torch.distributed.get_backend() if world.is_distributed else "nccl"
+            print(
+                f"rank {world.rank} on {world.device} of {int(total)}, by {backend}; "
+                f"its child counts {child.stdout.strip()}",
+                flush=True,
+            )

@@ -17,7 +17,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from everyrank.cli.program_arguments import SCRIPT_APP, name_script, script_words
-from everyrank.cli.run_config import DistributedConfig, EnvConfig, RunConfig
+from everyrank.cli.run_config import DistributedConfig, EnvConfig, RehearseConfig, RunConfig
 from everyrank.cli.run_folder import RunFolder
 from everyrank.config.resolve import import_object
 from everyrank.config.schema import build
@@ -60,7 +60,7 @@ def launch_config(cfg: DictConfig, words: Sequence[str] | None = None, sys_path:
         request, folder = _request(resolved, raw, shared, driver_class, tuple(sys_path))
         if foreign is not None and not driver_config.dry_run:
             print(f"notice: driver={driver_class.name} is not used: {foreign}", file=sys.stderr)
-            return _run_here(resolved, folder, request, resolved["env"]["variables"])
+            return _run_here(resolved, folder, request, request.env)
         plan = driver_class(driver_config).plan(request)
         if driver_config.dry_run:
             print(plan.render(with_files=True), flush=True)
@@ -130,12 +130,13 @@ def _request(
         run["program"] = program.as_mapping()
         if not driver_class.is_elsewhere:
             check_program(program)
+    variables = handed_over(resolved, raw)
     request = LaunchRequest(
         config_file=os.path.join(folder.path, "run.yaml"),
         config_text=yaml.safe_dump(hide(resolved, raw), sort_keys=False, allow_unicode=True),
         run_dir=folder.path,
         cwd=os.getcwd(),
-        env=handed_over(resolved, raw),
+        env={**variables, **_rehearsal(resolved, variables)},
         program=program,
         sys_path=tuple(os.path.abspath(p) if p == "" else p for p in sys.path) if program is None else sys_path,
         device=distributed.device,
@@ -169,6 +170,15 @@ def _section(schema: type[Any], resolved: dict[str, Any], name: str) -> Any:
         return build(schema, resolved[name], what=f"{name} section")
     except ConfigError as error:
         raise ConfigError(f"the {name} section is wrong:", [f"{name}.{p}" for p in error.problems]) from error
+
+
+def _rehearsal(resolved: dict[str, Any], variables: Mapping[str, str]) -> dict[str, str]:
+    """The variables that make the ranks rehearse a GPU program, if they are to."""
+    if build(RehearseConfig, {"rehearse": resolved.get("rehearse")}).rehearse is None:
+        return {}
+    from everyrank.rehearsal import environment
+
+    return environment(1, {**os.environ, **variables})
 
 
 def _driver(values: dict[str, Any]) -> tuple[Any, type[Driver]]:

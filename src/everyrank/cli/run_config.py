@@ -38,6 +38,15 @@ class RunConfig:
 
 
 @section
+class RehearseConfig:
+    """``rehearse``: whether a GPU program runs on the CPU."""
+
+    rehearse: Literal["cpu"] | None = field(
+        default=None, doc="cpu: a program for CUDA and NCCL runs its training on CPU ranks, unchanged."
+    )
+
+
+@section
 class DistributedConfig:
     """``distributed``: how the processes join."""
 

@@ -51,6 +51,8 @@ class RunFolder:
         """
         run, env = resolved["run"], resolved["env"]
         base = _plain("run.name", run["name"]) if run["name"] else default_name(resolved["app"])
+        if resolved.get("rehearse"):
+            base += "-rehearsed"  # the real run must not go on from its checkpoints
         root = os.path.abspath(env["output_dir"])
         if run["dir"]:
             return cls(os.path.basename(run["dir"]), os.path.abspath(run["dir"]), shared, is_asked_for=True)

@@ -160,11 +160,12 @@ class Driver(Protocol):
 def python_path(request: LaunchRequest) -> dict[str, str]:
     """``PYTHONPATH`` for a launcher that starts fresh interpreters: the apps of this process are found there, too.
 
-    A program finds its modules as it does by itself.
+    The folders that the ranks' own variables name come first. A program finds its modules as it does by itself.
     """
     if request.program is not None:
         return {}
-    return {"PYTHONPATH": os.pathsep.join(os.path.abspath(path) for path in sys.path if path)}
+    folders = [*request.env.get("PYTHONPATH", "").split(os.pathsep), *sys.path]
+    return {"PYTHONPATH": os.pathsep.join(dict.fromkeys(os.path.abspath(path) for path in folders if path))}
 
 
 def rank_variables(request: LaunchRequest, threads_per_rank: int) -> dict[str, str]:

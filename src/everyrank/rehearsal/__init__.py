@@ -18,19 +18,29 @@ def environment(local_world_size: int, environ: Mapping[str, str] | None = None)
     """Variables that make every Python of a job rehearse, also those which the program starts itself.
 
     Args:
-        local_world_size: CUDA devices to show where no launcher says how many ranks this machine has.
-        environ: The variables the job would have otherwise, for their PYTHONPATH; those of this process by default.
+        local_world_size: CUDA devices to show where no launcher says how many ranks this machine has, and
+            EVERYRANK_REHEARSE_DEVICES does not either.
+        environ: The variables the job would have otherwise; those of this process by default.
 
     Returns:
         The variables to set. A ``sitecustomize`` of the user's is run as before.
     """
-    python_path = (os.environ if environ is None else environ).get("PYTHONPATH", "")
-    folders = [_SITE, *(folder for folder in python_path.split(os.pathsep) if folder and folder != _SITE)]
-    return {REHEARSE: "cpu", DEVICES: str(local_world_size), "PYTHONPATH": os.pathsep.join(folders)}
+    environ = os.environ if environ is None else environ
+    python_path = environ.get("PYTHONPATH", "").split(os.pathsep)
+    folders = [_SITE, *(folder for folder in python_path if folder and folder != _SITE)]
+    return {
+        REHEARSE: "cpu",
+        DEVICES: environ.get(DEVICES) or str(local_world_size),
+        "PYTHONPATH": os.pathsep.join(folders),
+    }
 
 
 def install() -> None:
-    """Rehearse in this process, from its first ``import torch`` on, or at once if torch is imported already."""
+    """Rehearse in this process, from its first ``import torch`` on, or at once if torch is imported already.
+
+    The Pythons that it starts rehearse as well.
+    """
     from everyrank.rehearsal.hook import install_hook
 
+    os.environ.update(environment(1))
     install_hook()

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from everyrank.errors import EXIT_BAD_INPUT
-from everyrank.rehearsal import environment
+from everyrank.rehearsal import DEVICES, environment
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -18,14 +18,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Run a command whose Python programs were written for CUDA and NCCL on the CPU, unchanged.",
         epilog="example: python -m everyrank.rehearsal -- torchrun --nproc-per-node=2 train.py",
     )
-    parser.add_argument(
-        "-n", "--devices", type=int, default=1, help="CUDA devices to show where no launcher says it (default: 1)"
-    )
+    parser.add_argument("-n", "--devices", type=int, help="CUDA devices to show where no launcher says it (default: 1)")
     parser.add_argument("command", nargs="+", help="the command, after --")
     arguments = parser.parse_args(argv)
-    if arguments.devices < 1:
-        parser.error(f"--devices={arguments.devices} was set. Fix: a number of devices, at least 1.")
-    os.environ.update(environment(arguments.devices))
+    if arguments.devices is not None:
+        if arguments.devices < 1:
+            parser.error(f"--devices={arguments.devices} was set. Fix: a number of devices, at least 1.")
+        os.environ[DEVICES] = str(arguments.devices)
+    os.environ.update(environment(1))
     try:
         os.execvp(arguments.command[0], arguments.command)
     except OSError as error:

@@ -50,13 +50,26 @@ def _data_parallel_init(original: Any) -> Any:
     return init
 
 
+class _Sum(torch.autograd.Function):
+    """The sum over ranks; each rank's part of the gradient is the sum of the gradients of all."""
+
+    @staticmethod
+    def forward(context: Any, tensor: torch.Tensor, group: Any) -> torch.Tensor:
+        context.group = group
+        total = tensor.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(context: Any, *gradients: torch.Tensor) -> Any:
+        return _Sum.apply(gradients[0], context.group), None
+
+
 def _sync_batch_norm(layer: Any, input: torch.Tensor) -> torch.Tensor:
     """Batch normalization with the moments of all ranks' samples, by two sums that autograd sees.
 
     Ioffe and Szegedy, 2015: the batch's mean and biased variance normalize it, the unbiased one is kept.
     """
-    from torch.distributed.nn.functional import all_reduce
-
     layer._check_input_dim(input)
     use_batch = layer.training or (layer.running_mean is None and layer.running_var is None)
     group = layer.process_group or (dist.group.WORLD if dist.is_initialized() else None)
@@ -65,12 +78,12 @@ def _sync_batch_norm(layer: Any, input: torch.Tensor) -> torch.Tensor:
     axes = [axis for axis in range(input.dim()) if axis != 1]
     x = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
     count = x.new_full((1,), x.numel() // x.shape[1])
-    sums = all_reduce(torch.cat([x.sum(axes), count]), group=group)
+    sums = _Sum.apply(torch.cat([x.sum(axes), count]), group)
     total = sums[-1].detach()
     shape = [1, -1, *[1] * (x.dim() - 2)]
     mean = sums[:-1] / total
     centred = x - mean.view(shape)
-    variance = all_reduce((centred * centred).sum(axes), group=group) / total
+    variance = _Sum.apply((centred * centred).sum(axes), group) / total
     if layer.training and layer.track_running_stats:
         with torch.no_grad():
             layer.num_batches_tracked.add_(1)
