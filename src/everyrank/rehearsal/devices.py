@@ -47,7 +47,9 @@ def count() -> int:
     shown, named = 1, int(os.environ.get(DEVICES) or 0)
     try:
         found = detect()
-        shown = named if named and found.launcher in _TELL_NO_NUMBER else found.local_world_size
+        shown = found.local_world_size
+        if found.launcher in _TELL_NO_NUMBER:
+            shown = max(shown, named)
     except LaunchEnvironmentError:  # the program sets RANK and the like itself, one after the other
         shown = named or 1
     visible = [entry for entry in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if entry.strip()]

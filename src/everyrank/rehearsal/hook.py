@@ -14,7 +14,7 @@ from everyrank.rehearsal.refusals import CUDA_PACKAGES, refuse_import
 
 # What is done after which module was imported: the name of a function, imported when it is needed.
 _AFTER = {
-    "torch": "everyrank.rehearsal.install:install",
+    "torch": "everyrank.rehearsal.switch:switch_on",
     "torch.utils.cpp_extension": "everyrank.rehearsal.refusals:refuse_cuda_extensions",
     "torch.distributed.fsdp": "everyrank.rehearsal.modules:fsdp_on_cpu",
     "torch.nn.attention": "everyrank.rehearsal.modules:attention_on_cpu",

@@ -19,7 +19,7 @@ from everyrank.rehearsal.patching import replace, replace_elsewhere
 from everyrank.rehearsal.tensors import replace_tensor_methods
 
 
-def install() -> None:
+def switch_on() -> None:
     """Replace what needs CUDA or NCCL. The hook calls it, once a process."""
     replace_factories()
     replace_tensor_methods()
