@@ -143,7 +143,8 @@ def _guarded_run(cfg: DictConfig, rank: int, log_dir: str) -> tuple[int, Any]:
     from everyrank.diagnosis.rank.stack_dump import register_stack_dump
     from everyrank.runtime.logs import setup_logging
 
-    register_stack_dump(file=sys.__stderr__)  # kill -QUIT PID shows where a rank is, also inside a collective
+    # SIGQUIT shows where a rank is, also inside a collective; not on stderr, which driver=launch keeps from people.
+    register_stack_dump(file=sys.__stdout__)
     setup_logging(rank, cfg.run.get("log_level"), log_file(log_dir, rank))
     try:
         result = load_app(cfg.app._target_).run(cfg)

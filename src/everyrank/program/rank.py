@@ -11,6 +11,7 @@ from types import TracebackType
 
 from everyrank.diagnosis.rank import reporter
 from everyrank.diagnosis.rank.record import record_error
+from everyrank.diagnosis.rank.stack_dump import register_stack_dump
 from everyrank.diagnosis.rank_files import error_file, log_file
 from everyrank.elastic.guard import add_site
 from everyrank.errors import EXIT_BAD_INPUT, EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_OK
@@ -47,6 +48,7 @@ def run_program(program: Program, run_dir: str, *, prefix: str, show: str, local
         shown = not several or show == "all" or (show == "main" and rank == 0)
         divert_output(log_file(log_dir, rank), prefix=f"[rank {rank}] " if tagged else "", on_console=shown)
     reporter.start()
+    register_stack_dump()
     argv = list(program.argv)
     if local_rank is not None:
         argv.insert(1, f"{program.local_rank_option or '--local-rank'}={local_rank}")
