@@ -60,6 +60,9 @@ def cannot_start_alone(program: Program) -> Iterator[Finding]:
         given = argument(join, "rank")
         if given is not None and not program.is_global_rank(given):
             continue
+        size = argument(join, "world_size")
+        if size is not None and not _is_of_launcher(program, size):
+            continue  # a number of the program's own: it would wait for ranks that nobody starts
         if not program.guards.runs_on_every_rank(join) or any(isinstance(p, ast.Try) for p in module.ancestors(join)):
             continue
         name, imports = module.name_for("os")
@@ -77,6 +80,12 @@ def cannot_start_alone(program: Program) -> Iterator[Finding]:
             "Fix: without a launcher be a world of one.",
             fix,
         )
+
+
+def _is_of_launcher(program: Program, node: ast.expr) -> bool:
+    """Whether a world size was read from what the launcher set."""
+    values = [node, *(program.values_of(node) if isinstance(node, ast.Name | ast.Attribute) else ())]
+    return any("WORLD_SIZE" in ast.unparse(value) for value in values)
 
 
 def _looks_for_launcher(program: Program) -> bool:
