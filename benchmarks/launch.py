@@ -133,6 +133,7 @@ def _contenders(folder: str) -> dict[str, Callable[[], dict[str, float]]]:
             f"driver.start_method={method}",
             *app,
         ]
+    commands["everyrank run -- script"] = [python, run, "-n", "2", f"env.output_dir={folder}/outputs", "--", "bare.py"]
     commands["everyrank.launch"] = [python, "function.py"]
     return {name: lambda c=command: _measure(c, folder) for name, command in commands.items()}  # type: ignore[misc]
 
