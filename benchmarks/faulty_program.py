@@ -35,6 +35,7 @@ class Samples(Dataset):
 
     def __getitem__(self, index: int) -> torch.Tensor:
         if index == self.bad:
+            stamp()
             if self.kind == "stuck_loader":
                 time.sleep(600)  # fault: stuck_loader
             if self.kind == "raising_loader":
@@ -42,6 +43,14 @@ class Samples(Dataset):
             if self.kind == "killed_worker":
                 os.kill(os.getpid(), signal.SIGKILL)
         return torch.randn(8, generator=torch.Generator().manual_seed(index))
+
+
+def stamp() -> None:
+    """Say when the fault happened, to whoever measures how long it takes to be named."""
+    path = os.environ.get("FAULT_STAMP")
+    if path:
+        with open(path, "w") as file:
+            file.write(str(time.time()))
 
 
 def misbehave(kind: str, total: torch.Tensor) -> None:
@@ -121,6 +130,8 @@ def main() -> None:
     loader = DataLoader(Samples(kind, bad), batch_size=4, num_workers=int(in_data))
     for number, batch in enumerate(loader):
         is_now = rank == guilty and number == step
+        if is_now:
+            stamp()
         loss = model(batch).square().mean()
         optimizer.zero_grad()
         if is_now and kind == "slow_cleanup":
@@ -139,6 +150,8 @@ def main() -> None:
         optimizer.step()
         if kind == "slow_step" and is_now:
             time.sleep(14)
+        if kind == "slow_validation" and rank == 0 and number % 10 == 9:
+            sum(float(torch.randn(300, 300).matmul(torch.randn(300, 300)).sum()) for _ in range(4000))
         share(kind if is_now else "", loss)
     dist.barrier()
     print(f"rank {rank} is done", flush=True)

@@ -24,10 +24,11 @@ from everyrank.config.schema import build
 from everyrank.config.secrets import handed_over, hide
 from everyrank.diagnosis.judge import conclude, last_block
 from everyrank.diagnosis.outcome import Outcome
+from everyrank.diagnosis.telling import describe
 from everyrank.diagnosis.watch_config import WatchConfig
 from everyrank.diagnosis.watcher import Watcher
 from everyrank.drivers.driver import Driver, LaunchPlan, LaunchRequest
-from everyrank.errors import EXIT_BAD_INPUT, EXIT_OK, EXIT_PREEMPTED, ConfigError, UserError, did_you_mean
+from everyrank.errors import EXIT_BAD_INPUT, EXIT_FAILURE, EXIT_OK, EXIT_PREEMPTED, ConfigError, UserError, did_you_mean
 from everyrank.program.command import Program, check_program, read_program
 from everyrank.program.output import wait_for_logs
 
@@ -83,6 +84,9 @@ def _carry_out(
         return _run_here(resolved, folder, request, {**request.env, **plan.env})
     with Watcher(folder.path, request.watch, plan.world_size or 0, shared=folder.shared) as watcher:
         outcome = driver.run(plan, request)
+    if outcome.exit_code == EXIT_OK and (mismatch := watcher.silent_mismatch()):
+        print(describe(mismatch, outcome.world_size), file=sys.stderr)
+        return EXIT_FAILURE, folder.result()
     if request.program is not None:
         show = resolved["run"]["show"]
         return _finish_program(outcome, plan, show=show, folder=folder, num_oom_kills=watcher.num_oom_kills)

@@ -37,6 +37,7 @@ _COMMANDS = {
     "export": "everyrank.cli.commands.export",
     "plan": "everyrank.cli.commands.plan",
     "report": "everyrank.cli.commands.report",
+    "stacks": "everyrank.cli.commands.stacks",
     "torchrun": "everyrank.cli.commands.torchrun",
 }
 

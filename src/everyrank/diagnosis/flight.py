@@ -10,13 +10,13 @@ import json
 import pickle
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from everyrank.diagnosis.frames import Place, where
 
-NUM_ENTRIES = 64  # kept by torch, per process
+NUM_ENTRIES = 200  # kept by torch, per process
 # What every member of a group must pass alike. The others differ by rank on purpose, such as a root's list of tensors.
 _SAME_SIZES = {
     "all_reduce",
@@ -64,7 +64,12 @@ class Collective:
         """What must be equal on all ranks."""
         sizes = self.sizes if self.op in _SAME_SIZES else ""
         dtypes = self.dtypes if self.op in _SAME_TYPES else ""
-        return (self.op, sizes, dtypes, self.reduce)
+        return (self.op, sizes, dtypes)
+
+    @property
+    def reduced_content(self) -> tuple[str, ...]:
+        """The same, and the reduction."""
+        return (*self.content, self.reduce)
 
 
 def read_recorder() -> tuple[list[Collective], dict[str, list[int]]]:
@@ -136,28 +141,33 @@ def find_departure(records: Mapping[int, Sequence[Collective]]) -> Departure | N
     for key in sorted((key for key, count in keys.items() if count > 1), key=lambda key: key[1]):
         found = {rank: table[key] for rank, table in tables.items() if key in table}
         if len({c.content for c in found.values()}) > 1:
-            return _departure(found, tables, key)
+            return _departure(found, tables, key, lambda c: c.content)
+        if len({c.reduce for c in found.values() if c.reduce}) > 1:
+            return _departure(found, tables, key, lambda c: c.reduced_content)
     return None
 
 
 def _departure(
-    found: Mapping[int, Collective], tables: Mapping[int, Mapping[tuple[str, int], Collective]], key: tuple[str, int]
+    found: Mapping[int, Collective],
+    tables: Mapping[int, Mapping[tuple[str, int], Collective]],
+    key: tuple[str, int],
+    content: Callable[[Collective], tuple[str, ...]],
 ) -> Departure:
     group, seq = key
     common = [c for c in (tables[next(iter(found))].get((group, s)) for s in range(1, seq)) if c is not None]
-    votes = Counter(c.content for c in found.values()).most_common()
+    votes = Counter(content(c) for c in found.values()).most_common()
     expected: tuple[str, ...] | None = None
     reason = ""
     if votes[0][1] > 1 and (len(votes) == 1 or votes[0][1] > votes[1][1]):
         expected, reason = votes[0][0], f"{votes[0][1]} of {len(found)} ranks agree"
     else:
-        expected = _next_by_habit([c.content for c in common])
+        expected = _next_by_habit([content(c) for c in common])
         reason = "it departs from what all ranks did in earlier steps"
-    odd = [rank for rank, c in found.items() if c.content != expected]
+    odd = [rank for rank, c in found.items() if content(c) != expected]
     if expected is None or len(odd) != 1:
         return Departure(None, False, found, "")
-    after = _next_by_habit([*(c.content for c in common), expected])
-    return Departure(odd[0], found[odd[0]].content == after, found, reason)
+    after = _next_by_habit([*(content(c) for c in common), expected])
+    return Departure(odd[0], content(found[odd[0]]) == after, found, reason)
 
 
 def _next_by_habit(past: Sequence[tuple[str, ...]]) -> tuple[str, ...] | None:

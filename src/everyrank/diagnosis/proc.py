@@ -69,7 +69,7 @@ def catches(pid: int, signum: int) -> bool:
 
 
 def reads_from(thread_id: int) -> str | None:
-    """What a thread of this process is blocked reading from: a path, or None if it reads nothing."""
+    """What a thread of this process (its pid for the main one) is blocked reading from; None if it reads nothing."""
     try:
         with open(f"/proc/self/task/{thread_id}/syscall", encoding="ascii") as file:
             fields = file.read().split()

@@ -96,7 +96,7 @@ def judge_departure(reports: Mapping[int, Report]) -> Stall | None:
 def _departed(departure: Departure) -> str:
     assert departure.odd is not None
     odd = departure.by_rank[departure.odd]
-    other = next(c for rank, c in departure.by_rank.items() if c.content != odd.content)
+    other = next(c for rank, c in departure.by_rank.items() if c.reduced_content != odd.reduced_content)
     if departure.skipped:
         return f"left out a collective: it began {odd.op} while the others were in {other.op} at {other.place}"
     if odd.op != other.op:

@@ -13,19 +13,21 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from types import TracebackType
 
 from everyrank.diagnosis.proc import look_at, oom_kills
 from everyrank.diagnosis.rank_files import ask_for_reports, attempt_dir, clear_watch, newest_attempt, watch_dir
 from everyrank.diagnosis.reports import Beat, Report, read_beats, read_reports
 from everyrank.diagnosis.stalls import Stall, judge_departure, judge_stall
-from everyrank.diagnosis.telling import notice
+from everyrank.diagnosis.telling import describe, notice
 from everyrank.diagnosis.verdict import Verdict, clear_verdicts, write_verdict
 from everyrank.diagnosis.watch_config import WatchConfig
 
 _LOOK_EVERY_S = 0.5
 _ASK_AFTER_S = 2.0  # without progress: reports are asked for, and what provably cannot end is ended
 _ASK_AT_MOST_EVERY_S = 10.0
+_COMPARE_EVERY_S = 10.0
 _ANSWER_S = 1.0
 _OLD_S = 60.0  # in a shared folder: what was written longer ago is an earlier launch's
 _ABSENT_S = 4.0  # between two looks: this process itself was stopped, or the machine slept
@@ -56,6 +58,8 @@ class Watcher:
         self._thread = threading.Thread(target=self._run, name="everyrank-watcher", daemon=True)
         self._oom_kills = oom_kills()
         self._attempt = 0
+        self._mismatch: Verdict | None = None
+        self._compared_s = time.monotonic()
         self._reset()
         clear_watch(watch_dir(run_dir), older_than_s=_OLD_S if shared else 0.0)
         clear_verdicts(run_dir)
@@ -76,6 +80,24 @@ class Watcher:
         self._stop.set()
         if self._thread.ident is not None:
             self._thread.join()
+
+    def silent_mismatch(self) -> Verdict | None:
+        """Ranks that took part in a collective with different things, without anybody noticing: the numbers are wrong.
+
+        For a run that ended well; by what torch recorded of its latest collectives, and now and then before.
+        """
+        if self._mismatch is None and self.config.enabled:
+            self._compare()
+        if self._mismatch is not None:
+            write_verdict(self.run_dir, self._mismatch)
+        return self._mismatch
+
+    def _compare(self) -> None:
+        attempt = newest_attempt(watch_dir(self.run_dir))
+        reports = read_reports(attempt_dir(watch_dir(self.run_dir), attempt))
+        found = judge_departure(reports)
+        if found is not None:
+            self._mismatch = replace(stall_verdict(found, reports, 0.0, attempt), detected_after_s=None, waiting=())
 
     def _reset(self) -> None:
         self._progress: tuple[tuple[int, int], ...] = ()
@@ -105,6 +127,9 @@ class Watcher:
                 self._say("notice: the ranks go on")
             self._reset()
             self._progress = progress
+            if self._mismatch is None and now_s - self._compared_s > _COMPARE_EVERY_S:
+                self._compared_s = now_s
+                self._compare_aloud()
             return
         still_s = now_s - self._since_s
         if self._ended or not beats or still_s < self._ask_at_s:
@@ -114,6 +139,11 @@ class Watcher:
         if not self._noticed:  # be there when the stall is due
             self._ask_at_s = min(self._ask_at_s, max(self.config.stall_s, still_s + _LOOK_EVERY_S))
         self._judge(folder, beats, still_s)
+
+    def _compare_aloud(self) -> None:
+        self._compare()
+        if self._mismatch is not None:
+            self._say(f"warning: wrong numbers:\n{describe(self._mismatch, self.world_size)}")
 
     def _judge(self, folder: str, beats: Mapping[int, Beat], still_s: float) -> None:
         reports = self._ask(folder, beats)

@@ -7,14 +7,20 @@ import os
 import re
 import shlex
 import shutil
+import subprocess
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from everyrank.config.secrets import Secret
+from everyrank.diagnosis.launcher_words import exit_codes
 from everyrank.diagnosis.outcome import RankFailure
-from everyrank.diagnosis.rank_files import existing, read_error
+from everyrank.diagnosis.rank_files import existing, log_file, read_error
 from everyrank.drivers.driver import LaunchRequest
-from everyrank.errors import DriverError
+from everyrank.errors import EXIT_OK, DriverError
+
+_KEPT_BYTES = 1 << 16
+_PIPE_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -70,9 +76,45 @@ def check_hosts(hosts: Iterable[str]) -> None:
             )
 
 
-def recorded_failures(log_dir: str) -> tuple[RankFailure, ...]:
-    """The ranks that left a record of an exception in the run's logs."""
-    return tuple(_failures(log_dir))
+class LastWords:
+    """Passes a launcher's standard error on as it comes, and keeps the end of it.
+
+    Args:
+        process: The launcher, started with ``stderr=subprocess.PIPE``.
+    """
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        assert process.stderr is not None
+        self._pipe = process.stderr
+        self._kept = b""
+        self._thread = threading.Thread(target=self._copy, daemon=True)
+        self._thread.start()
+
+    def _copy(self) -> None:
+        with self._pipe:
+            while chunk := os.read(self._pipe.fileno(), 1 << 16):
+                self._kept = (self._kept + chunk)[-_KEPT_BYTES:]
+                os.write(2, chunk)
+
+    def text(self) -> str:
+        """The last words of a launcher that has ended."""
+        self._thread.join(timeout=_PIPE_S)  # a child that outlives it may hold the pipe
+        return self._kept.decode(errors="replace")
+
+
+def recorded_failures(log_dir: str, words: str = "") -> tuple[RankFailure, ...]:
+    """The ranks that left a record of an exception in the run's logs, and those whose end their launcher tells.
+
+    Args:
+        log_dir: Folder of the logs.
+        words: What the launcher printed.
+    """
+    failures = {failure.rank: failure for failure in _failures(log_dir)}
+    for rank, code in exit_codes(words).items():
+        if rank not in failures and code != EXIT_OK:
+            log = existing(log_file(log_dir, rank))
+            failures[rank] = RankFailure(rank=rank, exit_code=code, log_file=log)
+    return tuple(failure for _, failure in sorted(failures.items()))
 
 
 def _failures(log_dir: str) -> Iterator[RankFailure]:

@@ -8,15 +8,16 @@ import subprocess
 import sys
 
 from everyrank.config.schema import field, section
-from everyrank.diagnosis.outcome import Outcome, RankFailure
-from everyrank.diagnosis.rank_files import clear_errors, existing, read_error
+from everyrank.diagnosis.outcome import Outcome
+from everyrank.diagnosis.rank_files import clear_errors
+from everyrank.drivers.cluster import recorded_failures
 from everyrank.drivers.driver import DriverConfig, LaunchPlan, LaunchRequest, python_path, rank_variables
 from everyrank.elastic.guarded import guarded
 from everyrank.elastic.machine import resolve_nproc
 from everyrank.elastic.process.sweep import MARK
 from everyrank.elastic.process.sweeping import new_mark, swept
 from everyrank.elastic.signals import forwarded, signals_to
-from everyrank.errors import EXIT_FAILURE, DriverError
+from everyrank.errors import DriverError
 from everyrank.launch_env.process_environment import SUPERVISED
 from everyrank.rendezvous.ports import check_port_is_free
 
@@ -105,26 +106,16 @@ class LegacyLaunchDriver:
         env.update(python_path(request))
         command = guarded(plan.command)
         os.makedirs(request.log_dir, exist_ok=True)
-        with open(os.path.join(request.log_dir, "launcher.log"), "ab") as log, swept(mark[MARK]):
+        log_path = os.path.join(request.log_dir, "launcher.log")
+        with open(log_path, "wb") as log, swept(mark[MARK]):
             process = subprocess.Popen(
                 command, cwd=request.cwd, env=env, stdin=subprocess.DEVNULL, stderr=log, start_new_session=True
             )
             with forwarded(signals_to(process), lambda: os.killpg(process.pid, signal.SIGKILL)) as told:
                 code = process.wait()
-        failures = _failures(request.log_dir)
-        if code and not failures:
-            log_file = existing(os.path.join(request.log_dir, "launcher.log"))
-            failures = (RankFailure(rank=0, exit_code=code if code > 0 else EXIT_FAILURE, log_file=log_file),)
-        return Outcome(failures=failures, signum=told.signum, world_size=plan.world_size or 0)
-
-
-def _failures(log_dir: str) -> tuple[RankFailure, ...]:
-    failures = []
-    for name in sorted(os.listdir(log_dir)):
-        error = read_error(os.path.join(log_dir, name)) if name.endswith(".error.json") else None
-        if error is not None:
-            log_file = existing(os.path.join(log_dir, name.replace(".error.json", ".log")))
-            failures.append(
-                RankFailure(rank=int(error["rank"]), exit_code=int(error["exit_code"]), error=error, log_file=log_file)
-            )
-    return tuple(failures)
+        with open(log_path, encoding="utf-8", errors="replace") as log_text:
+            failures = recorded_failures(request.log_dir, log_text.read()) if code else ()
+        message = ""
+        if code and not failures and told.signum is None:
+            message = f"error: torch.distributed.launch ended with exit code {code}\n  its log: {log_path}"
+        return Outcome(failures=failures, signum=told.signum, message=message, world_size=plan.world_size or 0)

@@ -11,14 +11,14 @@ from dataclasses import replace
 from everyrank.config.schema import field, section
 from everyrank.diagnosis.outcome import Outcome, RankFailure
 from everyrank.diagnosis.rank_files import clear_errors
-from everyrank.drivers.cluster import MPI, check_hosts, recorded_failures
+from everyrank.drivers.cluster import MPI, LastWords, check_hosts, recorded_failures
 from everyrank.drivers.driver import DriverConfig, LaunchPlan, LaunchRequest, python_path, rank_variables
 from everyrank.elastic.guarded import guarded
 from everyrank.elastic.machine import resolve_nproc
 from everyrank.elastic.process.sweep import MARK
 from everyrank.elastic.process.sweeping import new_mark, swept
 from everyrank.elastic.signals import forwarded, signals_to
-from everyrank.errors import EXIT_FAILURE, DriverError
+from everyrank.errors import EXIT_PREEMPTED, DriverError
 
 
 @section
@@ -105,10 +105,13 @@ class MpiDriver:
                 env={**os.environ, **plan.env, **mark},
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
+                stderr=subprocess.PIPE,
             )
+            words = LastWords(process)
             with forwarded(signals_to(process), lambda: os.killpg(process.pid, signal.SIGKILL)) as told:
                 code = process.wait()
-        failures = recorded_failures(request.log_dir)
-        if code and not failures:
-            failures = (RankFailure(rank=0, exit_code=code if code > 0 else EXIT_FAILURE),)
-        return Outcome(failures=failures if code else (), signum=told.signum, world_size=plan.world_size or 0)
+        failures = recorded_failures(request.log_dir, words.text()) if code else ()
+        if code == EXIT_PREEMPTED and not failures:
+            failures = (RankFailure(rank=0, exit_code=code),)
+        message = f"error: mpirun ended with exit code {code}; what it said is above" if code and not failures else ""
+        return Outcome(failures=failures, signum=told.signum, message=message, world_size=plan.world_size or 0)

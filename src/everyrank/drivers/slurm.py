@@ -79,7 +79,8 @@ class SlurmDriver:
 
         with forwarded(send, lambda: send(signal.SIGKILL)) as told:
             state, code = self._follow(job, log_file(request.log_dir, 0))
-        return self._outcome(job, state, code, log, told.signum, recorded_failures(request.log_dir))
+        failures = recorded_failures(request.log_dir, "\n".join(_last_lines(log, 200)))
+        return self._outcome(job, state, code, log, told.signum, failures)
 
     def _submit(self, plan: LaunchPlan) -> str:
         done = subprocess.run(
@@ -172,9 +173,9 @@ def _job_facts(job: str) -> dict[str, str]:
     return {key: value for key, _, value in pairs}
 
 
-def _last_lines(path: str) -> list[str]:
+def _last_lines(path: str, number: int = 20) -> list[str]:
     try:
         with open(path, encoding="utf-8", errors="replace") as file:
-            return [line.rstrip() for line in file.readlines()[-20:]]
+            return [line.rstrip() for line in file.readlines()[-number:]]
     except OSError:
         return []

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, TextIO
 
 from everyrank.diagnosis.flight import read_recorder, to_json
@@ -23,6 +24,7 @@ from everyrank.diagnosis.proc import here, look_at, reads_from
 from everyrank.diagnosis.rank import last_words
 from everyrank.diagnosis.rank.loader_workers import STACKS_SIGNAL, answer_with_samples, workers_of
 from everyrank.diagnosis.rank.record import describe_error, record_error
+from everyrank.diagnosis.rank.reductions import note_reductions, reductions
 from everyrank.diagnosis.rank_files import (
     WATCH,
     ask_for_reports,
@@ -126,6 +128,8 @@ class Reporter:
     def _tick(self) -> None:
         c10d: Any = sys.modules.get("torch.distributed.distributed_c10d")
         joined = c10d is not None and hasattr(c10d, "is_initialized") and c10d.is_initialized()
+        if c10d is not None:
+            note_reductions(c10d)
         if joined:
             last_words.prepare(self._say_last_words)
             if self.rank is None:  # a process that the program started itself
@@ -168,8 +172,9 @@ class Reporter:
             self._ended = ended
             stack = self._stack()
             collectives, groups = read_recorder()
+            named = reductions()
+            collectives = [replace(c, reduce=named.get((c.group, c.seq), "")) for c in collectives]
             facts = look_at(self.pid)
-            native = self._main.native_id or self.pid
             handled = sys._current_exceptions().get(self._main.ident or 0)
             error = handled[1] if isinstance(handled, tuple) else handled
             report = {
@@ -188,7 +193,7 @@ class Reporter:
                 "in_backward": may_wait_in_backward(stack),
                 "in_loader": waits_for_data(stack),
                 "cpu_s": facts.cpu_s if facts else 0.0,
-                "reads": reads_from(native),
+                "reads": reads_from(self.pid),
                 "handling": describe_error(error, self.rank, 1) if isinstance(error, Exception) else None,
                 "collectives": to_json(collectives),
                 "groups": groups,

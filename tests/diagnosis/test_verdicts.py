@@ -1,0 +1,68 @@
+"""Every kind of fault is named with its rank and cause, by the campaign that benchmarks run at length."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from waiting import WAITS, rank_pids
+
+from conftest import ROOT, RunCli
+
+FAULTY = str(ROOT / "benchmarks" / "faulty_program.py")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_each_kind_of_fault_is_named(tmp_path: Path) -> None:
+    out = tmp_path / "verdicts.json"
+    command = [sys.executable, str(ROOT / "benchmarks" / "verdicts.py"), "--num=24", "--bare=0", "--jobs=3"]
+    subprocess.run([*command, "--drivers", "torchrun", "--out", str(out)], check=True, cwd=tmp_path)
+    rows = json.loads(out.read_text())["faults"]
+    assert len({row["kind"] for row in rows}) == 24
+    assert [row for row in rows if row["judged"] != "right"] == []
+
+
+@pytest.mark.parametrize("driver", ["launch", "mpi"])
+def test_a_rank_that_leaves_no_word_is_named_by_its_launcher(run_cli: RunCli, tmp_path: Path, driver: str) -> None:
+    done = run_cli("run", f"driver={driver}", "--", FAULTY, "hard_exit", "1", "5", program=_EVERYRANK)
+    assert done.returncode == 1
+    assert "error: rank 1 of 2 failed: exit code 4" in done.stderr, done.stderr
+    verdict = json.loads(next(tmp_path.glob("outputs/*/verdict.json")).read_text())
+    assert (verdict["rank"], verdict["cause"], verdict["exit_code"]) == (1, "exited", 4)
+
+
+def test_each_attempt_keeps_its_verdict(run_cli: RunCli, tmp_path: Path) -> None:
+    """The guilty rank raises in every attempt; it is told at each restart, and written down."""
+    settings = ("run", "driver=torchrun", "driver.max_restarts=1", "--", FAULTY, "raise", "1", "3")
+    done = run_cli(*settings, program=_EVERYRANK)
+    assert done.returncode == 1
+    assert "notice: rank 1 failed: ValueError: something is wrong here" in done.stderr
+    first, last = (next(tmp_path.glob(f"outputs/*/{name}.json")) for name in ("verdict-0", "verdict"))
+    assert [json.loads(path.read_text())["attempt"] for path in (first, last)] == [0, 1]
+
+
+def test_the_stacks_of_a_live_run_are_shown(
+    run_cli: RunCli, start_cli: Callable[..., subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    process = start_cli("driver=torchrun", *WAITS)
+    os.kill(rank_pids(tmp_path / "told")[1], signal.SIGSTOP)
+    done = run_cli("stacks", str(next(tmp_path.glob("outputs/*"))), program=_EVERYRANK)
+    assert done.returncode == 0, done.stderr
+    awake, stopped = done.stdout.split("rank 1:")
+    assert awake.startswith("rank 0:")
+    assert "probe_apps.py" in awake
+    assert "is stopped" in stopped
+    process.kill()
+    done = run_cli("stacks", str(tmp_path), program=_EVERYRANK)
+    assert done.returncode == 2
+    assert "no rank has reported there" in done.stderr
+
+
+_EVERYRANK = (sys.executable, "-m", "everyrank")
