@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import random
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from conftest import RunCli
+from everyrank.certification.launchers import Launcher
+from everyrank.certification.trial import Trial, carry_out
 
 CERTIFY = (sys.executable, "-m", "everyrank", "certify")
 
@@ -17,10 +21,12 @@ def test_kills_and_resizes_leave_every_sample_exactly_once(run_cli: RunCli) -> N
     done = run_cli("--quick", "--seed=1", program=CERTIFY, timeout_s=280)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = [line for line in done.stdout.splitlines() if line.startswith("│")]
-    assert len(lines) == 8
+    assert len(lines) == 9
     assert [line for line in lines if "NO" in line] == []
     assert any("2 → 1 → 3 → 2" in line and "3 x SIGKILL rank" in line for line in lines)
-    assert sum("bitwise" in line for line in lines) == 7
+    assert sum("bitwise" in line for line in lines) == 6
+    assert ["the reference" in line for line in lines] == [True, True] + 7 * [False], "none is compared with itself"
+    assert any("moved" in line and "1 x SIGKILL rank" in line for line in lines)
 
 
 @pytest.mark.slow
@@ -49,3 +55,27 @@ def test_a_launcher_that_is_not_there_is_named(run_cli: RunCli) -> None:
     done = run_cli("--launchers=srun", program=CERTIFY, env={"PATH": ""})
     assert done.returncode == 2
     assert "--launchers=srun was given, but srun: not installed. This machine has driver=torchrun," in done.stderr
+
+
+_NO_RANK = """
+import pathlib, subprocess, sys, time
+ledger = pathlib.Path(sys.argv[1]) / "ledger"
+ledger.mkdir(exist_ok=True)
+helper = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE)
+for step in range(9):
+    (ledger / f"step-{step:08d}.jsonl").touch()
+    time.sleep(0.1)
+helper.stdin.close()
+helper.wait()
+"""
+
+
+def test_a_kill_that_hit_no_rank_is_not_counted(tmp_path: Path) -> None:
+    def command(_: int, args: Sequence[str]) -> list[str]:
+        run = next(arg.partition("=")[2] for arg in args if arg.startswith("run.dir="))
+        return [sys.executable, "-c", _NO_RANK, run]
+
+    trial = Trial(Launcher("none", command), (1,), "SIGKILL rank", 1)
+    _, num_delivered = carry_out(trial, tmp_path, [], random.Random(0))
+    assert num_delivered == 0
+    assert trial.faults(num_delivered) == "0 of 1 x SIGKILL rank"

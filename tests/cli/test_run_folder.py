@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from waiting import WAITS, wait_for
 
-from conftest import RunCli
+from conftest import ROOT, RunCli
 from everyrank.cli.main import run
 from everyrank.cli.run_folder import RunFolder
 from everyrank.errors import ConfigError
@@ -109,3 +109,14 @@ def test_other_settings_in_the_same_folder_are_said(tmp_path: Path) -> None:
     ]
     with pytest.raises(ConfigError, match=r"app\.name"):
         RunFolder.choose({"run": {"name": None}, "env": {}, "app": {"name": "../.."}}, False)
+
+
+@pytest.mark.parametrize("console", ["| true", "> /dev/full", ">&- 2>&- <&-"])
+def test_a_console_that_is_gone_does_not_end_the_run(tmp_path: Path, console: str) -> None:
+    command = f"{sys.executable} {ROOT / 'run.py'} driver=local app=hello_dist run.dir=run {console}"
+    done = subprocess.run(
+        ["bash", "-c", f"{command}; exit ${{PIPESTATUS[0]}}"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "processes completed successfully" in (tmp_path / "run" / "logs" / "rank-0.log").read_text()

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from everyrank.cli.console import outlive_console
 from everyrank.cli.program_arguments import split_program
 from everyrank.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_OK, UserError, did_you_mean
 from everyrank.program.main_module import fresh_path
@@ -44,6 +45,8 @@ _COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry of the ``everyrank`` command; returns the exit code."""
+    if argv is None:
+        outlive_console()
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_USAGE.format(commands="".join(f"  {name:<14} {_help_line(m)}\n" for name, m in _COMMANDS.items())))
@@ -143,6 +146,7 @@ def _fail(message: str) -> int:
 
 def run_main() -> int:
     """Entry of ``run.py``."""
+    outlive_console()
     return run(sys.argv[1:])
 
 

@@ -13,7 +13,7 @@ import torch
 
 import everyrank
 from everyrank import TrainerDDP
-from everyrank.errors import DataError, UserError
+from everyrank.errors import ConfigError, DataError, UserError
 from everyrank.training.saving.ledger import read_ledger
 
 
@@ -144,3 +144,18 @@ def test_ranks_whose_folders_hold_other_runs_take_rank_0s(tmp_path: Path) -> Non
         assert torch.equal(zero["loaded"][name], value)
         assert torch.equal(one["loaded"][name], value)
         assert torch.equal(zero["trained"][name], one["trained"][name])
+
+
+def test_a_configuration_from_elsewhere_does_not_choose_what_is_called(tmp_path: Path) -> None:
+    make(tmp_path, num_epochs=1).run_training()
+    config = tmp_path / "config.yaml"
+    text = config.read_text()
+    assert "!pyobject 'tiny.TinyNet'" in text
+    for name in ("os.system", "subprocess.Popen"):
+        command = f"touch {tmp_path}/called"
+        harm = text.replace("!pyobject 'tiny.TinyNet'", f"!pyobject {name}").replace("args: []", f"args: ['{command}']")
+        config.write_text(harm)
+        with pytest.raises(ConfigError, match=r"which is no class of nn.Module. Pass it: load_model\(path, model\)"):
+            TrainerDDP.load_model(tmp_path)
+        assert not (tmp_path / "called").exists()
+    assert TrainerDDP.load_model(tmp_path, tiny.TinyNet().double()) is not None

@@ -30,6 +30,10 @@ def load_model(
 ) -> nn.Module:
     """Return a trained model, ready for inference.
 
+    Weights are data: nothing in a checkpoint is executed. Without ``model`` the run's ``config.yaml`` says which class
+    is imported and made, so that file must be trusted as a program is; a class that is no ``nn.Module``, or a function,
+    is not called.
+
     Args:
         path: A run's folder, or one checkpoint's.
         model: The model to load into; by default it is built from the run's ``config.yaml``.
@@ -85,7 +89,11 @@ def _build(checkpoint: Path) -> nn.Module:
     try:
         # The model's own names alone: the criterion may have been in a script that is not running now.
         values = read_names(config)
-        model = read_model_config(import_names(values["model"])).build()
+        given = read_model_config(import_names(values["model"]))
+        if not (isinstance(given.type, type) and issubclass(given.type, nn.Module)):
+            # A file that came from elsewhere must not choose what is called.
+            raise ConfigError(f"model.type is {values['model']['type'].path}, which is no class of nn.Module.")
+        model = given.build()
     except (ConfigError, KeyError) as error:
         raise ConfigError(
             f"The model cannot be built from {config}: {error} Pass it: load_model(path, model)."
