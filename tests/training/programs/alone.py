@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import tiny
+import torch
 
 import everyrank
 from everyrank import TrainerDDP, cleanup_ddp, initialize_ddp
@@ -92,6 +93,7 @@ def said_by(call: Callable[[], Any]) -> str:
 def with_folders_of_their_own(folder: Path) -> dict[str, Any]:
     """Go on in a folder of each rank's own, as on nodes that share no file system."""
     launched = everyrank.detect()
+    torch.optim.SGD([torch.zeros(1, requires_grad=True)])  # imports half of torch, from where this process was started
     os.chdir(folder / str(launched.rank))
     with everyrank.join(device="cpu", timeout_s=60):
         trainer = TrainerDDP(config=tiny.make_config("run", num_epochs=2))

@@ -105,7 +105,7 @@ def _certify(folder: Path, overrides: list[str], seed: int, trials: Sequence[Tri
     overrides = [*overrides, f"env.data_dir={folder}/data"]
     alone = Trial(plain_python(), (1,))
     reference = Evidence.of(carry_out(alone, folder / "reference", overrides, chance)[0])
-    verdicts = [Verdict("python", "1", "-", reference.exactly_once(reference), "the reference", True)]
+    verdicts = [Verdict("python", "1", "-", reference.exactly_once(reference), "reference", True)]
     verdicts[0] = replace(verdicts[0], holds=verdicts[0].exactly_once)
     two: Evidence | None = None
     for number, trial in enumerate(trials):
@@ -138,7 +138,7 @@ def _judge(
     if fixed_size and bitwise:
         weights = f"bitwise; {weights}"
     elif fixed_size and same_size is None:
-        weights = f"the reference at 2; {weights}"
+        weights = f"reference; {weights}"
     done = num_delivered == trial.num_faults and evidence.world_sizes == trial.world_sizes
     equal = from_one <= _TOLERANCE and (bitwise or not fixed_size or same_size is None)
     sizes = " → ".join(map(str, evidence.world_sizes))
@@ -153,6 +153,6 @@ def _print(verdicts: Sequence[Verdict], missing: Sequence[str]) -> None:
     for v in verdicts:
         once = "yes" if v.exactly_once else "NO"
         table.add_row(v.launcher, v.world_sizes, v.faults, once, v.weights, "yes" if v.holds else "NO")
-    Console(width=120).print(table)
+    Console(width=124).print(table)
     for line in missing:
         print(f"not on this machine: {line}")
