@@ -31,7 +31,7 @@ def test_nothing_of_a_run_outlives_its_launcher(
 ) -> None:
     if driver == ("driver=mpi",) and shutil.which("mpirun") is None:
         pytest.skip("there is no mpirun here")
-    process = start_cli(*driver, *STUCK)
+    process = start_cli(*driver, *STUCK, env={"TMPDIR": str(tmp_path)})  # a killed mpirun leaves its folder there
     for rank in (0, 1):
         wait_for(tmp_path / "told" / f"stuck-{rank}")
     pids = [int(path.name.rpartition("-")[2]) for path in (tmp_path / "told").glob("pid-*")]
