@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numerics
 import pytest
 import tiny
 import torch
@@ -99,6 +100,13 @@ def test_parallel_is_required_for_several_processes(tmp_path: Path) -> None:
         return ""
 
     assert all("no `parallel` section" in text for text in everyrank.launch(run, tmp_path, nproc_per_node=2))
+
+
+def test_batch_statistics_of_one_sample_are_refused_with_the_cure(tmp_path: Path) -> None:
+    first, second = everyrank.launch(numerics.train_statistics_of_one, tmp_path, nproc_per_node=2)
+    assert second.startswith("ConfigError: This rank has one sample of the global batch, and BatchNorm ")
+    assert "Fix: training.drop_last: true" in first
+    assert first.startswith("RankFailedError: rank 1 failed: ConfigError: ")
 
 
 def bad_loss(output: torch.Tensor, data: Any) -> torch.Tensor:

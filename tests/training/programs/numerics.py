@@ -272,3 +272,16 @@ def try_criteria(folder: Path, criteria: dict[str, Any]) -> dict[str, Any]:
                 found[name] = str(error)
         found["calls"] = int(criterion.num_calls) if isinstance(criterion, Centred) else 0
     return found
+
+
+def train_statistics_of_one(folder: Path) -> str:
+    """Train with batch statistics where the last batch leaves rank 1 one sample; return the error's words."""
+    config = {**tiny.make_config(folder, num_epochs=1), "model": {"type": NormNet}}
+    with everyrank.join(device="cpu"):
+        trainer = TrainerDDP(config=config)
+        trainer.prepare_dataloaders(train_dataset=tiny.make_data(103))
+        try:
+            trainer.run_training()
+        except (everyrank.ConfigError, everyrank.RankFailedError) as error:
+            return f"{type(error).__name__}: {error}"
+    return ""
