@@ -7,9 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from everyrank.errors import EveryrankError
-from everyrank.runtime.collectives import barrier, reduce_sum
-from everyrank.runtime.process_group import join
+from everyrank import EveryrankError, barrier, join, reduce_sum
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig

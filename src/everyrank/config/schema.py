@@ -241,11 +241,16 @@ def fields_at(schema: Any, path: list[str]) -> list[str]:
     for part in path:
         if part.isdigit():  # an item of a list of sections
             continue
-        nested = section_of(typing.get_type_hints(schema).get(part))
+        nested = section_at(schema, part)
         if nested is None:
             return []
         schema = nested
     return [f.name for f in dataclasses.fields(schema)]
+
+
+def section_at(schema: Any, name: str) -> Any:
+    """Return the section class of a schema's key, or None if it has none."""
+    return section_of(typing.get_type_hints(schema).get(name))
 
 
 def section_of(annotation: Any) -> Any:

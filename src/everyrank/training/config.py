@@ -237,6 +237,20 @@ def read_config(values: Any) -> TrainerConfig:
     return build(TrainerConfig, values, what="trainer's configuration", checks=_contradictions)
 
 
+def read_app_config(cfg: Any) -> dict[str, Any]:
+    """Return the trainer's sections of an app's configuration, with what follows from the run.
+
+    Args:
+        cfg: The resolved configuration of the run, whose ``app`` holds the sections.
+    """
+    from omegaconf import OmegaConf
+
+    app = OmegaConf.to_container(cfg.app, resolve=True)
+    assert isinstance(app, dict)
+    config = {str(key): value for key, value in app.items() if key not in ("_target_", "name", "preload")}
+    return {**config, "training": {"path": cfg.run.dir, "resume": cfg.get("resume", "auto"), **config["training"]}}
+
+
 def read_model_config(values: Mapping[str, Any]) -> ModelConfig:
     """Return the ``model`` section alone.
 

@@ -75,6 +75,7 @@ class Evaluation:
         else:
             self._local.synchronize()
         is_averaged = self._ema is not None and self._ema.config.evaluate
+        evaluator.step = position.step
         try:
             if is_averaged:
                 assert self._ema is not None

@@ -302,7 +302,7 @@ class TrainerDDP:
         Raises:
             CheckpointError: If they do not fit.
         """
-        parts = {"module": self.module, "ema": self.ema, "optimizer": self.optimizer}
+        parts: dict[str, Any] = {"module": self.module, "ema": self.ema, "optimizer": self.optimizer}
         put_foreign(step, model, average, optimizer, **parts, scheduler=self._step.scheduler)
         self._position.step = step
         self._resume_from, self._is_foreign = None, True

@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import OmegaConf
-from torch import nn
-
+from everyrank import ConfigError, GNNModel, TrainerDDP, hash_weights, join, read_app_config
 from everyrank.apps.causal_sets import figure
 from everyrank.apps.causal_sets.comparison import Comparison, compare, make_table
 from everyrank.apps.causal_sets.dataset import NUM_GRAPH_FEATURES, NUM_NODE_FEATURES, CausalSetDataset
 from everyrank.apps.causal_sets.settings import read_settings
-from everyrank.errors import ConfigError
-from everyrank.models.gnn import GNNModel
-from everyrank.runtime.process_group import join
-from everyrank.training.trainer import TrainerDDP
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
-
-_NOT_THE_TRAINERS = ("_target_", "name", "preload")
 
 
 class CausalSetsApp:
@@ -38,34 +29,28 @@ class CausalSetsApp:
         Returns:
             The accuracies on the test set, the network's beside the estimator's, and a hash of the weights.
         """
-        config = trainer_config(cfg)
+        config = self.trainer_config(cfg)
         with join(**cfg.distributed) as world:
             trainer = TrainerDDP(config=config, world=world)
-            data = trainer.config.data
-            assert data is not None
-            dataset: CausalSetDataset = data.type(**data.kwargs)
-            loaders = trainer.prepare_dataloaders(dataset, split=data.split)
+            dataset = CausalSetDataset(**config["data"]["kwargs"])
+            loaders = trainer.prepare_dataloaders(dataset, split=config["data"]["split"])
             trainer.run_training(*loaders[:2])
             trainer.run_test(loaders[2])
-            comparison = compare(trainer.module, dataset, loaders[2].dataset.indices, world)
+            comparison = compare(trainer, loaders[2].dataset, dataset.dimensions)
             if world.is_main:
                 _write(trainer, comparison)
-            return {**comparison.summary(), "weights": hash_of(trainer.module)}
+            return {**comparison.summary(), "weights": hash_weights(trainer.module)}
 
+    def trainer_config(self, cfg: DictConfig) -> dict[str, Any]:
+        """Return ``cfg.app`` as the trainer's configuration, with what follows from the data filled in.
 
-def trainer_config(cfg: DictConfig) -> dict[str, Any]:
-    """Return ``cfg.app`` as the trainer's configuration, with what follows from the run and the data filled in.
-
-    Raises:
-        ConfigError: The data are configured wrongly, or the model does not fit them.
-    """
-    app = OmegaConf.to_container(cfg.app, resolve=True)
-    assert isinstance(app, dict)
-    config: dict[str, Any] = {str(key): value for key, value in app.items() if key not in _NOT_THE_TRAINERS}
-    config["training"] = {"path": cfg.run.dir, "resume": cfg.get("resume", "auto"), **config["training"]}
-    settings = read_settings({key: value for key, value in config["data"]["kwargs"].items() if key != "folder"})
-    complete_model(config["model"], num_dimensions=len(settings.dimensions))
-    return config
+        Raises:
+            ConfigError: The data are configured wrongly, or the model does not fit them.
+        """
+        config = read_app_config(cfg)
+        settings = read_settings({key: value for key, value in config["data"]["kwargs"].items() if key != "folder"})
+        complete_model(config["model"], num_dimensions=len(settings.dimensions))
+        return config
 
 
 def complete_model(model: dict[str, Any], num_dimensions: int) -> None:
@@ -92,15 +77,6 @@ def complete_model(model: dict[str, Any], num_dimensions: int) -> None:
             problems.append(f"{path}.{key}: found {found}, but the data ask for {value}. Leave it out.")
     if problems:
         raise ConfigError("The model does not fit the causal sets.", problems)
-
-
-def hash_of(module: nn.Module) -> str:
-    """Return a hash of all weights, equal if and only if they are, bit by bit."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _write(trainer: TrainerDDP, comparison: Comparison) -> None:

@@ -29,11 +29,8 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from everyrank import DataError, World, agree, get_logger
 from everyrank.apps.causal_sets.samples import GENERATOR_VERSION, Recipe, draw_sample
-from everyrank.errors import DataError
-from everyrank.runtime.agreement import agree
-from everyrank.runtime.logs import get_logger
-from everyrank.runtime.world import World
 
 SHARD_SIZE = 256
 """Samples in a shard: about 0.1 s of work, so that the ranks finish together."""

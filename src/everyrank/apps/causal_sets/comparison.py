@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor
 
-from everyrank.apps.causal_sets.dataset import CausalSetDataset
+from everyrank import TrainerDDP
 from everyrank.apps.causal_sets.myrheim_meyer import nearest_dimension
-from everyrank.apps.causal_sets.task import predict
-from everyrank.runtime.collectives import gather_objects
-from everyrank.runtime.world import World
+from everyrank.apps.causal_sets.task import Output, predict
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from torch_geometric.data import Batch
 
 NO_DIMENSION = 0
 """Truth or answer for an order that is no sprinkling."""
@@ -71,45 +70,29 @@ class Comparison:
         return np.where(self.network_manifold, self.network, NO_DIMENSION)
 
 
-def compare(
-    model: nn.Module, dataset: CausalSetDataset, indices: Sequence[int], world: World, batch_size: int = 256
-) -> Comparison:
-    """Ask network and estimator about the samples ``indices``. Collective; every rank gets the whole comparison.
-
-    Each rank asks about every size-th sample, so each sample is asked about once.
+def compare(trainer: TrainerDDP, samples: Any, dimensions: tuple[int, ...], batch_size: int = 256) -> Comparison:
+    """Ask network and estimator about each of the samples. Collective; every rank gets the whole comparison.
 
     Args:
-        model: The trained network, not wrapped; on any device.
-        dataset: Where the samples are.
-        indices: The test samples.
-        world: The ranks that call this together.
+        trainer: The trainer of the network.
+        samples: The test samples: causal sets, or a part of them.
+        dimensions: The dimensions to choose from.
         batch_size: Samples per rank and batch.
     """
-    mine = list(indices)[world.rank :: world.size]
-    parts = gather_objects(_answers(model, dataset, mine, batch_size))
-    answers = np.concatenate(parts, axis=1)
-    order = np.argsort(np.concatenate([np.arange(rank, len(indices), world.size) for rank in range(world.size)]))
-    truth, network, manifold, estimator = answers[:, order]
-    return Comparison(dataset.dimensions, truth, network, manifold.astype(bool), estimator)
+    names = torch.tensor([*dimensions, NO_DIMENSION])  # the class -1 finds the last
 
+    def answer(output: Output, data: Batch) -> dict[str, Tensor]:
+        dimension, manifold = (told.cpu() for told in predict(output))
+        fraction = data.ordering_fraction.cpu().numpy()
+        return {
+            "truth": names[data.dimension.cpu()],
+            "network": names[dimension],
+            "network_manifold": manifold,
+            "estimator": torch.from_numpy(nearest_dimension(fraction, dimensions)),
+        }
 
-def _answers(model: nn.Module, dataset: CausalSetDataset, indices: list[int], batch_size: int) -> NDArray[np.int64]:
-    """Return truth, the network's two answers and the estimator's, [4, num_samples]."""
-    parameter = next(model.parameters())
-    names = np.array([*dataset.dimensions, NO_DIMENSION])  # the class -1 finds the last
-    parts = [np.empty((4, 0), dtype=np.int64)]
-    was_training = model.training
-    model.eval()
-    with torch.no_grad():
-        for start in range(0, len(indices), batch_size):
-            data = dataset.get_batch(indices[start : start + batch_size])
-            estimator = nearest_dimension(data.ordering_fraction.numpy(), dataset.dimensions)
-            truth = names[data.dimension.numpy()]
-            data = data.to(parameter.device).apply(lambda t: t.to(parameter.dtype) if t.is_floating_point() else t)
-            dimension, manifold = (answer.cpu().numpy() for answer in predict(model(data)))
-            parts.append(np.stack([truth, names[dimension], manifold, estimator]))
-    model.train(was_training)
-    return np.concatenate(parts, axis=1)
+    answers = trainer.predict(samples, answer, batch_size)
+    return Comparison(dimensions, **{name: tensor.numpy() for name, tensor in answers.items()})
 
 
 def make_table(comparison: Comparison) -> Table:

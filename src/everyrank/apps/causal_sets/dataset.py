@@ -11,11 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
+from everyrank import World, current_world
 from everyrank.apps.causal_sets.cache import Arrays, load_or_make
 from everyrank.apps.causal_sets.samples import COUNTS, LAYERED
 from everyrank.apps.causal_sets.settings import DataSettings, read_settings
-from everyrank.runtime.process_group import current_world
-from everyrank.runtime.world import World
 
 if TYPE_CHECKING:
     from torch_geometric.data import Batch, Data

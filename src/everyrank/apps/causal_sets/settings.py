@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from everyrank import Bool, Float, Int, build, field, section
 from everyrank.apps.causal_sets.samples import Recipe
-from everyrank.config.schema import Bool, Float, Int, build, field, section
 
 
 @section

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from everyrank import ConfigError, SavedTraining
 from everyrank.apps.video_restoration.weights import read_file, read_weights
-from everyrank.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 _LEGACY = re.compile(r"(\d+)_(G|E|optimizerG)\.pth")
@@ -37,25 +37,30 @@ class LegacyCheckpoint:
     optimizer: Mapping[str, Any] | None
 
 
-def save_legacy(
-    folder: Path,
-    iteration: int,
-    network: Mapping[str, Tensor],
-    average: Mapping[str, Tensor] | None,
-    optimizer: Mapping[str, Any],
-) -> None:
-    """Write ``<iter>_optimizerG.pth``, ``<iter>_E.pth`` and ``<iter>_G.pth``, in this order; each appears whole."""
-    folder.mkdir(parents=True, exist_ok=True)
-    parts = {"optimizerG": optimizer, "E": average, "G": network}
-    for label, content in parts.items():
-        if content is not None:
-            path = folder / f"{iteration}_{label}.pth"
-            partial = path.with_name(f".{path.name}.partial")
-            with partial.open("wb") as file:
-                torch.save(content, file)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.rename(path)
+class LegacyFiles:
+    """Writes a checkpoint's ``<iter>_optimizerG.pth``, ``<iter>_E.pth`` and ``<iter>_G.pth``; ``training.after_save``.
+
+    Args:
+        folder: The folder ``models``.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __call__(self, saved: SavedTraining) -> None:
+        """Write the files in this order; each appears whole."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        parts = {"optimizerG": saved.optimizer, "E": saved.average, "G": saved.model}
+        for label, content in parts.items():
+            if content is not None:
+                path = self.folder / f"{saved.step}_{label}.pth"
+                partial = path.with_name(f".{path.name}.partial")
+                with partial.open("wb") as file:
+                    torch.save(content, file)
+                    file.flush()
+                    os.fsync(file.fileno())
+                partial.rename(path)
+        logger.info("saved iteration %d", saved.step)
 
 
 def legacy_iterations(folder: Path) -> list[int]:

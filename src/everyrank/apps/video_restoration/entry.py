@@ -8,24 +8,17 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from everyrank.apps.video_restoration.agreement import AgreedError, together
-from everyrank.apps.video_restoration.app import choose_device
-from everyrank.apps.video_restoration.options import load_options
-from everyrank.apps.video_restoration.task import run_task
-from everyrank.errors import (
-    EXIT_FAILURE,
-    EXIT_INTERRUPTED,
-    EXIT_OK,
-    ConfigError,
+from everyrank import (
     EveryrankError,
     Preempted,
     UserError,
+    join,
+    local_rank_argument,
+    setup_logging,
+    strip_legacy_arguments,
 )
-from everyrank.launch_env.legacy_arguments import local_rank_argument, strip_legacy_arguments
-from everyrank.runtime.logs import setup_logging
-from everyrank.runtime.process_group import join
+from everyrank.apps.video_restoration.app import run_options
 
 logger = logging.getLogger(__name__)
 
@@ -57,34 +50,23 @@ def main(argv: Sequence[str] | None = None) -> int:
             setup_logging(rank)
             for notice in notices if world.is_main else ():
                 logger.info(notice)
-            options = together(lambda: load_options(given.opt))
-            together(lambda: _log_to_file(options["path"]["log"], world.rank))
-            result = run_task(options, choose_device(world, options["gpu_ids"]))
+            result = run_options(given.opt, world)
             if world.is_main:
                 print(json.dumps(result), flush=True)
-    except AgreedError as error:
-        if rank == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
     except (UserError, Preempted) as error:
-        print(f"{'error' if isinstance(error, UserError) else 'preempted'}: {error}", file=sys.stderr, flush=True)
+        # All ranks know of a mistake in options, data or weights; what one rank met in a step has a note.
+        if not rank or hasattr(error, "__notes__"):
+            print(f"{'error' if isinstance(error, UserError) else 'preempted'}: {error}", file=sys.stderr, flush=True)
         return error.exit_code
     except EveryrankError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        return EXIT_FAILURE
+        return 1
     except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
-    return EXIT_OK
+        return 130
+    return 0
 
 
 def _local_rank_is_stray() -> bool:
     """Whether ``--local-rank`` is no launcher's word: an old script has it, with another launcher or with none."""
     said = os.environ.get("LOCAL_RANK")
     return "RANK" not in os.environ if said is None else said != str(local_rank_argument(sys.argv))
-
-
-def _log_to_file(folder: str, rank: int) -> None:
-    try:
-        setup_logging(rank, log_file=Path(folder) / f"rank-{rank}.log")
-    except OSError as error:
-        raise ConfigError(f"path.root: {folder} cannot be written ({error}); set a folder that can be") from error

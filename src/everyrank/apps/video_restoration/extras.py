@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-from everyrank.errors import DataError
+from everyrank import DataError
 
 
 def video_package(module: str) -> ModuleType:

@@ -24,14 +24,25 @@ def ssim_loss(restored: Tensor, sharp: Tensor) -> Tensor:
     return 1.0 - ssim(restored.flatten(0, 1), sharp.flatten(0, 1), peak=1.0).mean()
 
 
-def build_loss(train: Mapping[str, Any]) -> Loss:
-    """Return the loss that the ``train`` section describes, weight included; it is computed in float32."""
-    kind, weight, eps = train["G_lossfn_type"], train["G_lossfn_weight"], train["G_charbonnier_eps"]
-    losses: dict[str, Loss] = {
-        "l1": F.l1_loss,
-        "l2": F.mse_loss,
-        "ssim": ssim_loss,
-        "charbonnier": lambda restored, sharp: charbonnier(restored, sharp, eps),
-    }
-    loss = losses[kind]
-    return lambda restored, sharp: weight * loss(restored.float(), sharp)
+class RestorationLoss:
+    """The loss that a ``train`` section describes, weight included.
+
+    Args:
+        kind: ``l1``, ``l2``, ``charbonnier`` or ``ssim``.
+        weight: Factor on it.
+        eps: Added under the root of the Charbonnier loss.
+    """
+
+    def __init__(self, kind: str, weight: float = 1.0, eps: float = 1e-9) -> None:
+        self.kind, self.weight, self.eps = kind, weight, eps
+
+    def __call__(self, restored: Tensor, batch: Mapping[str, Any]) -> Tensor:
+        """Return the loss of restored clips (B, T, 3, H, W) beside the sharp ones, ``batch["H"]``; it is in float32."""
+        losses: dict[str, Loss] = {
+            "l1": F.l1_loss,
+            "l2": F.mse_loss,
+            "ssim": ssim_loss,
+            "charbonnier": lambda restored, sharp: charbonnier(restored, sharp, self.eps),
+        }
+        with torch.autocast(restored.device.type, enabled=False):
+            return self.weight * losses[self.kind](restored.float(), batch["H"])

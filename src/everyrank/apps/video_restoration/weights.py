@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from everyrank.errors import ConfigError
+from everyrank import ConfigError
 
 logger = logging.getLogger(__name__)
 

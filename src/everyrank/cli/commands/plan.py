@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from everyrank.errors import EXIT_BAD_INPUT, EXIT_OK, ConfigError
+from everyrank.worker import load_app
 
 _USAGE = """\
 usage: everyrank plan app=APP [driver=DRIVER] [num_samples=N] key=value ...
@@ -18,7 +18,6 @@ samples the dataset has; otherwise app.data.kwargs.num_samples does, or the data
 
   everyrank plan app=causal_sets driver.nnodes=512 driver.nproc_per_node=8
 """
-_NOT_THE_TRAINERS = ("_target_", "name", "preload")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -78,19 +77,13 @@ def _name_nodes(cfg: DictConfig) -> list[str]:
 
 def _trainer_config(cfg: DictConfig) -> Any:
     """The trainer's configuration of an app that has one, else None."""
-    if "training" not in cfg.app or "model" not in cfg.app:
-        return None
-    from everyrank.training.config import read_config
-
     OmegaConf.update(cfg, "run.dir", cfg.run.dir or "RUN", force_add=True)
-    module = importlib.import_module(str(cfg.app._target_).rpartition(".")[0])
-    if hasattr(module, "trainer_config"):
-        return read_config(module.trainer_config(cfg))
-    app = OmegaConf.to_container(cfg.app, resolve=True)
-    assert isinstance(app, dict)
-    values: dict[str, Any] = {str(key): value for key, value in app.items() if key not in _NOT_THE_TRAINERS}
-    values["training"] = {"path": cfg.run.dir, **values["training"]}
-    return read_config(values)
+    app = load_app(str(cfg.app._target_))
+    if not hasattr(app, "trainer_config") and not ("training" in cfg.app and "model" in cfg.app):
+        return None
+    from everyrank.training.config import read_app_config, read_config
+
+    return read_config(app.trainer_config(cfg) if hasattr(app, "trainer_config") else read_app_config(cfg))
 
 
 def _num_samples(config: Any) -> int:

@@ -96,6 +96,7 @@ class DefaultValidator:
         self.metrics = MetricSet(metrics or {}, self.device)
         self.result: EvaluationResult | None = None
         self.batch = 0  # the batch that is loaded or evaluated, for messages
+        self.step = 0  # optimizer steps that the model has done, where a trainer evaluates it
         self._autocast = autocast
         self._move = make_mover(self.device, dtype)
         self._vectorised = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -25,6 +26,14 @@ from everyrank.training.parallel.wrapping import is_sharded
 def model_tensors(module: nn.Module) -> tuple[dict[str, Tensor], Any]:
     """Return a model's tensors by name, and the rest of its state (usually only their names)."""
     return flatten_state(dict(module.state_dict()))
+
+
+def hash_weights(module: nn.Module) -> str:
+    """Return a hash of a model's whole state, equal if and only if the states are, bit by bit."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def load_model_state(module: nn.Module, loaded: LoadedCheckpoint) -> None:
@@ -181,9 +190,11 @@ def put_foreign(
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # "lr_scheduler.step() before optimizer.step()"
-        for _ in range(step if scheduler is not None else 0):
+        for _ in range(step - scheduler.last_epoch if scheduler is not None else 0):
             scheduler.step()
-    rates = [{key: group[key] for key in ("lr", "initial_lr") if key in group} for group in optimizer.param_groups]
+    rates: list[dict[str, Any]] = [
+        {key: group[key] for key in ("lr", "initial_lr") if key in group} for group in optimizer.param_groups
+    ]
     try:
         if is_sharded(module):
             from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict

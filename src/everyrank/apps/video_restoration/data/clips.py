@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from everyrank import DataError, did_you_mean
 from everyrank.apps.video_restoration.data.degradation import degrade
 from everyrank.apps.video_restoration.data.images import to_tensor
 from everyrank.apps.video_restoration.data.sources import CachedSource, FrameSource, open_source
-from everyrank.errors import DataError, did_you_mean
 
 VAL_PARTITIONS = {
     "REDS4": ("000", "011", "015", "020"),

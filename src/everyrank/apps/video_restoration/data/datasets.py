@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from everyrank import DataError
 from everyrank.apps.video_restoration.data.clips import Clip, ClipReader, Patch, add_noise
 from everyrank.apps.video_restoration.data.jitter import ColorJitter
-from everyrank.errors import DataError
 
 SEPTUPLET = 7
 INTERPOLATION_INPUT, INTERPOLATION_TARGET = (0, 2, 4, 6), (3,)

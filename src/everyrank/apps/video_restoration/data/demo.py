@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
+from everyrank import DataError, did_you_mean
 from everyrank.apps.video_restoration.data.degradation import imresize
 from everyrank.apps.video_restoration.data.images import to_array, write_png
 from everyrank.apps.video_restoration.data.sources import VideoSource
-from everyrank.errors import DataError, did_you_mean
 
 PREFIX = "demo:"
 # folder below the demo data -> (file in the package, factor that its frames are resized by)

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from everyrank import DataError
 from everyrank.apps.video_restoration.extras import video_package
-from everyrank.errors import DataError
 
 
 def decode_image(content: bytes, name: str) -> np.ndarray:

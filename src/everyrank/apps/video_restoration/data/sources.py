@@ -10,9 +10,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from everyrank import DataError, did_you_mean
 from everyrank.apps.video_restoration.data.images import decode_image
 from everyrank.apps.video_restoration.extras import video_package
-from everyrank.errors import DataError, did_you_mean
 
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 VIDEOS = (".mp4", ".mkv", ".mov", ".avi", ".webm", ".y4m", ".m4v")

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from everyrank.errors import ConfigError, DataError
+from everyrank import ConfigError, DataError
 
 NUM_STAGES = 7
 SMALLEST_SCALE = 8  # the fourth stage works on frames of 1/8 the height and width

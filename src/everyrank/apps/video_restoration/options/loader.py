@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from everyrank.apps.video_restoration.options.key import REQUIRED, Key
-from everyrank.apps.video_restoration.options.keys import (
-    DATA,
-    DATA_SECTIONS,
-    DATASET_TYPES,
-    DATASETS,
-    DERIVED,
-    IGNORED,
-    SECTIONS,
-    TOP,
-)
+from everyrank import ConfigError, did_you_mean, reference_page, schema
+from everyrank.apps.video_restoration.options.keys import DATASET_TYPES, DERIVED, IGNORED, Options
 from everyrank.apps.video_restoration.options.text import parse
-from everyrank.errors import ConfigError, did_you_mean
 
 logger = logging.getLogger(__name__)
 
@@ -53,134 +44,125 @@ def load_options(path: str | Path) -> dict[str, Any]:
 
 def resolve(given: Mapping[str, Any], source: str = "options") -> dict[str, Any]:
     """Check ``given`` options and complete them; see :func:`load_options`."""
-    problems: list[str] = []
-    sections = set(SECTIONS) | {"datasets"}
-    top = _section({k: v for k, v in given.items() if k not in sections}, TOP, "", problems, also=sections)
-    for name, keys in SECTIONS.items():
-        top[name] = _section(_mapping(given, name, problems), keys, f"{name}.", problems)
-    data = _section(_mapping(given, "datasets", problems), DATASETS, "datasets.", problems)
-    top["datasets"] = {}
-    for name, keys in DATA_SECTIONS.items():
-        if data.get(name) is not None:
-            section = _section(_mapping(data, name, problems), keys, f"datasets.{name}.", problems)
-            section |= {"scale": top["scale"], "n_channels": top["n_channels"], "phase": name}
-            top["datasets"][name] = section
-    if not top["datasets"]:
-        problems.append("datasets: found neither train nor test; give at least one")
-    problems += _contradictions(top)
-    if problems:
-        raise ConfigError(f"{source}: these options cannot be used:", problems)
-    _derive(top)
-    _notice_overruled(given, top)
-    return top
+    sections = {field.name for field in dataclasses.fields(Options)} - {"gpu_ids", "dist"}
+    present = {name: value for name, value in given.items() if value is not None or name not in sections}
+    checked = schema.build(Options, present, what=f"option file {source}", checks=_contradictions)
+    options = schema.as_mapping(checked)
+    options["datasets"] = {name: section for name, section in options["datasets"].items() if section is not None}
+    _derive(options)
+    for path, meaning, value in _oddities(Options, given):
+        if meaning == IGNORED:
+            logger.info("%s is ignored: nothing here depends on it", path)
+        elif (true := _at(options, path)) != value:
+            logger.info("%s %r is ignored: by the other keys it is %r", path, value, true)
+    return options
 
 
-def _mapping(options: Mapping[str, Any], name: str, problems: list[str]) -> Mapping[str, Any]:
-    value = options.get(name) or {}
-    if isinstance(value, dict):
-        return value
-    problems.append(f"{name}: found {value!r}; give a section {{ ... }}")
-    return {}
-
-
-def _section(
-    given: Mapping[str, Any], keys: Mapping[str, Key], prefix: str, problems: list[str], also: set[str] | None = None
-) -> dict[str, Any]:
-    for name in given:
-        if name not in keys:
-            problems.append(f"{prefix}{name}: there is no such key.{did_you_mean(name, [*keys, *(also or ())])}")
-        elif keys[name].meaning == IGNORED and given[name] not in (None, False, keys[name].default):
-            logger.info("%s%s is ignored: nothing here depends on it", prefix, name)
-    resolved = {}
-    for name, key in keys.items():
-        if key.meaning == DERIVED:
+def _oddities(section: Any, given: Any, prefix: str = "") -> Iterator[tuple[str, str, Any]]:
+    """Yield path, meaning and value of the given keys that have no effect, where they hold anything to speak of."""
+    for field in dataclasses.fields(section) if isinstance(given, Mapping) else ():
+        if field.name not in given:
             continue
-        if name not in given and key.default is REQUIRED:
-            problems.append(f"{prefix}{name} is missing: {key.meaning}")
-            continue
-        value = given.get(name, key.default)
-        problem = key.problem(value) if name in given else None
-        if problem:
-            problems.append(f"{prefix}{name}: {problem}")
-        resolved[name] = list(value) if isinstance(value, list) else value
-    return resolved
+        info, value = section.__pydantic_fields__[field.name], given[field.name]
+        if info.description in (IGNORED, DERIVED):
+            if info.description == DERIVED or value not in (None, False, info.default):
+                yield prefix + field.name, info.description, value
+        elif (inner := schema.section_at(section, field.name)) is not None:
+            yield from _oddities(inner, value, f"{prefix}{field.name}.")
 
 
-def _contradictions(options: Mapping[str, Any]) -> list[str]:
+def _at(options: Mapping[str, Any], path: str) -> Any:
+    """Return the value at a path; ``scale`` of the network is the run's."""
+    *sections, name = path.split(".")
+    section: Any = options
+    for part in sections:
+        section = section[part]
+    return section.get(name, options.get(name))
+
+
+def _contradictions(options: Options) -> list[str]:
     """Problems between keys that are each fine."""
     problems = []
-    gpu_ids = options.get("gpu_ids")
-    if isinstance(gpu_ids, str) and gpu_ids != "auto":
-        problems.append(f'gpu_ids: found {gpu_ids!r}; give a list of numbers or "auto"')
-    upscale = options["netG"].get("upscale")
-    if upscale not in (None, options.get("scale")):
-        problems.append(f"netG.upscale is {upscale} and scale is {options.get('scale')}: make them equal")
-    for name, data in options["datasets"].items():
-        kind = data.get("dataset_type")
-        if kind is not None and kind not in DATASET_TYPES:
-            problems.append(
-                f"datasets.{name}.dataset_type: found {kind!r}; give one of {list(DATASET_TYPES)}."
-                f"{did_you_mean(kind, DATASET_TYPES)}"
-            )
-        root = "dataroot_lq" if kind == "SingleVideoRecurrentTestDataset" else "dataroot_gt"
-        if not data.get(root):
-            problems.append(f"datasets.{name}.{root} is missing: {DATA[root].meaning}")
-        backend = data.get("io_backend")
-        kind = backend.get("type") if isinstance(backend, dict) else backend
-        if kind not in (None, "disk", "lmdb", "video"):
-            problems.append(
-                f'datasets.{name}.io_backend: found {backend!r}; give {{"type": "disk"}}, "lmdb" or "video"'
-            )
-        every = 2 if options["netG"].get("pa_frames") == 0 else 1
-        if data.get("temporal_scale") not in (None, every):
-            problems.append(
-                f"datasets.{name}.temporal_scale: found {data['temporal_scale']}; netG.pa_frames is "
-                f"{options['netG'].get('pa_frames')}, with which it is {every}"
-            )
-        span = data.get("frame_range")
-        if span is not None and (len(span) != 2 or not 0 <= span[0] < span[1]):
-            problems.append(f"datasets.{name}.frame_range: found {span}; give [first, stop] with 0 <= first < stop")
-    train = options["datasets"].get("train")
+    if isinstance(options.gpu_ids, str) and options.gpu_ids != "auto":
+        problems.append(f'gpu_ids: found {options.gpu_ids!r}; give a list of numbers or "auto"')
+    if options.netG.upscale not in (None, options.scale):
+        problems.append(f"netG.upscale is {options.netG.upscale} and scale is {options.scale}: make them equal")
+    datasets = {"train": options.datasets.train, "test": options.datasets.test}
+    if not any(datasets.values()):
+        problems.append("datasets: found neither train nor test; give at least one")
+    for name, data in datasets.items():
+        if data is not None:
+            problems += [f"datasets.{name}.{problem}" for problem in _wrong_data(data, options.netG.pa_frames)]
+    train = options.datasets.train
     if train is not None:
-        vimeo = "Vimeo" in str(train.get("dataset_type"))  # its sequences have seven frames
-        for name in ("dataloader_batch_size", "gt_size", *(() if vimeo else ("num_frame",))):
-            if isinstance(train.get(name), int) and train[name] < 1:
-                problems.append(f"datasets.train.{name}: found {train[name]}; give at least 1")
-        if isinstance(train.get("gt_size"), int) and train["gt_size"] % (options.get("scale") or 1):
-            problems.append(f"datasets.train.gt_size is {train['gt_size']}, which scale {options['scale']} must divide")
+        vimeo = "Vimeo" in train.dataset_type  # its sequences have seven frames
+        for key in ("dataloader_batch_size", "gt_size", *(() if vimeo else ("num_frame",))):
+            if getattr(train, key) < 1:
+                problems.append(f"datasets.train.{key}: found {getattr(train, key)}; give at least 1")
+        if train.gt_size % options.scale:
+            problems.append(f"datasets.train.gt_size is {train.gt_size}, which scale {options.scale} must divide")
     return problems
 
 
+def _wrong_data(data: Any, pa_frames: int) -> Iterator[str]:
+    kind = data.dataset_type
+    if kind not in DATASET_TYPES:
+        yield (f"dataset_type: found {kind!r}; give one of {list(DATASET_TYPES)}.{did_you_mean(kind, DATASET_TYPES)}")
+    root = "dataroot_lq" if kind == "SingleVideoRecurrentTestDataset" else "dataroot_gt"
+    if not getattr(data, root):
+        yield f"{root} is missing: {type(data).__pydantic_fields__[root].description}"
+    backend = data.io_backend.get("type") if isinstance(data.io_backend, dict) else data.io_backend
+    if backend not in (None, "disk", "lmdb", "video"):
+        yield f'io_backend: found {data.io_backend!r}; give {{"type": "disk"}}, "lmdb" or "video"'
+    every = 2 if pa_frames == 0 else 1
+    if data.temporal_scale not in (None, every):
+        yield f"temporal_scale: found {data.temporal_scale}; netG.pa_frames is {pa_frames}, with which it is {every}"
+    span = data.frame_range
+    if span is not None and (len(span) != 2 or not 0 <= span[0] < span[1]):
+        yield f"frame_range: found {span}; give [first, stop] with 0 <= first < stop"
+
+
 def _derive(options: dict[str, Any]) -> None:
-    if options["netG"]["upscale"] is None:
-        options["netG"]["upscale"] = options["scale"]
+    for name, section in options["datasets"].items():
+        section |= {"scale": options["scale"], "n_channels": options["n_channels"], "phase": name}
+    network = options["netG"]
+    del network["scale"]
+    network["upscale"] = options["scale"]
     task = Path(options["path"]["root"]) / options["task"]
-    options["path"] |= {
-        "task": str(task),
-        "models": str(task / "models"),
-        "images": str(task / "images"),
-        "log": str(task / "logs"),
-    }
+    options["path"] |= {"task": str(task), **{name: str(task / name) for name in ("models", "images")}}
+    options["path"]["log"] = str(task / "logs")
     train = options["train"]
     if train["G_scheduler_periods"] is None:
         train["G_scheduler_periods"] = [train["total_iter"]]
     for name in ("G_scheduler_periods", "G_scheduler_restart_weights"):
         if not isinstance(train[name], list):
             train[name] = [train[name]]
-    if train["manual_seed"] is None:
-        train["manual_seed"] = 0
+    train["manual_seed"] = train["manual_seed"] or 0
     test = options["datasets"].get("test", {})
     options["val"]["pad_seq"] |= test.get("pad_sequence", False)
     options["val"]["flip_seq"] |= test.get("mirror_sequence", False)
 
 
-def _notice_overruled(given: Mapping[str, Any], options: Mapping[str, Any]) -> None:
-    """Say which keys of a resolved file hold something else than what follows from the keys they were made of."""
-    pairs = [(f"{name}.", given.get(name) or {}, options[name], keys) for name, keys in SECTIONS.items()]
-    for name, section in options["datasets"].items():
-        pairs.append((f"datasets.{name}.", given["datasets"][name], section, DATA_SECTIONS[name]))
-    for prefix, found, resolved, keys in pairs:
-        for name, key in keys.items():
-            if key.meaning == DERIVED and name in found and found[name] != resolved.get(name, options.get(name)):
-                value = resolved.get(name, options.get(name))
-                logger.info("%s%s %r is ignored: by the other keys it is %r", prefix, name, found[name], value)
+_HEAD = """\
+Option files are JSON with `//` comments; commas left over where a line was commented out do no harm. Unknown keys are
+refused with the nearest known name, for a misspelt key would be a setting that silently does nothing. Keys of older
+code that mean nothing here are known too: they are ignored, and the log says so. The resolved `options.json` that a run
+leaves is itself an option file.
+
+This page is written from the schema by `python -m everyrank.apps.video_restoration.options.loader`.
+
+Samples of each `dataset_type`:
+
+| `dataset_type` | samples |
+| --- | --- |
+"""
+
+
+def page() -> str:
+    """Return the reference page as Markdown."""
+    kinds = "\n".join(f"| `{name}` | {meaning} |" for name, meaning in DATASET_TYPES.items())
+    return reference_page(Options, title="Options of video restoration", introduction=_HEAD + kinds)
+
+
+if __name__ == "__main__":
+    print(page(), end="")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from everyrank.errors import ConfigError
+from everyrank import ConfigError
 
 
 def parse(text: str, source: str) -> tuple[dict[str, Any], list[str]]:
