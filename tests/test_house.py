@@ -19,40 +19,62 @@ PUBLIC = [
     "CheckpointError",
     "Checkpointer",
     "ConfigError",
+    "DataError",
     "DefaultEarlyStopping",
     "DefaultTester",
     "DefaultValidator",
+    "DriverError",
+    "EvaluationResult",
     "EveryrankError",
     "GNNModel",
     "GlobalBatchSampler",
     "GlobalPermutation",
     "GlobalSampler",
+    "LaunchEnvironmentError",
+    "NonFiniteLossError",
     "Preempted",
     "PreemptionWatch",
     "ProcessEnvironment",
+    "ProcessGroupError",
     "RankFailedError",
+    "RendezvousError",
+    "SavedTraining",
+    "SeededDataset",
+    "TrainerConfig",
     "TrainerDDP",
     "UserError",
     "World",
     "__version__",
+    "agree",
     "barrier",
     "broadcast_decision",
     "cleanup_ddp",
+    "collate",
     "current_world",
     "detect",
+    "did_you_mean",
     "exact",
     "gather_objects",
     "get_loader",
     "get_logger",
+    "hash_weights",
     "initialize_ddp",
     "join",
     "launch",
+    "load_model",
+    "local_rank_argument",
     "main_first",
     "monitored_barrier",
     "rank_zero_only",
+    "read_app_config",
+    "read_config",
+    "read_ledger",
     "reduce_mean",
     "reduce_sum",
+    "reference_page",
+    "schema",
     "setup_logging",
+    "strip_legacy_arguments",
 ]
 # From the ground up: a room imports itself and the rooms before it.
 FLOORS = (
@@ -85,6 +107,43 @@ def test_public_names_are_locked_and_exist() -> None:
     assert sorted(everyrank.__all__) == sorted(PUBLIC)
     for name in PUBLIC:
         assert getattr(everyrank, name) is not None
+
+
+def test_type_checkers_are_told_the_same_names() -> None:
+    tree = ast.parse((SOURCE / "__init__.py").read_text())
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    told = {
+        (alias.asname, f"{node.module}.{alias.name}" if alias.name == "schema" else node.module)
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert told == {(name, f"everyrank.{module}") for name, module in everyrank._EXPORTS.items()}
+
+
+def test_apps_import_the_public_names_alone() -> None:
+    """As a program of a user does: the shipped apps show that the public names are enough."""
+    wrong = [
+        f"{path.relative_to(SOURCE)} imports {name}"
+        for app in (SOURCE / "apps").iterdir()
+        for path in (app.rglob("*.py") if app.is_dir() else [app])
+        for name in sorted(_imports(path))
+        if name.split(".")[0] == "everyrank"
+        and name.removeprefix("everyrank.") not in {*PUBLIC, "everyrank"}
+        and not f"{name}.".startswith(f"everyrank.apps.{app.stem}.")
+    ]
+    assert wrong == []
+
+
+def test_there_is_one_training_loop() -> None:
+    """One place calls backward on a loss: the trainer's step."""
+    calling = {
+        str(path.relative_to(SOURCE))
+        for path in SOURCE.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "backward"
+    }
+    assert calling == {"training/step.py"}
 
 
 def test_a_misspelt_name_is_answered_with_the_nearest() -> None:
@@ -198,4 +257,6 @@ def _imports(path: Path) -> set[str]:
 
 
 def _everyrank_imports(path: Path) -> set[str]:
-    return {name.split(".")[1] for name in _imports(path) if name.startswith("everyrank.")}
+    """The rooms that a file imports from; a public name counts as the room it lives in."""
+    names = (name.split(".")[1] for name in _imports(path) if name.startswith("everyrank."))
+    return {everyrank._EXPORTS.get(name, name).split(".")[0] for name in names}

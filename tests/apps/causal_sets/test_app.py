@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import everyrank
 from conftest import RunCli
-from everyrank.apps.causal_sets.app import trainer_config
+from everyrank.apps.causal_sets.app import CausalSetsApp
 from everyrank.errors import ConfigError
 from everyrank.training.config import read_config
 
@@ -87,7 +87,7 @@ def test_a_mistake_is_one_message(run_cli: RunCli, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("app", ["causal_sets", "causal_sets_full"])
 def test_shipped_configurations_are_whole(app: str) -> None:
-    config = read_config(trainer_config(make_config("run.dir=somewhere", app=app)))
+    config = read_config(CausalSetsApp().trainer_config(make_config("run.dir=somewhere", app=app)))
     assert config.training.path == "somewhere"
     assert config.data is not None
     assert config.data.kwargs["dtype"] == config.training.dtype
@@ -98,7 +98,7 @@ def test_shipped_configurations_are_whole(app: str) -> None:
 
 def test_widths_follow_from_the_data() -> None:
     cfg = make_config("run.dir=x", "app.data.kwargs.dimensions=[2,3,4,5]")
-    assert trainer_config(cfg)["model"]["heads"]["dimension"]["out_dim"] == 4
+    assert CausalSetsApp().trainer_config(cfg)["model"]["heads"]["dimension"]["out_dim"] == 4
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_widths_follow_from_the_data() -> None:
 )
 def test_what_does_not_fit_is_said(override: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        trainer_config(make_config("run.dir=x", override))
+        CausalSetsApp().trainer_config(make_config("run.dir=x", override))
 
 
 @pytest.mark.nightly

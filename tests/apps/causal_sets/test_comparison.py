@@ -12,6 +12,7 @@ import everyrank
 from everyrank.apps.causal_sets import figure
 from everyrank.apps.causal_sets.comparison import Comparison, compare, make_table
 from everyrank.apps.causal_sets.dataset import CausalSetDataset
+from everyrank.apps.causal_sets.task import compute_loss
 
 SETTINGS = {"num_samples": 90, "mean_size": 24, "dimensions": [2, 4], "layered_fraction": 0.3}
 MODEL = {
@@ -63,12 +64,22 @@ def test_every_sample_is_asked_about_once_at_every_world_size(tmp_path: Path) ->
     questions = [[*range(80, 90), *range(3, 40, 2), 0], [7, 5]]
 
     def on_rank() -> list[list[list[int]]]:
-        import torch
+        from torch.utils.data import Subset
 
         with everyrank.join(backend="gloo") as world:
-            torch.manual_seed(0)
-            model, dataset = everyrank.GNNModel(MODEL).double(), CausalSetDataset(tmp_path, **SETTINGS)
-            found = [compare(model, dataset, indices, world, batch_size=4) for indices in questions]
+            config = {
+                "criterion": compute_loss,
+                "model": {"type": "GNNModel", **MODEL},
+                "training": {
+                    "path": str(tmp_path / f"run{world.size}"),
+                    "num_epochs": 0,
+                    "batch_size": 1,
+                    "dtype": "float64",
+                },
+                "parallel": {},
+            }
+            trainer, dataset = everyrank.TrainerDDP(config=config), CausalSetDataset(tmp_path, **SETTINGS)
+            found = [compare(trainer, Subset(dataset, asked), dataset.dimensions, 4) for asked in questions]
         names = ("truth", "network", "network_manifold", "estimator")
         return [[getattr(comparison, name).tolist() for name in names] for comparison in found]
 

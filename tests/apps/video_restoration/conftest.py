@@ -99,6 +99,7 @@ def tiny_options(clips: Path, root: Path, **changes: Any) -> dict[str, Any]:
             "manual_seed": 3,
         },
         "val": {"num_frame_testing": 2, "num_frame_overlapping": 1},
+        "trainer": {"training": {"plots": False, "tracking": {"tensorboard": False}}},
     }
     for section, values in changes.items():
         if isinstance(values, dict) and isinstance(options.get(section), dict):

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from everyrank import ConfigError, schema
 from everyrank.apps.video_restoration import load_options
-from everyrank.apps.video_restoration.options.keys import DERIVED, NET_G, TRAIN
+from everyrank.apps.video_restoration.options.keys import NetworkOptions, TrainOptions
 from everyrank.apps.video_restoration.options.reference import page
-from everyrank.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[3]
 LEAST = {
@@ -115,11 +118,11 @@ def test_missing_keys_get_the_documented_default(tmp_path: Path) -> None:
     assert options["dist"] is None
     assert options["gpu_ids"] == "auto"
     assert options["netG"]["upscale"] == options["scale"] == 1
-    for name, key in NET_G.items():
-        if key.meaning != DERIVED:
-            assert options["netG"][name] == key.default or name == "upscale"
+    for name, default in schema.as_mapping(NetworkOptions()).items():
+        if name != "scale":  # it follows from the other keys
+            assert options["netG"][name] == default or name == "upscale"
     assert {k: v for k, v in options["train"].items() if "periods" not in k and "weights" not in k} == {
-        k: v.default for k, v in TRAIN.items() if "periods" not in k and "weights" not in k
+        k: v for k, v in schema.as_mapping(TrainOptions()).items() if "periods" not in k and "weights" not in k
     }
     assert options["train"]["G_scheduler_periods"] == [300000]
     options["netG"]["depths"].append(1)
@@ -245,18 +248,18 @@ def test_sequences_padded_in_a_test_section_are_padded_in_validation(tmp_path: P
     ("change", "words"),
     [
         ({"train": {"G_lossfn_type": "charbonier"}}, "Did you mean 'charbonnier'"),
-        ({"train": {"total_iter": "many"}}, "train.total_iter: found 'many', give a whole number"),
+        ({"train": {"total_iter": "many"}}, "train.total_iter: found 'many' (str), but it must be a whole number"),
         ({"scale": 4, "netG": {"upscale": 2}}, "make them equal"),
         ({"gpu_ids": "all"}, 'list of numbers or "auto"'),
         ({"datasets": {"train": {"dataset_type": "VideoRecurrentTrainDataset"}}}, "dataroot_gt is missing"),
         ({"datasets": {"train": {"dataset_type": "VideoRecurentTrain", "dataroot_gt": "x"}}}, "Did you mean"),
         ({"datasets": {}}, "neither train nor test"),
-        ({"netG": [1]}, "give a section"),
+        ({"netG": [1]}, "netG: found [1] (list), but it must be a mapping of keys"),
         ({"scale": 3, "datasets": {"train": LEAST["datasets"]["train"] | {"gt_size": 64}}}, "must divide"),  # type: ignore[index]
     ],
 )
 def test_values_that_cannot_be_are_refused(tmp_path: Path, change: dict[str, Any], words: str) -> None:
-    with pytest.raises(ConfigError, match="cannot be used") as caught:
+    with pytest.raises(ConfigError, match="mistake") as caught:
         _load(tmp_path, {**LEAST, **change})
     assert words in str(caught.value)
 
@@ -286,6 +289,24 @@ def test_a_missing_file_is_answered_with_its_neighbour(tmp_path: Path) -> None:
 
 def test_the_reference_page_is_that_of_the_tables() -> None:
     assert (ROOT / "docs" / "video_restoration_options.md").read_text() == page()
+
+
+def test_the_defaults_of_the_network_are_written_once_more_and_agree() -> None:
+    """Options are read without torch, so they cannot ask the network."""
+    pytest.importorskip("torch")
+    from everyrank.apps.video_restoration import VRT
+
+    options = schema.as_mapping(NetworkOptions())
+    for name, parameter in inspect.signature(VRT).parameters.items():
+        default = list(parameter.default) if isinstance(parameter.default, tuple) else parameter.default
+        assert options[name] == default or name == "upscale"
+
+
+def test_options_are_read_without_torch() -> None:
+    name = "everyrank.apps.video_restoration"
+    code = f"import sys; from {name} import load_options; load_options; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "options" / "vrt").glob("*.json")), ids=lambda p: p.stem)

@@ -11,22 +11,16 @@ import pytest
 import torch
 from torch import nn
 
-from everyrank.apps.video_restoration.checkpoints import legacy_iterations, newest_legacy, save_legacy
-from everyrank.apps.video_restoration.losses import build_loss
-from everyrank.apps.video_restoration.optimisation import (
-    build_optimizer,
-    check_fix_keys,
-    freeze,
-    set_learning_rate,
-    update_average,
-)
-from everyrank.apps.video_restoration.options.keys import TRAIN
-from everyrank.apps.video_restoration.schedules import learning_rate
+from everyrank import ConfigError, SavedTraining, TrainerDDP, schema
+from everyrank.apps.video_restoration.checkpoints import LegacyFiles, legacy_iterations, newest_legacy
+from everyrank.apps.video_restoration.losses import RestorationLoss
+from everyrank.apps.video_restoration.options.keys import TrainOptions
+from everyrank.apps.video_restoration.options.loader import resolve
 from everyrank.apps.video_restoration.tiling import ramp, restore_clip, starts
+from everyrank.apps.video_restoration.training import OptionSchedule, build_network, learning_rate, trainer_config
 from everyrank.apps.video_restoration.weights import load_weights
-from everyrank.errors import ConfigError
 
-DEFAULTS: dict[str, Any] = {name: key.default for name, key in TRAIN.items()}
+DEFAULTS: dict[str, Any] = schema.as_mapping(TrainOptions()) | {"G_scheduler_restart_weights": [1]}
 VAL: dict[str, Any] = {
     "pad_seq": False,
     "flip_seq": False,
@@ -35,6 +29,17 @@ VAL: dict[str, Any] = {
     "num_frame_overlapping": 2,
     "size_patch_testing": 0,
     "size_patch_overlapping": 5,
+}
+
+
+NETWORK: dict[str, Any] = {
+    "img_size": [2, 40, 40],
+    "window_size": [2, 4, 4],
+    "depths": [2] * 8,
+    "indep_reconsts": [7],
+    "embed_dims": [8] * 8,
+    "num_heads": [2] * 8,
+    "deformable_groups": 2,
 }
 
 
@@ -71,39 +76,41 @@ def test_cosine_restarts_with_weights_and_a_floor() -> None:
     assert learning_rate(1.0, 31, train) == pytest.approx(0.01)  # beyond the last period
 
 
-def test_fixed_parts_are_frozen_first_and_then_trained_with_a_scaled_rate() -> None:
-    train = {**DEFAULTS, "fix_iter": 2, "fix_lr_mul": 0.25, "fix_keys": ["spynet"], "G_scheduler_type": None}
-    network = Pair()
-    optimizer = build_optimizer(network, {**train, "G_optimizer_lr": 0.1})
-    changes = []
-    weights = [network.spynet.weight.clone()]
-    for iteration in range(1, 5):
-        changes.append(freeze(network, train, iteration))
-        set_learning_rate(optimizer, iteration, {**train, "G_optimizer_lr": 0.1})
-        assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.1, 0.025])
-        optimizer.zero_grad(set_to_none=True)
-        network.body(network.spynet(torch.ones(1, 2))).square().sum().backward()
+def test_rates_are_those_of_the_iteration_also_after_going_on() -> None:
+    """A resumed run has the rates that the options say now, whatever the checkpoint's optimizer held."""
+    train = {**DEFAULTS, "G_scheduler_periods": [10]}
+    parameters = [nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))]
+
+    def make(rate: float) -> tuple[torch.optim.Optimizer, OptionSchedule]:
+        groups = [{"params": parameters[:1]}, {"params": parameters[1:], "lr": rate / 4}]
+        optimizer = torch.optim.Adam(groups, lr=rate)
+        return optimizer, OptionSchedule(optimizer, train)
+
+    optimizer, schedule = make(0.1)
+    for iteration in range(1, 6):
+        rates = [learning_rate(rate, iteration, train) for rate in (0.1, 0.025)]
+        assert [group["lr"] for group in optimizer.param_groups] == pytest.approx(rates)
         optimizer.step()
-        weights.append(network.spynet.weight.clone())
-    assert changes == [True, False, True, False]
-    assert torch.equal(weights[0], weights[2])
-    assert not torch.equal(weights[2], weights[3])
-    # Adam's first step is the learning rate, whatever the gradient: the frozen iterations left no state behind
-    torch.testing.assert_close((weights[3] - weights[2]).abs(), torch.full((2, 2), 0.025), rtol=1e-3, atol=0)
+        schedule.step()
+    again, resumed = make(0.2)
+    again.load_state_dict(optimizer.state_dict())
+    resumed.load_state_dict(schedule.state_dict())
+    rates = [learning_rate(rate, 6, train) for rate in (0.2, 0.05)]
+    assert [group["lr"] for group in again.param_groups] == pytest.approx(rates)
+
+
+def test_a_fix_key_that_names_nothing_is_refused() -> None:
     with pytest.raises(ConfigError, match="Did you mean 'spynet'"):
-        check_fix_keys(network, {**train, "fix_keys": ["spynett"]})
-
-
-def test_average_follows_the_weights() -> None:
-    a, b = Pair(), Pair()
-    expected = 0.9 * a.body.weight.detach() + 0.1 * b.body.weight.detach()
-    update_average(a, b, 0.9)
-    torch.testing.assert_close(a.body.weight.detach(), expected)
+        build_network(fix_keys=["spynett"], **NETWORK)
 
 
 @pytest.mark.parametrize("kind", ["l1", "l2", "charbonnier", "ssim"])
 def test_losses(kind: str) -> None:
-    loss = build_loss({**DEFAULTS, "G_lossfn_type": kind, "G_lossfn_weight": 2.0, "G_charbonnier_eps": 1e-6})
+    criterion = RestorationLoss(kind, 2.0, 1e-6)
+
+    def loss(restored: torch.Tensor, sharp: torch.Tensor) -> torch.Tensor:
+        return criterion(restored, {"H": sharp})
+
     sharp = torch.rand(2, 3, 3, 16, 16)
     restored = (sharp + 0.1).requires_grad_()
     expected = {"l1": 0.2, "l2": 0.02, "charbonnier": 2 * math.sqrt(0.01 + 1e-6)}
@@ -192,10 +199,33 @@ def test_nothing_in_a_weights_file_is_executed(tmp_path: Path, monkeypatch: pyte
     assert not (tmp_path / "evil-was-here").exists()
 
 
+class Saved(SavedTraining):
+    """A checkpoint that is not on any disk."""
+
+    def __init__(self, step: int, network: nn.Module) -> None:
+        self.number, self.network = step, network
+
+    @property
+    def step(self) -> int:
+        return self.number
+
+    @property
+    def model(self) -> dict[str, Any]:  # type: ignore[override]
+        return dict(self.network.state_dict())
+
+    @property
+    def average(self) -> None:  # type: ignore[override]
+        return None
+
+    @property
+    def optimizer(self) -> dict[str, Any]:  # type: ignore[override]
+        return {"state": {}, "param_groups": []}
+
+
 def test_the_newest_legacy_checkpoint_that_loads_is_found(tmp_path: Path) -> None:
     networks = {5: Pair(), 10: Pair(), 15: Pair(), 20: Pair()}
     for iteration, network in networks.items():
-        save_legacy(tmp_path, iteration, network.state_dict(), None, {"state": {}, "param_groups": []})
+        LegacyFiles(tmp_path)(Saved(iteration, network))
     assert legacy_iterations(tmp_path) == [20, 15, 10, 5]
     whole = (tmp_path / "20_G.pth").read_bytes()
     (tmp_path / "20_G.pth").write_bytes(whole[: len(whole) // 2])  # cut short by a crash
@@ -206,3 +236,35 @@ def test_the_newest_legacy_checkpoint_that_loads_is_found(tmp_path: Path) -> Non
     assert found.iteration == 10
     assert torch.equal(found.network["body.weight"], networks[10].body.weight)
     assert newest_legacy(tmp_path, Pair(), after=10) is None
+
+
+def test_fixed_parts_are_frozen_first_and_then_trained_with_a_scaled_rate(tmp_path: Path) -> None:
+    """What the options say of `fix_keys` and `E_decay`, done by the trainer; a parameter that is frozen has no state."""
+    train = {"fix_iter": 2, "fix_lr_mul": 0.25, "fix_keys": ["spynet"], "G_scheduler_type": None, "E_decay": 0.9}
+    data = {"dataset_type": "VideoRecurrentTrainDataset", "dataroot_gt": "gt", "num_frame": 2}
+    given = {"task": "t", "path": {"root": str(tmp_path)}, "datasets": {"train": data}}
+    config = trainer_config(resolve({**given, "train": {**train, "G_optimizer_lr": 0.1, "total_iter": 4}}))
+    found: list[Any] = []
+
+    def keep(saved: SavedTraining) -> None:
+        found.append((saved.model, saved.average, [group["lr"] for group in saved.optimizer["param_groups"]]))
+
+    config["model"] = {"type": Pair}
+    config["criterion"] = lambda output, data: output.square().mean()
+    config["apply_model"] = lambda model, data: model.body(model.spynet(data[0]))
+    config["training"] |= {"checkpoint_every_steps": 1, "after_save": keep, "plots": False, "progress": "off"}
+    config["training"]["tracking"] = {"tensorboard": False}
+    trainer = TrainerDDP(config=config)
+    first = {name: value.clone() for name, value in trainer.module.state_dict().items()}
+    trainer.prepare_dataloaders(train_dataset=torch.utils.data.TensorDataset(torch.ones(3, 2)))
+    trainer.run_training()
+    # the last step is saved when it is done, and once more with what ended the run
+    models = [model for model, _, _ in found[:4]]
+    assert all(rates == pytest.approx([0.1, 0.025]) for _, _, rates in found)
+    weights = [first["spynet.weight"], *(model["spynet.weight"] for model in models)]
+    assert torch.equal(weights[0], weights[2])
+    assert not torch.equal(weights[2], weights[3])
+    # Adam's first step is the learning rate, whatever the gradient: the frozen iterations left no state behind
+    torch.testing.assert_close((weights[3] - weights[2]).abs(), torch.full((2, 2), 0.025), rtol=1e-3, atol=0)
+    expected = 0.9 * first["body.weight"] + 0.1 * models[0]["body.weight"]
+    torch.testing.assert_close(found[0][1]["body.weight"], expected)

@@ -5,28 +5,32 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from everyrank import Bool, Float, Int, build, field, section
+from everyrank import schema
 from everyrank.apps.causal_sets.samples import Recipe
 
 
-@section
+@schema.section
 class DataSettings:
     """What data to draw."""
 
-    num_samples: Int = field(default=4000, ge=1, doc="How many orders, over training, validation and test.")
-    mean_size: Float = field(default=100.0, ge=8, le=4000, doc="Mean number of elements n of an order (Poisson).")
-    fixed_size: Bool = field(default=False, doc="Give every order exactly `mean_size` elements instead.")
-    dimensions: list[Int] = field(
+    num_samples: schema.Int = schema.field(
+        default=4000, ge=1, doc="How many orders, over training, validation and test."
+    )
+    mean_size: schema.Float = schema.field(
+        default=100.0, ge=8, le=4000, doc="Mean number of elements n of an order (Poisson)."
+    )
+    fixed_size: schema.Bool = schema.field(default=False, doc="Give every order exactly `mean_size` elements instead.")
+    dimensions: list[schema.Int] = schema.field(
         factory=lambda: [2, 3, 4], min_length=1, doc="The spacetime dimensions to tell apart, each at least 2."
     )
-    layered_fraction: Float = field(
+    layered_fraction: schema.Float = schema.field(
         default=0.25,
         ge=0,
         le=1,
         doc="Share of Kleitman-Rothschild orders, which are like no spacetime, among the samples.",
     )
-    seed: Int = field(default=0, ge=0, doc="Seed of the data; sample i depends on it and on i alone.")
-    dtype: Literal["float32", "float64"] = field(default="float32", doc="Floating-point type of the features.")
+    seed: schema.Int = schema.field(default=0, ge=0, doc="Seed of the data; sample i depends on it and on i alone.")
+    dtype: Literal["float32", "float64"] = schema.field(default="float32", doc="Floating-point type of the features.")
 
     def recipe(self) -> Recipe:
         """Return what determines each sample: neither how many are used, nor in which precision."""
@@ -45,7 +49,7 @@ def read_settings(settings: Mapping[str, Any]) -> DataSettings:
     Raises:
         ConfigError: With every mistake at once: the key, what was found, what is allowed, and the nearest name.
     """
-    return build(DataSettings, settings, what="data of the causal sets (app.data.kwargs)", checks=_check)
+    return schema.build(DataSettings, settings, what="data of the causal sets (app.data.kwargs)", checks=_check)
 
 
 def _check(settings: DataSettings) -> list[str]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from everyrank import ConfigError, did_you_mean, reference_page, schema
+from everyrank import ConfigError, did_you_mean, schema
 from everyrank.apps.video_restoration.options.keys import DATASET_TYPES, DERIVED, IGNORED, Options
 from everyrank.apps.video_restoration.options.text import parse
 
@@ -141,28 +141,3 @@ def _derive(options: dict[str, Any]) -> None:
     test = options["datasets"].get("test", {})
     options["val"]["pad_seq"] |= test.get("pad_sequence", False)
     options["val"]["flip_seq"] |= test.get("mirror_sequence", False)
-
-
-_HEAD = """\
-Option files are JSON with `//` comments; commas left over where a line was commented out do no harm. Unknown keys are
-refused with the nearest known name, for a misspelt key would be a setting that silently does nothing. Keys of older
-code that mean nothing here are known too: they are ignored, and the log says so. The resolved `options.json` that a run
-leaves is itself an option file.
-
-This page is written from the schema by `python -m everyrank.apps.video_restoration.options.loader`.
-
-Samples of each `dataset_type`:
-
-| `dataset_type` | samples |
-| --- | --- |
-"""
-
-
-def page() -> str:
-    """Return the reference page as Markdown."""
-    kinds = "\n".join(f"| `{name}` | {meaning} |" for name, meaning in DATASET_TYPES.items())
-    return reference_page(Options, title="Options of video restoration", introduction=_HEAD + kinds)
-
-
-if __name__ == "__main__":
-    print(page(), end="")
