@@ -367,3 +367,83 @@ def test_a_run_told_to_stop_saves_and_goes_on(tmp_path: Path, clips: Path, write
     resumed = _start(SCRIPT, "--opt", str(write_options(options)))
     assert f"resumed exactly at iteration {done}" in resumed.stderr
     assert len(_curve(tmp_path)) == done + 1
+
+
+SIGNALLED = """
+import os, signal, sys
+from everyrank.apps.video_restoration.data.datasets import TrainDataset
+from everyrank.apps.video_restoration.entry import main
+
+plain, read = TrainDataset.__getitem__, []
+
+def poisoned(self, index, generator=None):
+    sample = plain(self, index, generator)
+    read.append(index)
+    if len(read) == 4:  # in the second step; a line of the log is far away
+        sample["H"].fill_(float("nan"))
+        os.kill(os.getpid(), signal.SIGTERM)
+    return sample
+
+TrainDataset.__getitem__ = poisoned
+sys.exit(main())
+"""
+
+
+def test_a_signal_between_two_lines_of_the_log_saves_no_weights_that_are_not_finite(
+    tmp_path: Path, clips: Path, write_options: Write
+) -> None:
+    options = tiny_options(clips, tmp_path)
+    options["train"] |= {"total_iter": 50, "checkpoint_save": 1, "checkpoint_print": 40}
+    del options["datasets"]["test"]
+    script = tmp_path / "signalled.py"
+    script.write_text(SIGNALLED)
+    shown = _start(str(script), "--opt", str(write_options(options)), code=1).stderr
+    assert re.search(r"loss is nan on rank 0 at epoch 0, step 2, samples \[", shown), shown
+    saved = sorted((tmp_path / "tiny").rglob("*.pth"))
+    assert [path.name for path in saved if path.name.endswith("G.pth")] == ["1_G.pth", "1_optimizerG.pth"]
+    for path in saved:
+        content = torch.load(path, weights_only=True)
+        tensors = content.values() if "optimizer" not in path.name else content["state"][0].values()
+        assert all(tensor.isfinite().all() for tensor in tensors)
+    assert [path.name for path in (tmp_path / "tiny" / "checkpoints").iterdir()] == ["step-00000001"]
+
+
+def test_a_run_is_planned(
+    clips: Path, tmp_path: Path, write_options: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from everyrank.cli.main import run
+
+    options = tiny_options(clips, tmp_path / "runs")
+    arguments = ["app=video_restoration", f"app.opt={write_options(options)}", "driver.nproc_per_node=2"]
+    assert run(["plan", *arguments]) == 0
+    shown = capsys.readouterr().out
+    assert "world size: 2" in shown
+    assert "samples: 8 training" in shown
+    assert "global batch: 3 samples, 1 to 2 on a rank; the last of an epoch: 2" in shown
+    assert "optimizer steps: 3 an epoch, 4 in all" in shown
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_options_reach_what_the_trainer_has(tmp_path: Path, clips: Path, write_options: Write) -> None:
+    """Accumulation and the ledger are on no list of old keys: the section `trainer` has them."""
+    from everyrank import read_ledger
+    from everyrank.apps.video_restoration.entry import main
+
+    options = tiny_options(clips, tmp_path)
+    options["train"] |= {"total_iter": 2, "checkpoint_save": 0}
+    options["trainer"]["training"] |= {"ledger": True, "accumulation_steps": 2}
+    del options["datasets"]["test"]
+    assert main(["--opt", str(write_options(options))]) == 0
+    entries = list(read_ledger(tmp_path / "tiny" / "ledger"))
+    assert [entry["step"] for entry in entries] == [1, 2]
+    assert sorted(sample for entry in entries for sample in entry["samples"]) == list(range(8))
+
+
+def test_a_misspelt_key_of_the_trainer_ends_with_exit_code_2(
+    tmp_path: Path, clips: Path, write_options: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from everyrank.apps.video_restoration.entry import main
+
+    options = tiny_options(clips, tmp_path, trainer={"training": {"legder": True}})
+    assert main(["--opt", str(write_options(options))]) == 2
+    assert "Did you mean 'ledger'" in capsys.readouterr().err

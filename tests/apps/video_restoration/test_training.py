@@ -239,7 +239,7 @@ def test_the_newest_legacy_checkpoint_that_loads_is_found(tmp_path: Path) -> Non
 
 
 def test_fixed_parts_are_frozen_first_and_then_trained_with_a_scaled_rate(tmp_path: Path) -> None:
-    """What the options say of `fix_keys` and `E_decay`, done by the trainer; a parameter that is frozen has no state."""
+    """What the options say of `fix_keys` and `E_decay`, done by the trainer."""
     train = {"fix_iter": 2, "fix_lr_mul": 0.25, "fix_keys": ["spynet"], "G_scheduler_type": None, "E_decay": 0.9}
     data = {"dataset_type": "VideoRecurrentTrainDataset", "dataroot_gt": "gt", "num_frame": 2}
     given = {"task": "t", "path": {"root": str(tmp_path)}, "datasets": {"train": data}}
