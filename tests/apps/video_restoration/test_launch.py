@@ -411,11 +411,11 @@ def test_a_signal_between_two_lines_of_the_log_saves_no_weights_that_are_not_fin
 def test_a_run_is_planned(
     clips: Path, tmp_path: Path, write_options: Write, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from everyrank.cli.main import run
+    from everyrank.cli.commands.plan import main
 
     options = tiny_options(clips, tmp_path / "runs")
     arguments = ["app=video_restoration", f"app.opt={write_options(options)}", "driver.nproc_per_node=2"]
-    assert run(["plan", *arguments]) == 0
+    assert main(arguments) == 0
     shown = capsys.readouterr().out
     assert "world size: 2" in shown
     assert "samples: 8 training" in shown

@@ -38,6 +38,7 @@ def trainer_config(options: Mapping[str, Any], world_size: int = 1) -> dict[str,
     test = options["datasets"].get("test")
     fixed = {"match": [f"*{key}*" for key in train["fix_keys"]]} if train["fix_iter"] and train["fix_keys"] else None
     rate = train["G_optimizer_lr"]
+    schedule = {key: value for key, value in train.items() if key.startswith("G_scheduler_")}
     clips = {
         "kwargs": {
             "val": options["val"],
@@ -78,7 +79,7 @@ def trainer_config(options: Mapping[str, Any], world_size: int = 1) -> dict[str,
             if fixed and train["fix_lr_mul"] != 1
             else [],
             "frozen": [{**fixed, "until_step": train["fix_iter"]}] if fixed else [],
-            "scheduler": {"type": OptionSchedule, "kwargs": {"train": train}, "interval": "step"}
+            "scheduler": {"type": OptionSchedule, "kwargs": {"train": schedule}, "interval": "step"}
             if train["G_scheduler_type"]
             else None,
             "clip_grad_norm": train["G_optimizer_clipgrad"] or None,
