@@ -136,8 +136,9 @@ class Watcher:
             return
         self._ask_at_s = still_s + self._pause_s
         self._pause_s = min(2 * self._pause_s, _ASK_AT_MOST_EVERY_S)
-        if not self._noticed:  # be there when the stall is due
-            self._ask_at_s = min(self._ask_at_s, max(self.config.stall_s, still_s + _LOOK_EVERY_S))
+        for due_s in (self.config.stall_s, self.config.end_after_s):  # be there when it is time to speak, or to end
+            if due_s is not None and still_s < due_s:
+                self._ask_at_s = min(self._ask_at_s, due_s)
         self._judge(folder, beats, still_s)
 
     def _compare_aloud(self) -> None:
@@ -149,7 +150,8 @@ class Watcher:
         reports = self._ask(folder, beats)
         stall = judge_stall(reports, self._before, self.world_size or len(beats))
         moved = any(
-            r.imports and rank in self._before and self._before[rank].stack != r.stack for rank, r in reports.items()
+            r.imports and (rank not in self._before or self._before[rank].stack != r.stack)
+            for rank, r in reports.items()
         )
         self._before = self._before if self._before and still_s < self.config.stall_s and not moved else reports
         if moved:
