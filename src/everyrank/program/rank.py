@@ -13,7 +13,7 @@ from everyrank.diagnosis.rank import reporter
 from everyrank.diagnosis.rank.record import record_error
 from everyrank.diagnosis.rank.stack_dump import register_stack_dump
 from everyrank.diagnosis.rank_files import error_file, log_file
-from everyrank.elastic.guard import add_site
+from everyrank.elastic.guard import add_startup
 from everyrank.errors import EXIT_BAD_INPUT, EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_OK
 from everyrank.launch_env.detection import detect
 from everyrank.launch_env.process_environment import SUPERVISED
@@ -60,8 +60,7 @@ def run_program(program: Program, run_dir: str, *, prefix: str, show: str, local
 
 def _execute(argv: list[str]) -> int:
     """Become the program; if it is a Python of any kind, it reports as well."""
-    os.environ["PYTHONPATH"] = add_site(os.environ.get("PYTHONPATH", ""))
-    os.environ.update(reporter.variables_for_fresh_interpreters(os.environ))
+    os.environ["PYTHONPATH"] = add_startup(os.environ.get("PYTHONPATH", ""))
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python ignores it, and what is ignored stays so in a new program
     try:
         os.execvp(argv[0], argv)

@@ -9,9 +9,10 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
+from everyrank.elastic.guard import add_startup
+
 REHEARSE = "EVERYRANK_REHEARSE"
 DEVICES = "EVERYRANK_REHEARSE_DEVICES"
-_SITE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "site")
 
 
 def environment(local_world_size: int, environ: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -26,12 +27,10 @@ def environment(local_world_size: int, environ: Mapping[str, str] | None = None)
         The variables to set. A ``sitecustomize`` of the user's is run as before.
     """
     environ = os.environ if environ is None else environ
-    python_path = environ.get("PYTHONPATH", "").split(os.pathsep)
-    folders = [_SITE, *(folder for folder in python_path if folder and folder != _SITE)]
     return {
         REHEARSE: "cpu",
         DEVICES: environ.get(DEVICES) or str(local_world_size),
-        "PYTHONPATH": os.pathsep.join(folders),
+        "PYTHONPATH": add_startup(environ.get("PYTHONPATH", "")),
     }
 
 

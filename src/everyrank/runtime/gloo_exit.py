@@ -11,7 +11,7 @@ to let it go. Two things go wrong when that meets an end:
 The cure for the first: Python keeps the group until the reducer is gone, for Python gives its lock free when it drops a
 group. For the second: the lock is free, before the interpreter ends, until gloo's threads have nothing left to do.
 
-This file needs neither torch nor the rest of everyrank: the ``sitecustomize`` beside it loads it by its path, in every
+This file needs neither torch nor the rest of everyrank: ``startup/sitecustomize.py`` loads it by its path, in every
 Python program that we start.
 """
 

@@ -1,7 +1,8 @@
 """In a rank: a thread that says, a few times a second, how far the rank is, and on request everything the watcher asks.
 
-It runs in any Python program, which need not know of it: ``hook/sitecustomize.py`` starts it where ``EVERYRANK_WATCH``
-is set, and the ranks that we fork ourselves start it at their entry. It imports nothing that the program has not.
+It runs in any Python program, which need not know of it: ``startup/sitecustomize.py`` starts it where
+``EVERYRANK_WATCH`` is set, and the ranks that we fork ourselves start it at their entry. It imports nothing that the
+program has not.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, TextIO
 
@@ -58,15 +58,6 @@ def start() -> None:
         _reporter = Reporter(attempt_dir(watch))
         _reporter.begin()
     _reporter.claim()
-
-
-def variables_for_fresh_interpreters(environ: Mapping[str, str]) -> dict[str, str]:
-    """Variables with which Pythons that a program starts, or becomes, report; none where nobody watches."""
-    if WATCH not in environ:
-        return {}
-    hook = os.path.join(os.path.dirname(os.path.abspath(__file__)), "hook")
-    folders = [hook, *(f for f in environ.get("PYTHONPATH", "").split(os.pathsep) if f and f != hook)]
-    return {"PYTHONPATH": os.pathsep.join(folders)}
 
 
 def told(record: dict[str, Any]) -> None:
