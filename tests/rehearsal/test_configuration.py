@@ -27,7 +27,7 @@ def test_a_rehearsal_has_a_folder_of_its_own(run_cli: RunCli, tmp_path: Path) ->
     plans = [run_cli(*order, f"rehearse={value}").stdout for value in ("null", "cpu")]
     assert "variable: EVERYRANK_REHEARSE=cpu" in plans[1]
     assert "EVERYRANK_REHEARSE" not in plans[0]
-    assert "rehearsal/site:" in plans[1]
+    assert "startup" in plans[1]
     assert "-rehearsed/run.yaml" in plans[1]
     assert "-rehearsed" not in plans[0]
 
