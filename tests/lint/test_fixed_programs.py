@@ -42,6 +42,10 @@ def _launchers(folder: Path) -> dict[str, tuple[list[str], int]]:
         "torchrun": (["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", f"--log-dir={folder}"], 2),
         "launch": ([*launch, f"--log-dir={folder}"], 2),
         "launch --use-env": ([*launch, "--use-env", f"--log-dir={folder}"], 2),
+        **{
+            f"run driver={driver}": (["-m", "everyrank", "run", f"driver={driver}", "driver.nproc_per_node=2", "--"], 2)
+            for driver in ("torchrun", "launch", "spawn")
+        },
         "spawn": ([str(PROGRAMS / "as_rank.py")], 2),
     }
 
@@ -53,7 +57,13 @@ def test_as_it_was_it_starts_under_none(program: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["python", "torchrun", "launch", "launch --use-env", "spawn"])
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        "python", "torchrun", "launch", "launch --use-env", "spawn",
+        "run driver=torchrun", "run driver=launch", "run driver=spawn",
+    ],
+)  # fmt: skip
 def test_after_fix_it_starts_under_every_launcher(
     launcher: str, program: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
