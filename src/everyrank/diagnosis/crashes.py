@@ -170,7 +170,7 @@ class _Case:
             rank=rank,
             cause=causes.SKIPPED if error["type"] == "BarrierTimeoutError" else causes.RAISED,
             said=f"is named by the others: {str(error['text']).splitlines()[0]}",
-            where=report.where if report else None,
+            where=self.errors.get(rank, {}).get("where") or (report.where if report else None),
         )
 
     def stood_still(self, world_size: int) -> Stall | None:
