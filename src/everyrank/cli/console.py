@@ -21,15 +21,15 @@ def outlive_console() -> None:
                 os.dup2(null, descriptor)
                 os.close(null)
     sys.stdin = sys.stdin or open(_STDIN, closefd=False)  # noqa: SIM115 (as long as the process)
-    sys.stdout = sys.__stdout__ = _forgiving(sys.stdout, _STDOUT)  # type: ignore[misc]
-    sys.stderr = sys.__stderr__ = _forgiving(sys.stderr, _STDERR)  # type: ignore[misc]
+    sys.stdout = sys.__stdout__ = _forgiving(sys.stdout, _STDOUT)  # type: ignore[misc, assignment]
+    sys.stderr = sys.__stderr__ = _forgiving(sys.stderr, _STDERR)  # type: ignore[misc, assignment]
 
 
 def _forgiving(stream: TextIO | None, descriptor: int) -> TextIO:
     if stream is not None:
         stream.flush()
     return io.TextIOWrapper(
-        io.BufferedWriter(_Forgiving(descriptor)),
+        io.BufferedWriter(_Forgiving(descriptor)),  # type: ignore[type-var]
         encoding=stream.encoding if stream is not None else "utf-8",
         errors="backslashreplace" if stream is None else stream.errors,
         line_buffering=descriptor == _STDERR or os.isatty(descriptor),
