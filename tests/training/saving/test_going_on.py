@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -138,6 +139,8 @@ def test_ranks_whose_folders_hold_other_runs_take_rank_0s(tmp_path: Path) -> Non
         trainer.prepare_dataloaders(train_dataset=tiny.make_data(40, seed=noise))
         trainer.run_training()
         first.append(tiny.weights(trainer))
+    del trainer
+    gc.collect()  # this process holds the folder as long as it has a trainer there
     zero, one = everyrank.launch(alone.with_folders_of_their_own, tmp_path, nproc_per_node=2)
     for name, value in first[0].items():
         assert not torch.equal(value, first[1][name])
