@@ -7,6 +7,7 @@ import json
 import logging
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, NamedTuple
@@ -20,6 +21,7 @@ from everyrank.checkpoint.folder import (
     checkpoint_name,
     checkpoint_paths,
     describe,
+    identify,
     list_checkpoints,
     new_token,
     remove_leftovers,
@@ -268,6 +270,7 @@ class Checkpointer:
             CheckpointError: On rank 0, if it could not be written.
         """
         self._task.wait()
+        self._set_aside_damaged()
         self.check()
 
     def close(self) -> None:
@@ -306,10 +309,20 @@ class Checkpointer:
         path = Path(checkpoint) if info is None else info.path  # type: ignore[arg-type]
         if not (info and info.verified):
             agree(lambda: _require_whole(path), on=0)
-        if all(gather_objects(path.is_dir())):
+        copies = gather_objects(identify(path, verify=self.world.is_local_main and not self.world.is_main))
+        other = [rank for rank, copy in enumerate(copies) if copy != copies[0]]
+        if not other:
             return read_checkpoint(path)
-        # Nodes without the folder: no file system is shared, so the ranks get it from rank 0.
-        return agree(lambda: read_checkpoint(path), on=0)
+        # Folders of the nodes' own: all ranks get rank 0's, and not what they have under the same name.
+        different = [rank for rank in other if copies[rank]]
+        if different and self.world.is_main:
+            logger.warning(
+                "%s is another checkpoint on rank %s than on rank 0, whose is taken. Fix: put the run's folder on a "
+                "file system that all nodes share, or remove what an earlier run left on those nodes.",
+                *(path, ", ".join(map(str, different))),
+            )
+        loaded = agree(lambda: read_checkpoint(path), on=0)
+        return replace(loaded, own_ranks=frozenset())  # the files of single ranks lie in rank 0's folder
 
     def save_objects(self, step: int, *, metric: float | None = None, **objects: Stateful) -> None:
         """Save objects that have a ``state_dict``, and each rank's random generators; otherwise as ``save``.
@@ -364,12 +377,8 @@ class Checkpointer:
 
     def _set_aside_damaged(self) -> None:
         """Keep those that were found damaged from being counted: retention would delete whole ones in their favour."""
-        damaged, self._damaged = self._damaged, []
-        for path in damaged:
-            try:
-                logger.warning("the damaged checkpoint %s is now %s", path.name, set_aside(path).name)
-            except OSError as error:
-                logger.warning("the damaged checkpoint %s could not be set aside: %s", path, error)
+        while self._damaged:
+            set_aside(self._damaged.pop())
 
     def _check_names(self, groups: Mapping[str, object]) -> None:
         for name in groups:

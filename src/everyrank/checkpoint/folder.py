@@ -25,7 +25,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from everyrank.checkpoint.manifest import find_damage, read_manifest
+from everyrank.checkpoint.manifest import MANIFEST, find_damage, read_manifest
 from everyrank.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -170,13 +170,31 @@ def delete(checkpoint: Path) -> None:
     shutil.rmtree(hidden, ignore_errors=True)  # what is left of it goes with the next run's leftovers
 
 
-def set_aside(checkpoint: Path) -> Path:
-    """Give a damaged checkpoint a name under which it is none, for a person to look at; return its new path."""
+def identify(path: Path, *, verify: bool) -> str:
+    """Return what tells this copy of a checkpoint from another; empty if there is none, or it is damaged.
+
+    Args:
+        path: The checkpoint's folder.
+        verify: Compare the checksums of all files.
+    """
+    try:
+        text = (path / MANIFEST).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return ""
+    return "" if verify and find_damage(path) is not None else text
+
+
+def set_aside(checkpoint: Path) -> None:
+    """Give a damaged checkpoint a name under which it is none, for a person to look at."""
     target = checkpoint.with_name(f"damaged-{checkpoint.name}")
     if target.exists():
         target = target.with_name(f"{target.name}-{new_token()}")
-    os.rename(checkpoint, target)
-    return target
+    try:
+        os.rename(checkpoint, target)
+    except OSError as error:
+        logger.warning("the damaged checkpoint %s could not be set aside: %s", checkpoint, error)
+    else:
+        logger.warning("the damaged checkpoint %s is now %s", checkpoint.name, target.name)
 
 
 def remove_leftovers(folder: Path) -> None:
