@@ -14,8 +14,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from everyrank.diagnosis.frames import Place, where
-
 NUM_ENTRIES = 200  # kept by torch, per process
 # What every member of a group must pass alike. The others differ by rank on purpose, such as a root's list of tensors.
 _SAME_SIZES = {
@@ -81,7 +79,7 @@ def read_recorder() -> tuple[list[Collective], dict[str, list[int]]]:
     c10d = getattr(getattr(sys.modules.get("torch"), "_C", None), "_distributed_c10d", None)
     if c10d is None or not hasattr(c10d, "_dump_fr_trace"):
         return [], {}
-    trace = pickle.loads(c10d._dump_fr_trace())
+    trace = pickle.loads(c10d._dump_fr_trace(True, False, False))  # without stacks, see rank/calls.py
     groups = {
         name: json.loads(group["ranks"]) for name, group in (trace.get("pg_config") or {}).items() if group["ranks"]
     }
@@ -90,7 +88,6 @@ def read_recorder() -> tuple[list[Collective], dict[str, list[int]]]:
 
 
 def _collective(entry: Mapping[str, Any]) -> Collective:
-    stack = [Place(f["filename"], f["line"], f["name"]) for f in entry.get("frames") or ()]
     sizes = entry["input_sizes"] or ()
     return Collective(
         group=str(entry["process_group"][0]),
@@ -98,7 +95,7 @@ def _collective(entry: Mapping[str, Any]) -> Collective:
         op=str(entry["profiling_name"]).rpartition(":")[2],
         sizes=" ".join("x".join(str(n) for n in size) or "scalar" for size in sizes),
         dtypes=" ".join(dict.fromkeys(entry["input_dtypes"] or ())),
-        place=where(stack) or "a line unknown",
+        place="a line unknown",
         done=bool(entry["retired"]),
     )
 

@@ -22,9 +22,9 @@ from everyrank.diagnosis.flight import read_recorder, to_json
 from everyrank.diagnosis.frames import Place, may_wait_in_backward, stack_of, waits_for_data, waits_in_collective, where
 from everyrank.diagnosis.proc import here, look_at, reads_from
 from everyrank.diagnosis.rank import last_words
+from everyrank.diagnosis.rank.calls import Call, calls, note_calls
 from everyrank.diagnosis.rank.loader_workers import STACKS_SIGNAL, answer_with_samples, workers_of
 from everyrank.diagnosis.rank.record import describe_error, record_error
-from everyrank.diagnosis.rank.reductions import note_reductions, reductions
 from everyrank.diagnosis.rank_files import (
     WATCH,
     ask_for_reports,
@@ -120,7 +120,7 @@ class Reporter:
         c10d: Any = sys.modules.get("torch.distributed.distributed_c10d")
         joined = c10d is not None and hasattr(c10d, "is_initialized") and c10d.is_initialized()
         if c10d is not None:
-            note_reductions(c10d)
+            note_calls(c10d)
         if joined:
             last_words.prepare(self._say_last_words)
             if self.rank is None:  # a process that the program started itself
@@ -163,8 +163,8 @@ class Reporter:
             self._ended = ended
             stack = self._stack()
             collectives, groups = read_recorder()
-            named = reductions()
-            collectives = [replace(c, reduce=named.get((c.group, c.seq), "")) for c in collectives]
+            asked, unknown = calls(), Call("", "a line unknown")
+            collectives = [replace(c, **asked.get((c.group, c.seq), unknown)._asdict()) for c in collectives]
             facts = look_at(self.pid)
             handled = sys._current_exceptions().get(self._main.ident or 0)
             error = handled[1] if isinstance(handled, tuple) else handled
