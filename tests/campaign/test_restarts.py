@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -26,8 +27,8 @@ def test_a_killed_rank_is_named_and_all_go_on_from_the_last_checkpoint(start_cli
     for place, process in processes.items():
         output, _ = process.communicate(timeout=120)
         assert process.returncode == 0, output
-        named = f"notice: rank {harms[place].rank} (killed by SIGKILL) failed; all ranks start again (restart 1)"
-        assert output.count(named) == 1, output
+        named = rf"notice: rank {harms[place].rank} .*SIGKILL.*; all ranks start again \(restart 1\)"
+        assert len(re.findall(named, output)) == 1, output
         assert output.count("Resuming from") == 1
         evidence = Evidence.of(tmp_path / place)
         assert evidence.uses == {epoch: Counter(range(NUM_SAMPLES)) for epoch in range(NUM_EPOCHS)}

@@ -122,7 +122,6 @@ def test_legacy_launch_and_spawn() -> None:
         ({"min_nodes": 1, "max_nodes": 3}, "driver.rdzv_endpoint is not set"),
         ({"rdzv_backend": "c10", "rdzv_endpoint": "a:1"}, "Did you mean 'c10d'"),
         ({"start_method": "forks"}, "Did you mean 'fork'"),
-        ({"max_restarts": -1}, "driver.max_restarts=-1"),
         ({"master_port": 70000}, "a port lies between 1 and 65535"),
     ],
 )

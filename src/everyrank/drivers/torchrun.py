@@ -115,8 +115,6 @@ class TorchrunDriver:
                 f"driver.node_rank={c.node_rank} was set with driver.nnodes={max_nodes}: "
                 f"node ranks run from 0 to {max_nodes - 1}."
             )
-        if c.max_restarts < 0:
-            raise DriverError(f"driver.max_restarts={c.max_restarts} was set; it is 0 or more.")
         if c.master_port is not None and not 0 < c.master_port < 65536:
             raise DriverError(
                 f"driver.master_port={c.master_port} was set; a port lies between 1 and 65535. "

@@ -136,7 +136,7 @@ def train_norms(folder: Path) -> dict[str, Any]:
         trainer.prepare_dataloaders(train_dataset=tiny.make_data(40))
         local, before = trainer._local, {}
         assert local is not None
-        meet = local.meet
+        meet = local.synchronize
 
         def look() -> None:
             if local.num_apart:
@@ -144,7 +144,7 @@ def train_norms(folder: Path) -> dict[str, Any]:
                 before["num_collectives"] = count_collectives()
             meet()
 
-        local.meet = look  # type: ignore[method-assign]
+        local.synchronize = look  # type: ignore[method-assign]
         trainer.run_training()
         before["num_collectives"] = count_collectives() - before["num_collectives"]
         return {"before": before, "after": tiny.weights(trainer)}

@@ -1,7 +1,7 @@
 """What Python asked of each collective: its line and its reduction.
 
 torch's Flight Recorder does not say SUM or MAX. It has the stacks, but to put them into words it imports
-``torch._inductor``: seconds of work, and an ImportError in the program if its own thread imports that at the same time.
+torch's compiler: seconds of work, and an ImportError in the program if its own thread imports that at the same time.
 """
 
 from __future__ import annotations
