@@ -107,5 +107,5 @@ def test_a_group_that_fails_once_is_started_again_as_by_torchrun(run_cli: RunCli
     done = run_cli("--nproc-per-node=2", "--max-restarts=1", "train.py", "--x", program=TORCHRUN)
     assert done.returncode == 0, done.stderr
     assert sorted(done.stdout.splitlines()) == ["rank 0 after 1 ['--x']", "rank 1 after 1 ['--x']"]
-    assert "rank 1 (exit code 1)" in done.stderr
-    assert "failed; all ranks start again (restart 1)" in done.stderr
+    assert "notice: rank 1 failed: ValueError: once" in done.stderr
+    assert "all ranks start again (restart 1)" in done.stderr
