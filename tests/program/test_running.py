@@ -91,9 +91,9 @@ def test_a_program_sees_what_python_alone_shows(
     arguments = [*command, "3", "--lr=0.1", "a b", "${x", "???", "key=[1", "--", "-n"]
     plain = subprocess.run([sys.executable, *arguments], cwd=tmp_path, env=cli_environment(), check=False)
     assert plain.returncode == 3
+    expected = json.loads((tmp_path / "looks-plain.json").read_text())
     done = run_cli(driver, *([] if driver == "driver=local" else ["-n", "2"]), "--", *arguments)
     ranks = ["plain"] if driver == "driver=local" else ["0", "1"]
-    expected = json.loads((tmp_path / "looks-plain.json").read_text())
     for rank in ranks:
         found = json.loads((tmp_path / f"looks-{rank}.json").read_text())
         # The folder of our sitecustomize, where the rank is a Python of its own: for the Pythons that it starts.
