@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from conftest import RunCli, cli_environment
-from everyrank.elastic.guard import STARTUP
+from everyrank.launch_env.guard import STARTUP
 
 TEN_LINES = """\
 import os, torch, torch.distributed as dist

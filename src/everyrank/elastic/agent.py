@@ -27,7 +27,7 @@ from everyrank.errors import EXIT_BAD_INPUT, EXIT_FAILURE, EXIT_OK, EXIT_PREEMPT
 
 # DistributedDataParallel and every optimizer import it when they are made, which is most of the time a restart takes.
 _NEEDED_BY_TRAINING = ("torch._dynamo",)
-SETTLE_S = 7.0  # a node that went away has been noticed by then (see elastic_rendezvous)
+SETTLE_S = 7.0  # a node that went away has been noticed by then (see rendezvous/elastic.py)
 
 
 class RunLogs(LogsSpecs):

@@ -13,9 +13,9 @@ from everyrank.diagnosis.rank import reporter
 from everyrank.diagnosis.rank.record import record_error
 from everyrank.diagnosis.rank.stack_dump import register_stack_dump
 from everyrank.diagnosis.rank_files import error_file, log_file
-from everyrank.elastic.guard import add_startup
 from everyrank.errors import EXIT_BAD_INPUT, EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_OK
 from everyrank.launch_env.detection import detect
+from everyrank.launch_env.guard import add_startup
 from everyrank.launch_env.process_environment import SUPERVISED
 from everyrank.program.command import EXECUTABLE, MODULE, Program
 from everyrank.program.main_module import run_module, run_script

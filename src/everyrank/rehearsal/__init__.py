@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
-from everyrank.elastic.guard import add_startup
+from everyrank.launch_env.guard import add_startup
 
 REHEARSE = "EVERYRANK_REHEARSE"
 DEVICES = "EVERYRANK_REHEARSE_DEVICES"

@@ -1,6 +1,6 @@
 """Run as it starts by every Python program of a run, and by those that it starts: what everyrank gives any program.
 
-Python imports a module of this name from ``PYTHONPATH``; ``elastic/guard.py`` puts this folder there. The
+Python imports a module of this name from ``PYTHONPATH``; ``launch_env/guard.py`` puts this folder there. The
 program need not know of everyrank, and its Python need not have it installed.
 """
 

@@ -262,7 +262,6 @@ class DefaultTester(DefaultValidator):
     """
 
     name = "Test"
-    step = 0
 
     def _prepare_rank_zero(self) -> None:
         self._handover = Handover(self.world, broadcast_decision(secrets.token_hex(4)))

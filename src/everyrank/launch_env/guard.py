@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 
+GUARD = os.path.abspath(__file__)
 STARTUP = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "startup")
 
 
