@@ -6,6 +6,7 @@ the faults carry a mark, ``# fault: KIND``, by which the campaign checks the lin
 
 import ctypes
 import os
+import re
 import signal
 import sys
 import time
@@ -77,6 +78,8 @@ def misbehave(kind: str, total: torch.Tensor) -> None:
     if kind == "loop":
         while True:
             total = total * 1.0  # fault: loop
+    if kind == "holds_lock":
+        re.fullmatch("(a|aa)+", 80 * "a" + "b")  # fault: holds_lock
     if kind == "asleep":
         time.sleep(600)  # fault: asleep
     if kind == "blocked_read":

@@ -1,6 +1,6 @@
 """A campaign of faults: is the guilty rank named, with its cause and its line, and how soon?
 
-``python benchmarks/verdicts.py --num 200 --jobs 4`` injects faults of 24 kinds at random steps, in random ranks, at
+``python benchmarks/verdicts.py --num 200 --jobs 4`` injects faults of 25 kinds at random steps, in random ranks, at
 world sizes 2 and 3, in a program that imports only torch (``faulty_program.py``) and in one that trains by TrainerDDP
 (``faulty_trainer.py``), under torchrun, spawn, launch and mpi; and such faults under bare torchrun beside it. Writes
 ``results/verdicts.json`` and prints a table. ``--healthy MINUTES`` runs healthy programs with slow phases instead, and
@@ -44,6 +44,7 @@ KINDS: dict[str, set[str]] = {
     "segfault": {"killed"},
     "stopped": {"stopped"},
     "loop": {"stuck_in_python"},
+    "holds_lock": {"stuck_in_python"},
     "asleep": {"stuck_in_python"},
     "blocked_read": {"stuck_in_io"},
     "stuck_loader": {"stuck_in_data_loading"},
@@ -55,7 +56,6 @@ KINDS: dict[str, set[str]] = {
     "silent_type": {"mismatched_collective"},
     "silent_reduction": {"mismatched_collective"},
 }
-HANGS = {"stopped", "loop", "asleep", "blocked_read", "stuck_loader"}
 # What a program that trains by TrainerDDP can do wrong; its collectives are the trainer's own.
 OF_TRAINER = sorted(
     set(KINDS)
@@ -69,7 +69,7 @@ OF_TRAINER = sorted(
 )
 DRIVERS = (*["torchrun"] * 9, "spawn", "launch", "mpi")
 LIMIT_S = 240.0
-END_AFTER_S = 15
+END_AFTER_S = 12
 
 
 def faults(num: int, seed: int, kinds: list[str], drivers: list[str]) -> list[dict[str, Any]]:

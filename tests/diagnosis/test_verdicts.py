@@ -22,10 +22,10 @@ FAULTY = str(ROOT / "benchmarks" / "faulty_program.py")
 @pytest.mark.timeout(900)
 def test_each_kind_of_fault_is_named(tmp_path: Path) -> None:
     out = tmp_path / "verdicts.json"
-    command = [sys.executable, str(ROOT / "benchmarks" / "verdicts.py"), "--num=24", "--bare=0", "--jobs=3"]
+    command = [sys.executable, str(ROOT / "benchmarks" / "verdicts.py"), "--num=25", "--bare=0", "--jobs=3"]
     subprocess.run([*command, "--drivers", "torchrun", "--out", str(out)], check=True, cwd=tmp_path)
     rows = json.loads(out.read_text())["faults"]
-    assert len({row["kind"] for row in rows}) == 24
+    assert len({row["kind"] for row in rows}) == 25
     assert [row for row in rows if row["judged"] != "right"] == []
 
 

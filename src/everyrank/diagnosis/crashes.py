@@ -10,6 +10,7 @@ from typing import Any
 from everyrank.diagnosis import verdict as causes
 from everyrank.diagnosis.classify import is_mismatch, is_out_of_memory
 from everyrank.diagnosis.frames import parse_stack, where
+from everyrank.diagnosis.host_signs import judge_lost, on_lost_hosts
 from everyrank.diagnosis.outcome import RankFailure
 from everyrank.diagnosis.rank_files import fatal_file
 from everyrank.diagnosis.reports import Report, read_beats, read_reports
@@ -26,8 +27,9 @@ def judge_crash(
     """Who is guilty of the end of an attempt.
 
     In this order: a rank's own exception, the earliest; collectives that did not fit together; a death by a signal that
-    nobody of ours sent; an exit without a word; a rank that left while the others were in a collective; a rank that
-    stood still until the others' collective timed out. A rank that only lost its peers, or that we ended, is not named.
+    nobody of ours sent; an exit without a word; a host that is lost; a rank that left while the others were in a
+    collective; a rank that stood still until the others' collective timed out. A rank that only lost its peers, or that
+    we ended, is not named.
 
     Args:
         failures: The ranks that did not end well, as the launcher saw it.
@@ -48,6 +50,7 @@ def judge_crash(
         or case.departure()
         or case.signalled()
         or case.silent_exit()
+        or case.lost_host()
         or case.left_early()
         or case.terminated()
         or case.named_by_others()
@@ -144,6 +147,11 @@ class _Case:
                 evidence = _last_lines(failure.log_file)
                 return Stall(rank=rank, cause=causes.EXITED, said=said, where=self._last_seen(rank), evidence=evidence)
         return None
+
+    def lost_host(self) -> Stall | None:
+        silent = [r for rank, r in self.reports.items() if rank not in self.failures and r.ended is None]
+        lost = on_lost_hosts(os.path.dirname(self.folder), silent) if self.errors else []
+        return judge_lost(lost) if lost else None
 
     def left_early(self) -> Stall | None:
         gone = [r for rank, r in self.reports.items() if rank not in self.failures and r.is_gone]

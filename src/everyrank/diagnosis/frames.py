@@ -15,7 +15,7 @@ _LIBRARY = tuple({sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")
 _COLLECTIVES = ("torch/distributed/distributed_c10d.py", "torch/distributed/_functional_collectives.py")
 # Frames in which a thread runs the reducer's collectives in C++, without a Python frame of torch.distributed's.
 _BACKWARD = ("torch/autograd/graph.py", "torch/nn/parallel/distributed.py", "torch/optim/optimizer.py")
-_PRINTED = re.compile(r'^  File "(.+)", line (\d+) in (.+)$', re.MULTILINE)  # by faulthandler
+_PRINTED = re.compile(r'^  File "(.+)", line (\d+),? in (.+)$', re.MULTILINE)  # by faulthandler, or a traceback
 _LOADER = "torch/utils/data/dataloader.py"
 # Coming and going: a rank that still starts keeps the others waiting there, until a timeout that names it.
 _JOINING_AND_LEAVING = {"init_process_group", "new_group", "_new_process_group_helper", "destroy_process_group"}
@@ -57,8 +57,21 @@ def parse_stack(text: str) -> list[Place]:
     return [Place(file, int(line), function) for file, line, function in _PRINTED.findall(text)]
 
 
-def raised_at(trace: TracebackType | None) -> str | None:
-    """Where an exception came from: the user's innermost line of its traceback, or the innermost of all."""
+def is_users_place(text: str) -> bool:
+    """Whether a place, as text, is the user's."""
+    return Place(text.rpartition(" in ")[0].rpartition(":")[0], 0, "").is_users
+
+
+def raised_at(trace: TracebackType | None, text: str = "") -> str | None:
+    """Where an exception came from: the user's innermost line of its traceback, or the innermost of all.
+
+    Args:
+        trace: The traceback.
+        text: What the exception says: that of a loader's worker has the worker's traceback in it.
+    """
+    _, found, worker = text.rpartition("Original Traceback (most recent call last):")
+    if found and (stack := parse_stack(worker)):
+        return where(stack[::-1])
     entries = [Place(e.filename, e.lineno or 0, e.name) for e in traceback.extract_tb(trace)]
     return where(entries[::-1])
 

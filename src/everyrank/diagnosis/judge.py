@@ -47,7 +47,7 @@ def conclude(
     if verdict.rank is not None and verdict.log_file is None:
         log = existing(log_file(os.path.join(run_dir, "logs"), verdict.rank))
         verdict = replace(verdict, log_file=log)
-    if verdict.user_error is None:
+    if verdict.user_error is None and verdict != written:
         write_verdict(run_dir, verdict)
     return verdict
 

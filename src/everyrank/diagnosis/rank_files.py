@@ -71,6 +71,10 @@ def clear_watch(watch: str, older_than_s: float = 0.0) -> None:
         newest_s = max((os.stat(path).st_mtime for path in glob.glob(f"{glob.escape(folder)}/*")), default=0.0)
         if time.time() - newest_s >= older_than_s:
             shutil.rmtree(folder, ignore_errors=True)
+    for path in glob.glob(os.path.join(glob.escape(watch), "host-*.json")):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - os.stat(path).st_mtime >= older_than_s:
+                os.remove(path)
 
 
 def report_file(attempt: str, rank: int) -> str:

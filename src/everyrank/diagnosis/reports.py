@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from everyrank.diagnosis.flight import Collective, from_json
+from everyrank.diagnosis.frames import Place, may_wait_in_backward, waits_for_data, waits_in_collective, where
 from everyrank.diagnosis.proc import ProcessFacts, here, look_at
 from everyrank.diagnosis.rank_files import read_json
 
@@ -40,7 +41,11 @@ class Beat:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """A rank's answer to a request, or its last words; ``process`` is what this host's kernel says of it now."""
+    """A rank's answer to a request, or its last words.
+
+    ``process`` is what this host's kernel says of it now. A rank that has not answered the latest request ``is_late``;
+    where its stack could be had all the same, by a signal, it ``is_mute``.
+    """
 
     rank: int
     pid: int
@@ -63,6 +68,8 @@ class Report:
     groups: Mapping[str, list[int]]
     workers: tuple[Mapping[str, Any], ...]
     process: ProcessFacts | None = field(default=None)
+    is_late: bool = field(default=False)
+    is_mute: bool = field(default=False)
 
     @property
     def is_local(self) -> bool:
@@ -98,6 +105,22 @@ class Report:
         if self.waits:
             return f"waits in a collective at {self.where}"
         return f"is at {self.where}"
+
+    def with_stack(self, stack: Sequence[Place]) -> Report:
+        """The report of a rank that does not answer, with the stack that its kernel's signal handler printed."""
+        assert self.process is not None
+        return replace(
+            self,
+            is_mute=True,
+            time_s=time.time(),
+            cpu_s=self.process.cpu_s,
+            stack=tuple(str(place) for place in stack),
+            where=where(stack),
+            in_collective=waits_in_collective(stack),
+            in_backward=may_wait_in_backward(stack),
+            in_loader=waits_for_data(stack),
+            reads=None,
+        )
 
 
 def read_beats(folder: str) -> dict[int, Beat]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from everyrank.diagnosis import verdict as causes
 from everyrank.diagnosis.flight import Departure, find_departure
+from everyrank.diagnosis.frames import is_users_place
 from everyrank.diagnosis.reports import Report
 
 _BUSY = 0.3  # of a core: a thread that computes, not one that waits
@@ -58,13 +59,19 @@ def judge_stall(reports: Mapping[int, Report], earlier: Mapping[int, Report], wo
         return None  # it raised or aborted: its end is judged as a crash
     if len(reports) < world_size:
         return None
+    if late := [report for report in reports.values() if report.is_late]:
+        return _late(late)
+    # Before what it said: that is of a moment before it was stopped.
+    stopped = [report for report in reports.values() if report.is_stopped]
+    if len(stopped) == 1:
+        return _stopped(stopped[0])
+    if stopped:
+        names = ", ".join(str(report.rank) for report in stopped)
+        return Stall(rank=None, cause=causes.UNDECIDED, said=f"ranks {names} are stopped")
     others = [report for rank, report in reports.items() if rank not in waiting]
     if not others:
         said = "every rank waits in the same collective: a slow or broken network, or a very large transfer"
         return Stall(rank=None, cause=causes.UNDECIDED, said=said)
-    stopped = [report for report in others if report.is_stopped] or [r for r in reports.values() if r.is_stopped]
-    if stopped:
-        return _stopped(stopped[0]) if len(stopped) == 1 else None
     suspects = [report for report in others if report.seq == min(r.seq for r in others)]
     if len(suspects) > 1:
         names = ", ".join(str(report.rank) for report in suspects)
@@ -75,7 +82,12 @@ def judge_stall(reports: Mapping[int, Report], earlier: Mapping[int, Report], wo
 
 def judge_departure(reports: Mapping[int, Report]) -> Stall | None:
     """Ranks that took part in one collective with different things, by what torch recorded on each."""
-    departure = find_departure({rank: report.collectives for rank, report in reports.items()})
+    # Groups of one name with other members are others.
+    records = {
+        rank: [replace(c, group=f"{c.group} {report.groups.get(c.group)}") for c in report.collectives]
+        for rank, report in reports.items()
+    }
+    departure = find_departure(records)
     if departure is None:
         return None
     evidence = tuple(f"rank {rank} began {c}" for rank, c in sorted(departure.by_rank.items()))
@@ -120,6 +132,15 @@ def _left(report: Report) -> Stall:
     return Stall(rank=report.rank, cause=causes.LEFT_EARLY, said=said, evidence=evidence, provable=True)
 
 
+def _late(reports: Sequence[Report]) -> Stall:
+    """What a rank said a while ago tells nothing of now: on a loaded machine it may be any of them."""
+    names = ", ".join(str(report.rank) for report in reports)
+    said = f"rank {names} does not answer: its host is lost or overloaded"
+    return Stall(
+        rank=None, cause=causes.UNDECIDED, said=said if len(reports) == 1 else said.replace("rank", "ranks", 1)
+    )
+
+
 def _stopped(report: Report) -> Stall:
     assert report.process is not None
     return Stall(
@@ -140,6 +161,8 @@ def _busy(report: Report, before: Report | None) -> Stall:
     if report.in_loader:
         return _in_data(report)
     evidence: list[str] = []
+    if report.is_mute:
+        evidence.append("none of its threads answers: compiled code holds Python's interpreter lock")
     state = report.process.state if report.process is not None else ""
     if report.reads or state == "D":
         source = report.reads or "a device or a network disk"
@@ -190,4 +213,4 @@ def _common_place(now: Sequence[str], before: Sequence[str]) -> str | None:
         if mine != theirs:
             break
         common = mine
-    return common if common is not None and "site-packages" not in common and "/lib/python" not in common else None
+    return common if common is not None and is_users_place(common) else None

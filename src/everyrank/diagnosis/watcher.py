@@ -16,8 +16,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import TracebackType
 
+from everyrank.diagnosis.frames import parse_stack
+from everyrank.diagnosis.host_signs import HostSign, judge_lost, on_lost_hosts
 from everyrank.diagnosis.proc import look_at, oom_kills
-from everyrank.diagnosis.rank_files import ask_for_reports, attempt_dir, clear_watch, newest_attempt, watch_dir
+from everyrank.diagnosis.rank.loader_workers import ask_for_stack
+from everyrank.diagnosis.rank_files import (
+    ask_for_reports,
+    attempt_dir,
+    clear_watch,
+    existing,
+    log_file,
+    newest_attempt,
+    stacks_file,
+    watch_dir,
+)
 from everyrank.diagnosis.reports import Beat, Report, read_beats, read_reports
 from everyrank.diagnosis.stalls import Stall, judge_departure, judge_stall
 from everyrank.diagnosis.telling import describe, notice
@@ -59,6 +71,7 @@ class Watcher:
         self._oom_kills = oom_kills()
         self._attempt = 0
         self._mismatch: Verdict | None = None
+        self._sign = HostSign(watch_dir(run_dir)) if shared and config.enabled else None
         self._compared_s = time.monotonic()
         self._reset()
         clear_watch(watch_dir(run_dir), older_than_s=_OLD_S if shared else 0.0)
@@ -80,6 +93,8 @@ class Watcher:
         self._stop.set()
         if self._thread.ident is not None:
             self._thread.join()
+        if self._sign is not None:
+            self._sign.remove()
 
     def silent_mismatch(self) -> Verdict | None:
         """Ranks that took part in a collective with different things, without anybody noticing: the numbers are wrong.
@@ -109,6 +124,8 @@ class Watcher:
     def _run(self) -> None:
         while not self._stop.wait(_LOOK_EVERY_S):
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # a file in the middle of a change
+                if self._sign is not None:
+                    self._sign.give()
                 self._look()
 
     def _look(self) -> None:
@@ -149,6 +166,9 @@ class Watcher:
     def _judge(self, folder: str, beats: Mapping[int, Beat], still_s: float) -> None:
         reports = self._ask(folder, beats)
         stall = judge_stall(reports, self._before, self.world_size or len(beats))
+        silent = [r for r in reports.values() if r.ended is None and (r.is_late or r.is_gone)]
+        if stall is not None and (lost := on_lost_hosts(watch_dir(self.run_dir), silent)):
+            stall = judge_lost(lost)
         moved = any(
             r.imports and (rank not in self._before or self._before[rank].stack != r.stack)
             for rank, r in reports.items()
@@ -175,15 +195,20 @@ class Watcher:
         deadline = time.monotonic() + _ANSWER_S
         while True:
             reports = read_reports(folder)
-            late = [r for r in beats if r not in reports or (reports[r].request < asked and not _is_mute(reports[r]))]
+            late = [r for r in beats if r not in reports or (reports[r].request < asked and _can_answer(reports[r]))]
             if not late or time.monotonic() > deadline or self._stop.wait(0.05):
-                return reports
+                inside = {r: _look_inside(reports[r], folder) for r in late if r in reports}
+                return {r: _last_seen(report, beats.get(r)) for r, report in {**reports, **inside}.items()}
 
     def _end(self, stall: Stall, reports: Mapping[int, Report], still_s: float) -> None:
         """Write the verdict and end the guilty rank; its launcher then ends the others, as after any failure."""
         self._ended = True
         guilty = reports.get(stall.rank) if stall.rank is not None else None
-        write_verdict(self.run_dir, stall_verdict(stall, reports, still_s, self._attempt))
+        verdict = stall_verdict(stall, reports, still_s, self._attempt)
+        if verdict.rank is not None:
+            log = existing(log_file(os.path.join(self.run_dir, "logs"), verdict.rank))
+            verdict = replace(verdict, log_file=log)
+        write_verdict(self.run_dir, verdict)
         victims = [guilty] if guilty is not None and not guilty.is_gone else list(reports.values())
         for report in victims:
             process = look_at(report.pid) if report.is_local else None
@@ -209,8 +234,24 @@ def stall_verdict(stall: Stall, reports: Mapping[int, Report], still_s: float, a
     )
 
 
-def _is_mute(report: Report) -> bool:
-    return report.is_gone or report.is_stopped
+def _can_answer(report: Report) -> bool:
+    return not report.is_gone and not report.is_stopped
+
+
+def _last_seen(report: Report, beat: Beat | None) -> Report:
+    """A rank that was stopped: its sign of life is newer than its report."""
+    if beat is None or not report.is_stopped:
+        return report
+    return replace(report, where=beat.where or None, in_collective=beat.collective, seq=beat.seq)
+
+
+def _look_inside(report: Report, folder: str) -> Report:
+    """A rank that does not answer, by the stack that a signal makes it print: no thread of Python's is needed."""
+    if report.is_local:
+        stack = parse_stack(ask_for_stack(report.pid, stacks_file(folder, report.rank)))
+        if stack:
+            return report.with_stack(stack)
+    return replace(report, is_late=True)
 
 
 def _print(line: str) -> None:

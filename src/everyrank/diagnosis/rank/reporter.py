@@ -43,7 +43,7 @@ _TICK_S = 0.2
 _REPORT_EVERY_S = 5.0
 _BEAT_BYTES = 512
 _HOLD_S = 1.0  # how long a rank that lost a peer lets the others say what they do, before it ends
-_MAX_STACK = 25
+_MAX_STACK = 60
 
 _reporter: Reporter | None = None
 
@@ -108,6 +108,7 @@ class Reporter:
             self._files.append(open(stacks_file(self.folder, rank), "a", encoding="utf-8"))  # noqa: SIM115
             answer_with_samples(self._files[-1])
         self._write_beat()
+        self._report(None)  # who it is, also if it never says more
 
     def _run(self) -> None:
         while self.pid == os.getpid():
