@@ -128,11 +128,13 @@ def test_epoch_loss_is_the_mean_over_samples(results: Any) -> None:
     assert results[2][1]["plain"]["training"][0]["loss"] == pytest.approx(mean, abs=TOLERANCE)
 
 
-def test_orders_differ_between_epochs(results: Any) -> None:
-    """`set_epoch` is not forgotten: with the same order each epoch the curve of plain PyTorch would not be met, and
-    the loader yields another order."""
-    orders = [GlobalPermutation(103, seed=42).indices(epoch, 0, 103).tolist() for epoch in (0, 1)]
-    assert orders[0] != orders[1]
+def test_each_epoch_reads_every_sample_once_in_an_order_of_its_own(tmp_path: Path) -> None:
+    ranks = everyrank.launch(tiny.train_and_note_samples, tmp_path, nproc_per_node=2)
+    first, second = ([sorted(rank[epoch]) for rank in ranks] for epoch in (0, 1))
+    for epoch in (first, second):
+        assert sorted(epoch[0] + epoch[1]) == list(range(20))
+    assert [rank[0] for rank in ranks] != [rank[1] for rank in ranks]
+    assert first != second  # with set_epoch forgotten each rank would read its old share again
 
 
 def test_models_start_equal_and_ranks_draw_their_own_randomness(tmp_path: Path) -> None:

@@ -111,6 +111,32 @@ def train(folder: Path, variants: dict[str, dict[str, Any]], num_samples: int = 
     return results
 
 
+class Noting(Dataset):
+    """A dataset that notes which of its samples were read, in their order."""
+
+    def __init__(self, source: TensorDataset) -> None:
+        self.source = source
+        self.read: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        self.read.append(index)
+        return self.source[index]
+
+
+def train_and_note_samples(folder: Path) -> list[list[int]]:
+    """Train two epochs of 20 samples; returns what this rank read in each."""
+    with everyrank.join(device="cpu") as world:
+        trainer = TrainerDDP(config=make_config(folder / "run", num_epochs=2), world=world)
+        data = Noting(make_data(20))
+        trainer.prepare_dataloaders(train_dataset=data)
+        trainer.run_training()
+        half = len(data.read) // 2
+        return [data.read[:half], data.read[half:]]
+
+
 class Deadly(Dataset):
     """A dataset in which one sample, the n-th time it is read in this process, does harm; then never again."""
 
