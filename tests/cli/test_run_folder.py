@@ -32,6 +32,10 @@ from everyrank.errors import ConfigError
         (["driver=torchrun", "driver.failure_grace_s=-1"], "driver.failure_grace_s: found -1"),
         (["driver=torchrun", "driver.shutdown_timeout_s=-0.5"], "driver.shutdown_timeout_s: found -0.5"),
         (["driver=torchrun", "driver.max_restarts=-1"], "driver.max_restarts: found -1"),
+        (
+            ["driver=torchrun", "driver.nnodes=0"],
+            "driver.nnodes: found 0 (int), but it must be greater than or equal to 1",
+        ),
         (["driver._target_=everyrank.drivers.local.LocalDrivr"], "Did you mean 'LocalDriver'?"),
         (["driver._target_=everyrank.drivers.lokal.LocalDriver"], "driver._target_ 'everyrank.drivers.lokal"),
         (["driver._target_=os.path.join"], "driver._target_=os.path.join was set, but that is no driver"),

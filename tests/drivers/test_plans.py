@@ -116,7 +116,6 @@ def test_legacy_launch_and_spawn() -> None:
         ({"nproc_per_node": "gpus"}, "Did you mean 'gpu'"),
         ({"nproc_per_node": "gpu"}, "no GPU is visible"),
         ({"nnodes": 2, "node_rank": 2}, "node ranks run from 0 to 1"),
-        ({"nnodes": 0}, "driver.nnodes=0 was set"),
         ({"min_nodes": 3, "max_nodes": 2}, "driver.min_nodes=3 is larger than driver.max_nodes=2"),
         ({"nnodes": 2}, "Every node must name node 0"),
         ({"min_nodes": 1, "max_nodes": 3}, "driver.rdzv_endpoint is not set"),

@@ -17,8 +17,6 @@ import sys
 import torch
 import torch.distributed as dist
 
-faulthandler.dump_traceback_later(100, exit=True)
-
 
 def train(number):
     {enter}
@@ -37,9 +35,10 @@ _EVERYRANK = {
     "enter": "import everyrank; everyrank.initialize_ddp(0, 1, backend='gloo')",
     "leave": "everyrank.cleanup_ddp()",
 }
-_ROUNDS = "\nfor number in range(120):\n    train(number)\n"
+_ROUNDS = "\nfaulthandler.dump_traceback_later(250, exit=True)\nfor number in range(120):\n    train(number)\n"
 
-# Each end in a process of its own, by the interpreter's whole way out, from one import of torch.
+# Each end in a process of its own, by the interpreter's whole way out, from one import of torch. Each has a watchdog of
+# its own as well: faulthandler's thread is not there after a fork, and the end of the interpreter waits for it.
 _ENDS = """
 import os
 import time
@@ -50,6 +49,7 @@ ends = {}
 for number in range(12):
     pid = os.fork()
     if pid == 0:
+        faulthandler.dump_traceback_later(15, exit=True)
         model = train(number)
         break
     deadline = time.monotonic() + 20

@@ -101,10 +101,6 @@ class TorchrunDriver:
         c = self.config
         min_nodes = c.min_nodes if c.min_nodes is not None else (c.nnodes if c.max_nodes is None else 1)
         max_nodes = c.max_nodes if c.max_nodes is not None else max(c.nnodes, min_nodes)
-        if c.nnodes < 1:
-            raise DriverError(f"driver.nnodes={c.nnodes} was set, but a run has at least one node. Set 1 or more.")
-        if min_nodes < 1:
-            raise DriverError(f"driver.min_nodes={min_nodes} was set, but a run has at least one node.")
         if min_nodes > max_nodes:
             raise DriverError(
                 f"driver.min_nodes={min_nodes} is larger than driver.max_nodes={max_nodes}. "
