@@ -8,6 +8,8 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+# The tests wait for processes as much as they compute: one worker more than two cores.
+WORKERS ?= 3
 
 .PHONY: quickstart test check format docs bench clean
 
@@ -25,7 +27,7 @@ quickstart: $(STAMP)
 
 test: $(STAMP)
 	sh scripts/install_cluster_tools.sh
-	$(BIN)/python -m pytest || { echo "== what failed, once more and alone =="; \
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup || { echo "== what failed, once more and alone =="; \
 	    $(BIN)/python -m pytest --last-failed --last-failed-no-failures none; }
 
 check: $(STAMP)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -36,6 +37,9 @@ def _scratch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     # torch's compiler makes its cache folder as soon as it is imported, which DistributedDataParallel does.
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("compiler")))
     yield folder
+    if engine_pool := sys.modules.get("everyrank.elastic.engine_pool"):
+        engine_pool.shutdown()
+        assert not _idle_engine(), "the engine of this session's launches is still there"
     tempfile.tempdir = previous[0]
     if previous[1] is None:
         del os.environ["TMPDIR"]
@@ -49,11 +53,8 @@ def _nothing_is_left(_scratch: Path) -> Iterator[None]:
     processes, files = _our_processes(), set(os.listdir(_scratch))
     ports = _listening_ports()
     yield
-    engine_pool = sys.modules.get("everyrank.elastic.engine_pool")
-    if engine_pool is not None:
-        engine_pool.shutdown()
     deadline = time.monotonic() + 10
-    while (left := _our_processes() - processes) and time.monotonic() < deadline:
+    while (left := _our_processes() - processes - _idle_engine()) and time.monotonic() < deadline:
         time.sleep(0.05)
     described = [_describe(process) for process in left]
     for process in left:
@@ -63,6 +64,15 @@ def _nothing_is_left(_scratch: Path) -> Iterator[None]:
     # A loader process that a signal ends leaves its folder of sockets: multiprocessing's, not ours to remove.
     left_files = {name for name in set(os.listdir(_scratch)) - files if not name.startswith("pymp-")}
     assert not left_files, f"temporary files were left behind: {left_files}"
+
+
+def _idle_engine() -> set[psutil.Process]:
+    """The engine that this process's next launch will use, and the process from which that will fork ranks."""
+    with contextlib.suppress(psutil.Error):
+        engines = [child for child in psutil.Process().children() if "everyrank.elastic.engine" in child.cmdline()]
+        if len(engines) == 1 and len(kept := engines[0].children(recursive=True)) <= 1:
+            return {*engines, *kept}
+    return set()
 
 
 def _our_processes() -> set[psutil.Process]:
@@ -89,6 +99,24 @@ def _describe(process: psutil.Process) -> str:
 def _listening_ports() -> set[int]:
     connections = psutil.Process().net_connections(kind="tcp")
     return {c.laddr.port for c in connections if c.status == psutil.CONN_LISTEN}
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With several workers: a file stays with one of them (its fixtures are made once), all clusters with another.
+
+    The long files begin first, so that no worker is left alone with one at the end.
+    """
+    groups = {item: _group(item) for item in items}
+    long = {groups[item] for item in items if item.get_closest_marker("slow") or groups[item] == "cluster"}
+    for item, group in groups.items():
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: (groups[item] not in long, groups[item] != "cluster"))  # stable: the order of files stays
+
+
+def _group(item: pytest.Item) -> str:
+    file = item.path.relative_to(ROOT / "tests")
+    return "cluster" if file.parts[0] == "cluster" else file.as_posix()
 
 
 RunCli = Callable[..., subprocess.CompletedProcess[str]]

@@ -9,11 +9,11 @@ import subprocess
 import sys
 import textwrap
 
+import psutil
 import pytest
 
 import everyrank
 from conftest import cli_environment
-from everyrank.elastic import engine_pool
 
 
 def test_results_come_back_by_rank_and_the_engine_stays_warm() -> None:
@@ -115,9 +115,10 @@ def test_unseeded_randomness_differs_between_ranks_and_calls() -> None:
     ],
 )
 def test_wrong_arguments_start_nothing(arguments: dict[str, object], message: str) -> None:
+    before = psutil.Process().children(recursive=True)
     with pytest.raises(everyrank.UserError, match=message):
         everyrank.launch(os.getpid, **arguments)  # type: ignore[arg-type]
-    assert engine_pool._idle == []
+    assert psutil.Process().children(recursive=True) == before
 
 
 def test_a_port_that_is_taken_is_named() -> None:
