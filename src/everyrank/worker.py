@@ -31,7 +31,7 @@ from everyrank.errors import (
     did_you_mean,
 )
 from everyrank.launch_env.process_environment import SUPERVISED
-from everyrank.runtime import gloo_exit, no_terminal
+from everyrank.runtime import no_terminal, torch_cures
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # torch.distributed.launch without --use-env appends one of these; runtime.environment reads it.
     parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
-    gloo_exit.install()
+    torch_cures.install()
     if os.environ.get(SUPERVISED) == "1":
         no_terminal.install()
     die_with_parent()  # an agent that is killed must not leave its ranks training on

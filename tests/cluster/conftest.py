@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from cluster import hosts as lab
-from cluster import slurm_cluster
+from cluster import slurm_cluster, ssh_servers
 from cluster.running import Running
 
 TESTS = Path(__file__).resolve().parent
@@ -38,6 +38,16 @@ def slurm(hosts: list[lab.Host], tmp_path_factory: pytest.TempPathFactory) -> It
     with slurm_cluster.slurm(hosts, folder) as env:
         yield env
     shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def ssh_config(hosts: list[lab.Host], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A configuration for ssh that may log in to node0 and node1."""
+    why_not = ssh_servers.missing()
+    if why_not:
+        pytest.skip(why_not)
+    with ssh_servers.servers(hosts[:2], tmp_path_factory.mktemp("ssh")) as config:
+        yield str(config)
 
 
 @pytest.fixture

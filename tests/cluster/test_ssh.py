@@ -5,28 +5,22 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 
-from cluster import ssh_servers
-from cluster.hosts import Host
 from cluster.running import Running, wait_for
 
 pytestmark = pytest.mark.cluster
 Start = Callable[..., Running]
 
 
-@pytest.fixture(scope="module")
-def login(hosts: list[Host], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+@pytest.fixture
+def login(ssh_config: str) -> str:
     """Settings that let ssh log in to the hosts."""
-    why_not = ssh_servers.missing()
-    if why_not:
-        pytest.skip(why_not)
-    with ssh_servers.servers(hosts[:2], tmp_path_factory.mktemp("ssh")) as config:
-        yield f"driver.ssh_args=[-F,{config}]"
+    return f"driver.ssh_args=[-F,{ssh_config}]"
 
 
 def test_one_command_starts_all_hosts(start_on: Start, login: str) -> None:
@@ -68,10 +62,9 @@ def test_the_nodes_end_with_the_command(start_on: Start, login: str, tmp_path: P
 
 
 @pytest.mark.skipif(shutil.which("mpirun") is None, reason="mpirun not installed (scripts/install_cluster_tools.sh)")
-def test_open_mpi_starts_ranks_on_all_hosts(start_on: Start, login: str) -> None:
+def test_open_mpi_starts_ranks_on_all_hosts(start_on: Start, ssh_config: str) -> None:
     """``driver=mpi driver.hosts=[...]``: ranks by host, their master is found, and a failure names the rank."""
-    config = login.removeprefix("driver.ssh_args=[-F,").removesuffix("]")
-    hosts = ("driver=mpi", "driver.hosts=[node0,node1]", f"driver.mpi_args=[--mca,plm_rsh_args,'-F {config}']")
+    hosts = ("driver=mpi", "driver.hosts=[node0,node1]", f"driver.mpi_args=[--mca,plm_rsh_args,'-F {ssh_config}']")
     launch = start_on(0, *hosts, "app=hello_dist", "driver.nproc_per_node=2", "run.log_level=INFO")
     assert launch.wait() == 0, launch.output
     assert "[Rank 0] Sum of all ranks: 6" in launch.output

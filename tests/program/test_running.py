@@ -1,12 +1,14 @@
-"""A user's own script under every launcher: what it sees is what it sees by ``python train.py``."""
+"""A user's own program: what it sees, prints and ends with is what it does under ``python train.py``."""
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -14,24 +16,9 @@ import pytest
 from conftest import RunCli, cli_environment
 from everyrank.launch_env.guard import STARTUP
 
-TEN_LINES = """\
-import os, torch, torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
-dist.init_process_group("gloo")
-torch.manual_seed(0)
-model = DistributedDataParallel(torch.nn.Linear(4, 1))
-loss = model(torch.full((2, 4), float(dist.get_rank()))).pow(2).mean()
-loss.backward()
-total = torch.tensor([dist.get_rank() + 1.0])
-dist.all_reduce(total)
-print(f"rank {dist.get_rank()} of {dist.get_world_size()}: total {total.item()}", flush=True)
-grad = model.module.weight.grad.sum().item()
-print(f"gradient {grad:.6f} met at {os.environ['MASTER_ADDR']}", flush=True)
-dist.destroy_process_group()
-"""
 # What a program can see of how it was started, and what a child that multiprocessing spawns sees of it.
 LOOKS = """\
-import json, multiprocessing, os, sys
+import json, multiprocessing, os, sys, time
 from helper import VALUE
 
 class Mine:
@@ -52,54 +39,151 @@ if __name__ == "__main__":
         "pythonpath": os.environ.get("PYTHONPATH"), "loader": type(__loader__).__name__,
         "orig_argv": sys.orig_argv[-len(sys.argv):], "annotations": __annotations__,
     }
-    with open(f"looks-{os.environ.get('RANK', 'plain')}.json", "w") as file:
+    rank, size = os.environ.get("RANK", "plain"), int(os.environ.get("WORLD_SIZE", "1"))
+    with open(f"looks-{rank}.part", "w") as file:
         json.dump(looks, file)
+    os.rename(f"looks-{rank}.part", f"looks-{rank}.json")
+    for other in range(size if size > 1 else 0):  # the first to leave with an error takes the others with it
+        for _ in range(600):
+            if os.path.exists(f"looks-{other}.json"):
+                break
+            time.sleep(0.1)
     sys.exit(int(sys.argv[1]))
 """
-DRIVERS = ["driver=torchrun", "driver=spawn", "driver=launch", pytest.param("driver=mpi", marks=pytest.mark.cluster)]
+# What people's programs are made of: their own Hydra, torch's @record, loader workers that import __main__ again.
+MADE_OF = """import argparse, os, sys
+import hydra
+import torch
+from torch.distributed.elastic.multiprocessing.errors import record
+from torch.utils.data import DataLoader, Dataset
+
+class Squares(Dataset):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        return torch.tensor([index**2, os.path.basename(sys.modules["__main__"].__file__) == "made_of.py"])
+
+@record
+@hydra.main(version_base=None)
+def main(cfg):
+    loader = DataLoader(Squares(), batch_size=4, num_workers=1, multiprocessing_context="spawn")
+    print("made of", cfg.lr, os.getcwd(), next(iter(loader)).tolist(), flush=True)
+    if cfg.fails:
+        raise ValueError("mine")
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--device", default="cpu")
+    known, sys.argv[1:] = parser.parse_known_args()
+    print("argparse has", known.device, flush=True)
+    main()
+"""
+# Ends that python answers with something of its own.
+ENDS = """import atexit, os, sys, threading
+atexit.register(print, "atexit was run", flush=True)
+end = sys.argv[1]
+if end != "at once":
+    threading.Thread(target=lambda: print("a thread was waited for", flush=True)).start()
+if end == "text":
+    sys.exit("the last word")
+if end == "nothing":
+    sys.exit(None)
+if end == "at once":
+    os._exit(7)
+if end == "raises":
+    raise ValueError("mine") from KeyError("cause")
+if end == "base":
+    raise BaseExceptionGroup("several", [ValueError("one"), SystemExit(2)])
+if end == "hook":
+    sys.excepthook = lambda *of: print("hooked", of[0].__name__, file=sys.stderr)
+    raise ValueError("mine")
+"""
 
 
-@pytest.mark.parametrize("driver", DRIVERS)
-def test_a_plain_script_does_its_work_on_both_ranks(run_cli: RunCli, tmp_path: Path, driver: str) -> None:
-    (tmp_path / "train.py").write_text(TEN_LINES)
-    done = run_cli(driver, "-n", "2", "--", "train.py")
-    assert done.returncode == 0, done.stderr
-    printed = done.stdout.splitlines()
-    assert sorted(line for line in printed if line.startswith("rank")) == [
-        "rank 0 of 2: total 3.0",
-        "rank 1 of 2: total 3.0",
-    ]
-    gradients = [line for line in printed if line.startswith("gradient")]
-    assert len(gradients) == 2
-    assert len(set(gradients)) == 1
-    assert "met at 127.0.0.1" in gradients[0]
-    for rank in (0, 1):
-        log = next(tmp_path.glob(f"outputs/train-*/logs/rank-{rank}.log")).read_text()
-        assert f"rank {rank} of 2: total 3.0\n" in log
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Plain:
+    """Programs run by python alone."""
+    folder = tmp_path_factory.mktemp("plain")
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        write_programs(folder)
+        command = [sys.executable, *arguments]
+        env = cli_environment() | {"OMP_NUM_THREADS": "1"}
+        return subprocess.run(command, cwd=folder, env=env, text=True, capture_output=True, check=False)
+
+    return Plain(folder, functools.cache(run))
 
 
-@pytest.mark.parametrize("driver", ["driver=local", *DRIVERS])
-@pytest.mark.parametrize("command", [["looks.py"], ["-m", "package.looks"]], ids=["script", "module"])
-def test_a_program_sees_what_python_alone_shows(
-    run_cli: RunCli, tmp_path: Path, driver: str, command: list[str]
-) -> None:
-    folder = tmp_path / "package"
-    folder.mkdir()
-    for place in (tmp_path, folder):
+@dataclass(frozen=True)
+class Plain:
+    """Where programs are run by python alone, and how: once for the same arguments."""
+
+    folder: Path
+    run: Callable[..., subprocess.CompletedProcess[str]]
+
+
+def write_programs(folder: Path) -> None:
+    package = folder / "package"
+    package.mkdir(exist_ok=True)
+    for place in (folder, package):
         (place / "looks.py").write_text(LOOKS)
-    (tmp_path / "helper.py").write_text("VALUE = 42\n")
-    arguments = [*command, "3", "--lr=0.1", "a b", "${x", "???", "key=[1", "--", "-n"]
-    plain = subprocess.run([sys.executable, *arguments], cwd=tmp_path, env=cli_environment(), check=False)
-    assert plain.returncode == 3
-    expected = json.loads((tmp_path / "looks-plain.json").read_text())
-    done = run_cli(driver, *([] if driver == "driver=local" else ["-n", "2"]), "--", *arguments)
-    ranks = ["plain"] if driver == "driver=local" else ["0", "1"]
-    for rank in ranks:
+    (folder / "helper.py").write_text("VALUE = 42\n")
+    (folder / "made_of.py").write_text(MADE_OF)
+    (folder / "ends.py").write_text(ENDS)
+
+
+@pytest.mark.parametrize(
+    ("driver", "command"),
+    [
+        *((driver, ("looks.py",)) for driver in ("local", "torchrun", "spawn", "launch")),
+        pytest.param("mpi", ("looks.py",), marks=pytest.mark.cluster),
+        *((driver, ("-m", "package.looks")) for driver in ("local", "torchrun")),
+    ],
+)
+def test_a_program_sees_what_python_alone_shows(
+    run_cli: RunCli, tmp_path: Path, plain: Plain, driver: str, command: tuple[str, ...]
+) -> None:
+    write_programs(tmp_path)
+    arguments = (*command, "3", "--lr=0.1", "a b", "${x", "???", "key=[1", "--", "-n", "")
+    assert plain.run(*arguments).returncode == 3
+    expected = (plain.folder / "looks-plain.json").read_text().replace(str(plain.folder), str(tmp_path))
+    done = run_cli(f"driver={driver}", *([] if driver == "local" else ["-n", "2"]), "--", *arguments)
+    for rank in ["plain"] if driver == "local" else ["0", "1"]:
         found = json.loads((tmp_path / f"looks-{rank}.json").read_text())
         # The folder of our sitecustomize, where the rank is a Python of its own: for the Pythons that it starts.
         found["pythonpath"] = found["pythonpath"].removeprefix(f"{STARTUP}{os.pathsep}")
-        assert found == expected
-    assert done.returncode == (3 if driver == "driver=local" else 1)
+        assert found == json.loads(expected)
+    assert done.returncode == (3 if driver == "local" else 1)
+
+
+@pytest.mark.parametrize(("driver", "fails"), [("local", True), ("torchrun", False)])
+def test_a_programs_own_hydra_record_and_loader_workers(
+    run_cli: RunCli, tmp_path: Path, plain: Plain, driver: str, fails: bool
+) -> None:
+    write_programs(tmp_path)
+    order = ("made_of.py", "--device", "cuda:0", "+lr=0.1", f"+fails={fails}", "hydra.run.dir=mine")
+    alone = plain.run(*order)
+    assert alone.returncode == int(fails)
+    done = run_cli(f"driver={driver}", "--", *order)
+    assert done.returncode == alone.returncode, done.stderr
+    ranks = 1 if driver == "local" else 2
+    expected = alone.stdout.replace(str(plain.folder), str(tmp_path)).splitlines()
+    assert len(expected) == 2
+    assert sorted(done.stdout.splitlines()) == sorted(expected * ranks)
+    assert (tmp_path / "mine").is_dir()
+    if fails:
+        assert "ValueError: mine" in done.stderr
+
+
+@pytest.mark.parametrize("end", ["falls off", "text", "nothing", "at once", "raises", "base", "hook"])
+def test_a_program_ends_as_under_python_alone(run_cli: RunCli, tmp_path: Path, plain: Plain, end: str) -> None:
+    write_programs(tmp_path)
+    alone = plain.run("ends.py", end)
+    done = run_cli("driver=local", "--", "ends.py", end)
+    assert done.returncode == alone.returncode
+    assert sorted(done.stdout.splitlines()) == sorted(alone.stdout.splitlines())
+    assert done.stderr.endswith(alone.stderr.replace(str(plain.folder), str(tmp_path)))
 
 
 def test_other_programs_are_executed(run_cli: RunCli, tmp_path: Path) -> None:
@@ -146,8 +230,6 @@ def test_a_children_s_output_and_a_killed_ranks_last_words_are_in_the_log(run_cl
     [
         (["run.prefix=rank"], ["[rank 0] one", "[rank 0] two", "[rank 1] one", "[rank 1] two"]),
         (["run.show=main"], ["one", "two"]),
-        (["run.show=failed"], []),
-        ([], ["one", "one", "two", "two"]),
     ],
 )
 def test_output_is_shown_as_it_was_asked_for(

@@ -125,9 +125,9 @@ class TorchrunDriver:
                 f"driver.rdzv_backend={c.rdzv_backend} was set; it is one of {', '.join(_BACKENDS)}."
                 f"{did_you_mean(c.rdzv_backend, _BACKENDS)}"
             )
-        run_id = c.rdzv_id or "everyrank"
         if max_nodes == 1 and not c.rdzv_endpoint and c.rdzv_backend is None and c.standalone:
-            return Rendezvous(run_id=run_id), ()
+            return Rendezvous(run_id=c.rdzv_id or ""), ()
+        run_id = c.rdzv_id or "everyrank"
         notices: tuple[str, ...] = ()
         if c.standalone:
             reason = "driver.rdzv_endpoint is set" if c.rdzv_endpoint else f"there are up to {max_nodes} nodes"

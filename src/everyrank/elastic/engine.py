@@ -26,7 +26,7 @@ from everyrank.elastic.lifetime import die_with_parent
 from everyrank.elastic.process.preloaded import Preloaded
 from everyrank.elastic.spec import EngineRun, RankFunction
 from everyrank.errors import EveryrankError, UserError
-from everyrank.runtime import gloo_exit, no_terminal
+from everyrank.runtime import no_terminal, torch_cures
 
 _TELL_AGAIN_S = 1.0
 
@@ -119,7 +119,7 @@ def _serve(channel: socket.socket) -> None:
     for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(signum, signal.SIG_IGN)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    gloo_exit.install()
+    torch_cures.install()
     _import_torch()
     from everyrank.elastic.forkserver import Forkserver
 

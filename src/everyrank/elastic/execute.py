@@ -126,7 +126,7 @@ def _enter_environment(run: EngineRun, stdio: tuple[int, int]) -> None:
 def _rendezvous(run: EngineRun) -> RendezvousHandler:
     meeting = run.rendezvous
     if meeting.backend == "loopback":
-        return LoopbackRendezvous(meeting.run_id, run.master_port)
+        return LoopbackRendezvous(meeting.run_id or run.env.get(MARK, "everyrank"), run.master_port)
     config = dict(meeting.config)
     if meeting.backend in ("static", "c10d"):
         host, port = split_endpoint(meeting.endpoint, "driver.rdzv_endpoint")

@@ -25,14 +25,14 @@ class Rendezvous:
     Attributes:
         backend: ``loopback`` (this machine only), ``static``, ``c10d`` or another of torch's backends.
         endpoint: ``host:port``; empty for ``loopback``.
-        run_id: The id that the nodes of a run share.
+        run_id: The id that the nodes of a run share; empty for ``loopback``: one of the launch's own.
         node_rank: This node's rank, for ``static``.
         config: Further settings of the backend.
     """
 
     backend: str = "loopback"
     endpoint: str = ""
-    run_id: str = "everyrank"
+    run_id: str = ""
     node_rank: int = 0
     config: Mapping[str, Any] = field(default_factory=dict)
 

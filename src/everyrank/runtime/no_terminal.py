@@ -1,7 +1,7 @@
 """Nobody sits at a rank's terminal: ``input()`` and ``breakpoint()`` say so at once, and how to debug one rank.
 
 A rank that read the terminal from the background would be stopped by the kernel, and the whole run with it. So ranks
-read from the null device. This file needs nothing of everyrank, see ``gloo_exit``.
+read from the null device. This file needs nothing of everyrank, see ``torch_cures``.
 """
 
 from __future__ import annotations

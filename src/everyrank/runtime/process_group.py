@@ -27,7 +27,7 @@ from everyrank.rendezvous.handshake import Handshake, shake_hands
 from everyrank.rendezvous.init_method import master_of_url
 from everyrank.rendezvous.interfaces import choose_interfaces
 from everyrank.rendezvous.paths import check_paths
-from everyrank.runtime import gloo_exit
+from everyrank.runtime import torch_cures
 from everyrank.runtime.device import bind_device, choose_backend, device_identity
 from everyrank.runtime.membership import Membership, get_membership, set_membership
 from everyrank.runtime.mistakes import told_plainly
@@ -183,7 +183,7 @@ def _enter(
             f"this process is already in a process group, as rank {dist.get_rank()} of {dist.get_world_size()}. "
             "Fix: join once, around the whole program, or leave first (cleanup_ddp)."
         )
-    gloo_exit.install()
+    torch_cures.install()
     bound = bind_device(environment, device)
     chosen = choose_backend(backend, bound)
     gpu = device_identity(bound) if chosen == "nccl" else ""

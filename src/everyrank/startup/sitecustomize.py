@@ -30,7 +30,7 @@ def _load(name: str, folders: list[str], file: str) -> types.ModuleType | None:
 def _cure() -> None:
     """Leave gloo groups without torch's deadlock; a rank has no terminal, and Ctrl-\\ shows where it is."""
     is_rank = "RANK" in os.environ
-    for name in ("gloo_exit", "no_terminal") if is_rank else ("gloo_exit",):
+    for name in ("torch_cures", "no_terminal") if is_rank else ("torch_cures",):
         module = _load(f"everyrank_{name}", [os.path.join(_PACKAGE, "runtime")], name)
         if module is not None:
             module.install()

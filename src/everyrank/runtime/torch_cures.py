@@ -1,4 +1,4 @@
-"""Leaving a gloo group without torch's deadlock, whoever leaves it.
+"""Cures of torch.distributed for any program: leaving a gloo group without its deadlock, and listening on loopback.
 
 In torch 2.13 a ``backward()`` leaves a Python object in what gloo's work keeps, and gloo's thread needs Python's lock
 to let it go. Two things go wrong when that meets an end:
@@ -10,6 +10,9 @@ to let it go. Two things go wrong when that meets an end:
 
 The cure for the first: Python keeps the group until the reducer is gone, for Python gives its lock free when it drops a
 group. For the second: the lock is free, before the interpreter ends, until gloo's threads have nothing left to do.
+
+Where no launcher holds the store (``mpirun``, ``srun``, Ray), rank 0 of a plain program does, and torch then listens on
+every address of the machine. If all ranks are on this machine, the store gets a socket that listens on 127.0.0.1 alone.
 
 This file needs neither torch nor the rest of everyrank: ``startup/sitecustomize.py`` loads it by its path, in every
 Python program that we start.
@@ -24,6 +27,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from importlib.machinery import ModuleSpec
+    from socket import socket
     from types import ModuleType
     from typing import Any
 
@@ -86,6 +90,7 @@ def _cure(module: Any) -> None:
     if getattr(package, "destroy_process_group", None) is original:
         package.destroy_process_group = destroy_process_group
     atexit.register(_settle)
+    _meet_on_loopback(sys.modules["torch.distributed.rendezvous"])
 
 
 def _keep_for_reducers(groups: list[Any]) -> None:
@@ -137,3 +142,32 @@ def _gloo_threads() -> Iterator[tuple[str, str, str]]:
             yield task, facts["State"].split()[0], facts["voluntary_ctxt_switches"].strip()
         except (OSError, KeyError):
             continue  # it has ended meanwhile
+
+
+def _meet_on_loopback(rendezvous: Any) -> None:
+    original = rendezvous.TCPStore
+
+    def make_store(*args: Any, **options: Any) -> Any:
+        listener = _loopback_listener(options)
+        if listener is not None:
+            options["master_listen_fd"] = listener.detach()
+        return original(*args, **options)
+
+    rendezvous.TCPStore = make_store
+
+
+def _loopback_listener(options: dict[str, Any]) -> socket | None:
+    """A socket for the store that torch is about to serve; None if torch is to open its own."""
+    import os
+
+    # Some operators of Kubernetes call the master localhost in its own pod: what counts is where the ranks are.
+    on_one_machine = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE", "")
+    host = options.get("host_name", "")
+    if not (on_one_machine and options.get("is_master") and (host == "localhost" or host.startswith("127."))):
+        return None
+    import socket
+
+    try:
+        return socket.create_server(("127.0.0.1", options["port"]), backlog=4096)
+    except OSError:  # this process serves it already, or the port is taken: torch's to find out
+        return None
