@@ -111,7 +111,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     long = {groups[item] for item in items if item.get_closest_marker("slow") or groups[item] == "cluster"}
     for item, group in groups.items():
         item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=lambda item: (groups[item] not in long, groups[item] != "cluster"))  # stable: the order of files stays
+    items.sort(key=lambda item: (groups[item] not in long, groups[item] != "cluster"))
 
 
 def _group(item: pytest.Item) -> str:
