@@ -102,21 +102,17 @@ def _listening_ports() -> set[int]:
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With several workers: a file stays with one of them (its fixtures are made once), all clusters with another.
+def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
+    """With several workers: a file stays with one of them (its fixtures are made once), as do all that use the network.
 
     The long files begin first, so that no worker is left alone with one at the end.
     """
-    groups = {item: _group(item) for item in items}
-    long = {groups[item] for item in items if item.get_closest_marker("slow") or groups[item] == "cluster"}
-    for item, group in groups.items():
+    networked = {item.path for item in items if "hosts" in item.fixturenames}
+    long = networked | {item.path for item in items if item.get_closest_marker("slow")}
+    for item in items:
+        group = "network" if item.path in networked else item.path.relative_to(ROOT).as_posix()
         item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=lambda item: (groups[item] not in long, groups[item] != "cluster"))
-
-
-def _group(item: pytest.Item) -> str:
-    file = item.path.relative_to(ROOT / "tests")
-    return "cluster" if file.parts[0] == "cluster" else file.as_posix()
+    items.sort(key=lambda item: (item.path not in long, item.path not in networked))  # stable: the order of files stays
 
 
 RunCli = Callable[..., subprocess.CompletedProcess[str]]
