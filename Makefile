@@ -3,6 +3,7 @@
 # make check        linter, formatter, type checker
 # make docs         build the documentation site
 # make bench        print the benchmark tables
+# make pages        fill the tables of README.md and docs/ from docs/results/ and benchmarks/results/
 
 PYTHON ?= python3
 VENV   := .venv
@@ -11,7 +12,7 @@ STAMP  := $(VENV)/.installed
 # The tests wait for processes as much as they compute: one worker more than two cores.
 WORKERS ?= 3
 
-.PHONY: quickstart test check format docs bench clean
+.PHONY: quickstart test check format docs bench pages clean
 
 # torch first, by itself and pinned: whatever needs torch afterwards is then content with the build that is there.
 $(STAMP): requirements/lock.txt pyproject.toml
@@ -44,6 +45,9 @@ docs: $(STAMP)
 
 bench: $(STAMP)
 	for f in benchmarks/*.py; do $(BIN)/python $$f || [ $$? = 2 ] || exit 1; done  # 2: it has said what it needs
+
+pages: $(STAMP)
+	$(BIN)/python scripts/write_pages.py
 
 clean:
 	rm -rf $(VENV) outputs multirun site build dist

@@ -14,6 +14,7 @@ installed it is left out.
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import shutil
 import statistics
@@ -121,7 +122,9 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[50, 500], help="MB of state")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--folder", type=Path, help="where to write; a temporary folder by default, removed afterwards")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     args = parser.parse_args()
+    table: dict[str, dict[str, dict[str, float]]] = {}
     print(f"{'state':>7}  {'saved by':<12} {'stand-still':>12} {'first time':>12} {'of torch.save':>14}")
     reached = True
     for megabytes in args.sizes:
@@ -133,10 +136,13 @@ def main() -> None:
         medians = {name: statistics.median(times[:-1]) for name, times in seconds.items()}
         for name, median in medians.items():
             ratio = median / medians["torch.save"]
-            first = seconds[name][-1] * 1e3
-            print(f"{megabytes:>4} MB  {name:<12} {median * 1e3:>9.1f} ms {first:>9.1f} ms {ratio:>14.3f}")
+            first = seconds[name][-1]
+            table.setdefault(str(megabytes), {})[name] = {"median_s": median, "first_s": first}
+            print(f"{megabytes:>4} MB  {name:<12} {median * 1e3:>9.1f} ms {first * 1e3:>9.1f} ms {ratio:>14.3f}")
         reached = reached and medians["everyrank"] <= GOAL * medians["torch.save"]
     print(f"goal of at most {GOAL} of torch.save: {'reached' if reached else 'missed'}")
+    if args.json:
+        args.json.write_text(json.dumps(table, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import torch
@@ -67,27 +68,34 @@ def peak_bytes() -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--json", type=Path, help="also write the medians to this file")
     parser.add_argument("--measure", nargs=2, metavar=("WHICH", "N"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
         print(json.dumps(measure(args.measure[0], int(args.measure[1]))))
         return
     print(f"{'n':>6}  {'sampler':<20} {'first index':>12} {'peak memory':>12}")
+    table: dict[str, dict[str, dict[str, float]]] = {}
     for num_samples in SIZES:
+        row = table.setdefault(f"10^{len(str(num_samples)) - 1}", {})
         for which in ("everyrank", "DistributedSampler"):
             label = f"10^{len(str(num_samples)) - 1:<3}  {which:<20}"
             needed = num_samples * BYTES_PER_INDEX
             if which == "DistributedSampler" and needed > psutil.virtual_memory().available:
                 print(f"{label} left out: its list needs about {needed / 2**30:,.0f} GiB")
+                row[which] = {"needed_bytes": needed}
                 continue
             command = [sys.executable, __file__, "--measure", which, str(num_samples)]
             runs = [json.loads(subprocess.check_output(command)) for _ in range(args.repeats)]
             seconds = statistics.median(run["seconds"] for run in runs)
             size = statistics.median(run["bytes"] for run in runs)
+            row[which] = {"seconds": seconds, "bytes": size}
             print(f"{label} {seconds * 1e3:>9.2f} ms {size / 2**20:>8.1f} MiB")
             if which == "everyrank" and num_samples == SIZES[-1]:
                 met = seconds <= GOAL_S and size <= GOAL_BYTES
                 print(f"goal at 10^12: 10 ms and 10 MiB: {'reached' if met else 'missed'}")
+    if args.json:
+        args.json.write_text(json.dumps(table, indent=1) + "\n")
 
 
 if __name__ == "__main__":

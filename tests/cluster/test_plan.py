@@ -19,7 +19,7 @@ from everyrank.training.config import read_config
 
 PLAN = (sys.executable, "-m", "everyrank", "plan")
 SMALL = (
-    *("app=causal_sets", "app.data.kwargs.num_samples=90", "app.data.kwargs.mean_size=16", "app.training.num_epochs=2"),
+    *("app=causal_sets", "app.data.kwargs.num_samples=90", "app.data.kwargs.max_size=16", "app.training.num_epochs=2"),
     *("app.training.global_batch_size=10", "++app.training.checkpoint_at=1", "++app.training.ledger=true"),
 )
 

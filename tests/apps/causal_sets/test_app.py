@@ -21,7 +21,8 @@ CONF = Path(everyrank.__file__).parent / "conf"
 # 85 training samples in global batches of 16: the last is short, and neither divides by 2 or 3.
 TINY = [
     "app.data.kwargs.num_samples=121",
-    "app.data.kwargs.mean_size=16",
+    "app.data.kwargs.min_size=8",
+    "app.data.kwargs.max_size=24",
     "app.training.global_batch_size=16",
     "app.training.num_epochs=2",
     "app.model.blocks=[{layer: sage, out_dim: 8}]",
@@ -58,29 +59,32 @@ def test_the_same_weights_at_every_world_size(tmp_path: Path) -> None:
         for name, tensor in weights[0].items():
             assert tensor.dtype == torch.float64
             torch.testing.assert_close(other[name], tensor, rtol=0, atol=1e-10)
-    assert numbers == [numbers[0]] * 3
+    for other in numbers[1:]:
+        assert other == pytest.approx(numbers[0], rel=0, abs=1e-10)
     assert numbers[0]["num_test_samples"] == 24
 
 
 def test_from_the_command_line(run_cli: RunCli, tmp_path: Path) -> None:
     ended = run_cli("driver=torchrun", "app=causal_sets", *TINY)
     assert ended.returncode == 0, ended.stderr
-    for words in ("Test accuracy on 24 causal sets", "Myrheim-Meyer", "Kleitman-Rothschild", "causal_sets.png"):
+    for words in ("on 24 orders of", "midpoint", "Kleitman-Rothschild", "causal_sets.png"):
         assert words in ended.stdout
     (run,) = (tmp_path / "outputs").iterdir()
     assert (run / "causal_sets.png").read_bytes().startswith(b"\x89PNG")
+    assert (run / "causal_sets.txt").read_text().splitlines()[0] in ended.stdout
     result = json.loads((run / "result.json").read_text())
     assert result["num_test_samples"] == 24
+    assert 0 <= result["curvature_calibration_error"] <= 1
     model = everyrank.GNNModel.load(run / "model.safetensors")
-    assert model.config["heads"]["dimension"]["out_dim"] == 3
+    assert model.config["heads"]["dimension"]["out_dim"] == 4
     assert list((tmp_path / "data" / "causal_sets").iterdir()), "the cache is where env.data_dir says"
 
 
 def test_a_mistake_is_one_message(run_cli: RunCli, tmp_path: Path) -> None:
-    ended = run_cli("app=causal_sets", "+app.data.kwargs.num_sample=5", "app.data.kwargs.layered_fraction=2")
+    ended = run_cli("app=causal_sets", "+app.data.kwargs.num_sample=5", "app.data.kwargs.others_fraction=2")
     assert ended.returncode == 2
     assert "num_sample: unknown key. Did you mean 'num_samples'?" in ended.stderr
-    assert "layered_fraction: found 2" in ended.stderr
+    assert "others_fraction: found 2" in ended.stderr
     assert "Traceback" not in ended.stderr
     assert not (tmp_path / "data").exists()
 
@@ -97,8 +101,8 @@ def test_shipped_configurations_are_whole(app: str) -> None:
 
 
 def test_widths_follow_from_the_data() -> None:
-    cfg = make_config("run.dir=x", "app.data.kwargs.dimensions=[2,3,4,5]")
-    assert CausalSetsApp().trainer_config(cfg)["model"]["heads"]["dimension"]["out_dim"] == 4
+    cfg = make_config("run.dir=x", "app.data.kwargs.dimensions=[2,3,4]")
+    assert CausalSetsApp().trainer_config(cfg)["model"]["heads"]["dimension"]["out_dim"] == 3
 
 
 @pytest.mark.parametrize(
@@ -106,6 +110,7 @@ def test_widths_follow_from_the_data() -> None:
     [
         ("+app.model.in_dim=5", r"model\.in_dim: found 5, but the data ask for 6"),
         ("+app.model.heads.dimension.out_dim=2", r"model\.heads\.dimension\.out_dim: found 2"),
+        ("+app.model.heads.curvature.out_dim=2", r"model\.heads\.curvature\.out_dim: found 2"),
         ("~app.model.heads.manifold", r"model\.heads\.manifold: missing"),
         ("app.data.kwargs.dimensions=[0]", "dimensions: found 0"),
     ],
@@ -121,5 +126,5 @@ def test_full_settings_beat_the_estimator(tmp_path: Path, run_cli: RunCli) -> No
     assert ended.returncode == 0, ended.stderr
     (run,) = (tmp_path / "outputs").iterdir()
     result = json.loads((run / "result.json").read_text())
-    assert result["dimension_accuracy"] > result["dimension_accuracy_myrheim_meyer"]
-    assert result["manifold_accuracy"] > 0.95
+    assert result["dimension_accuracy"] > result["dimension_accuracy_myrheim_meyer"] + 0.1
+    assert result["manifold_accuracy"] > 0.8

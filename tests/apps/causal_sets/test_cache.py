@@ -14,10 +14,19 @@ import pytest
 import everyrank
 from everyrank.apps.causal_sets import cache, orders
 from everyrank.apps.causal_sets.cache import SHARD_SIZE, cache_key, load_or_make, make_shard
-from everyrank.apps.causal_sets.samples import COUNTS, LAYERED, Recipe, draw_sample
+from everyrank.apps.causal_sets.samples import COUNTS, KINDS, NO_DIMENSION, OTHERS, SPACETIMES, Recipe, draw_sample
 from everyrank.errors import DataError
 
-RECIPE = Recipe(mean_size=8.0, fixed_size=False, dimensions=(2, 3), layered_fraction=0.3, seed=7)
+RECIPE = Recipe(
+    min_size=5,
+    max_size=12,
+    dimensions=(2, 3),
+    spacetimes=tuple(SPACETIMES),
+    duration=2.0,
+    others=OTHERS,
+    others_fraction=0.3,
+    seed=7,
+)
 
 
 def load(folder: Path, num_samples: int, recipe: Recipe = RECIPE) -> list[cache.Arrays]:
@@ -51,22 +60,27 @@ def test_a_sample_depends_on_seed_and_index_alone() -> None:
         num_nodes, num_links = shard["num_nodes"][position], shard["num_links"][position]
         np.testing.assert_array_equal(shard["counts"][first_node : first_node + num_nodes], sample.counts)
         np.testing.assert_array_equal(shard["links"][:, first_link : first_link + num_links], sample.links)
+        assert shard["kind"][position] == sample.kind
         assert shard["dimension"][position] == sample.dimension
         assert shard["num_relations"][position] == sample.num_relations
         first_node, first_link = first_node + num_nodes, first_link + num_links
 
 
 def test_kinds_and_sizes_are_drawn_as_the_recipe_says() -> None:
-    drawn = [draw_sample(RECIPE, index) for index in range(1500)]
-    kinds = np.array([sample.dimension for sample in drawn])
-    for kind, share in ((LAYERED, 0.3), (2, 0.35), (3, 0.35)):
-        assert abs((kinds == kind).mean() - share) < 5 * np.sqrt(share * (1 - share) / len(kinds))
+    drawn = [draw_sample(RECIPE, index) for index in range(3000)]
+    kinds = np.array([KINDS[sample.kind] for sample in drawn])
+    dimensions = np.array([sample.dimension for sample in drawn])
+    shares = {**dict.fromkeys(SPACETIMES, 0.7 / 3), **dict.fromkeys(OTHERS, 0.3 / 5)}
+    found = [(kinds == kind, share) for kind, share in shares.items()]
+    found += [(dimensions == NO_DIMENSION, 0.3), (dimensions == 2, 0.35), (dimensions == 3, 0.35)]
     sizes = np.array([len(sample.counts) for sample in drawn])
-    # Poisson(8) conditioned on at least 2: the mean is 8 (1 - e^-8) / (1 - 9 e^-8).
-    expected = 8 * (1 - np.exp(-8)) / (1 - 9 * np.exp(-8))
-    assert sizes.min() >= 2
-    assert abs(sizes.mean() - expected) < 5 * np.sqrt(8 / len(sizes))
-    fixed = Recipe(**{**vars(RECIPE), "fixed_size": True})
+    assert (sizes.min(), sizes.max()) == (5, 12)
+    # Each n has the share of log n that lies between n and n + 1.
+    found += [(sizes == n, np.log((n + 1) / n) / np.log(13 / 5)) for n in range(5, 13)]
+    for rows, share in found:
+        assert abs(rows.mean() - share) < 5 * np.sqrt(share * (1 - share) / len(drawn))
+    assert ((dimensions == NO_DIMENSION) == np.isin(kinds, OTHERS)).all()
+    fixed = Recipe(**{**vars(RECIPE), "min_size": 8, "max_size": 8})
     assert {len(draw_sample(fixed, index).counts) for index in range(20)} == {8}
 
 
@@ -100,7 +114,26 @@ def test_made_once_and_then_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     larger = load(tmp_path, SHARD_SIZE + 1)
     assert_same(larger[:1], small)
     assert made == [1], "a larger set reuses the smaller"
-    assert cache_key(Recipe(**{**vars(RECIPE), "seed": 8})) != cache_key(RECIPE)
+
+
+def test_other_data_have_another_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each setting that changes a sample changes the key, and so does the generator's version."""
+    changes: dict[str, object] = {
+        "min_size": 6,
+        "max_size": 13,
+        "dimensions": (3, 2),
+        "spacetimes": ("minkowski",),
+        "duration": 1.5,
+        "others": ("layered",),
+        "others_fraction": 0.4,
+        "seed": 8,
+    }
+    assert changes.keys() == vars(RECIPE).keys()
+    keys = {cache_key(Recipe(**{**vars(RECIPE), name: value})) for name, value in changes.items()}
+    keys.add(cache_key(RECIPE))
+    monkeypatch.setattr(cache, "GENERATOR_VERSION", 0)
+    keys.add(cache_key(RECIPE))
+    assert len(keys) == len(changes) + 2
 
 
 @pytest.mark.parametrize("damage", ["truncated", "one bit", "empty", "no safetensors file"])

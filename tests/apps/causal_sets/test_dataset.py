@@ -12,12 +12,12 @@ from torch.utils.data import DataLoader
 from torch_geometric.data import Batch, Data
 
 from everyrank.apps.causal_sets.dataset import IGNORED, CausalSetDataset
-from everyrank.apps.causal_sets.samples import draw_sample
+from everyrank.apps.causal_sets.samples import KINDS, SPACETIMES, draw_sample
 from everyrank.data.loader import make_loader
 from everyrank.data.sampler import GlobalBatchSampler
 from everyrank.errors import ConfigError
 
-SETTINGS = {"num_samples": 60, "mean_size": 20, "dimensions": [2, 4], "layered_fraction": 0.4, "seed": 3}
+SETTINGS = {"num_samples": 60, "min_size": 12, "max_size": 30, "dimensions": [2, 4], "others_fraction": 0.4, "seed": 3}
 
 
 @pytest.fixture(scope="module")
@@ -66,14 +66,18 @@ def test_labels_and_features(dataset: CausalSetDataset) -> None:
     for index in range(len(dataset)):
         sample, data = draw_sample(recipe, index), dataset[index]
         size = len(sample.counts)
-        assert data.manifold.item() == (sample.dimension != 0)
+        kind = KINDS[sample.kind]
+        assert data.manifold.item() == (sample.dimension != 0) == (kind in SPACETIMES)
+        assert data.curvature.item() == SPACETIMES.get(kind, -2) + 1
+        assert (data.kind.item(), data.num_elements.item()) == (sample.kind, size)
+        assert data.half_size.item() == max(min(past, future) for past, future in sample.counts[:, :2].tolist())
         assert data.dimension.item() == {2: 0, 4: 1, 0: IGNORED}[sample.dimension]
         assert data.ordering_fraction.item() == 2 * sample.num_relations / (size * (size - 1))
         assert data.x.shape == (size, 6)
         torch.testing.assert_close(data.x[:, :2].sum(), torch.tensor(2 * sample.num_relations / (size - 1)))
         np.testing.assert_allclose(data.x[:, 2:].numpy() * np.sqrt(size), sample.counts[:, 2:], rtol=1e-6)
         np.testing.assert_array_equal(data.edge_index, np.concatenate([sample.links, sample.links[::-1]], axis=1))
-        assert data.graph_features.item() == pytest.approx(np.log(size / 20))
+        assert data.graph_features.item() == pytest.approx(np.log(size / np.sqrt(12 * 30)), abs=1e-6)
 
 
 def test_float64_is_the_same_data_more_precisely(dataset: CausalSetDataset, folder: Path) -> None:
@@ -107,11 +111,15 @@ def test_can_be_sent_to_a_loader_process(dataset: CausalSetDataset) -> None:
     [
         ({"num_sample": 5}, r"num_sample: .*Did you mean 'num_samples'"),
         ({"num_samples": 0}, "num_samples: found 0"),
-        ({"mean_size": "many"}, "mean_size: found 'many'"),
+        ({"max_size": "many"}, "max_size: found 'many'"),
+        ({"max_size": 15}, "max_size: found 15, but min_size is 16"),
+        ({"duration": 3.2}, r"duration: found 3\.2"),
+        ({"spacetimes": ["minkowsky"]}, "spacetimes.*minkowsky"),
+        ({"others": ["layered", "layered"]}, "others: .*each may be named once"),
         ({"dimensions": [1, 2]}, "dimensions: found 1"),
         ({"dimensions": [2, 2]}, "each may be named once"),
         ({"dimensions": []}, r"dimensions: found \[\]"),
-        ({"layered_fraction": 1.5}, r"layered_fraction: found 1\.5"),
+        ({"others_fraction": 1.5}, r"others_fraction: found 1\.5"),
         ({"dtype": "float16"}, "dtype: found 'float16'"),
         ({"seed": -1}, "seed: found -1"),
     ],

@@ -1,4 +1,4 @@
-"""Sprinklings against theory. Bounds are five standard errors, so that a true theory fails once in a million seeds."""
+"""Sprinklings into Minkowski space, against theory."""
 
 from __future__ import annotations
 
@@ -6,19 +6,13 @@ import math
 
 import numpy as np
 import pytest
+from five_sigma import SIGMAS, assert_mean
 from hypothesis import given
 from hypothesis import strategies as st
 
+from everyrank.apps.causal_sets.estimators import expected_ordering_fraction
 from everyrank.apps.causal_sets.minkowski import causal_matrix, density_for_mean_size, diamond_volume, sprinkle
-from everyrank.apps.causal_sets.myrheim_meyer import expected_ordering_fraction
 from everyrank.apps.causal_sets.orders import is_partial_order, link_matrix, ordering_fraction
-
-SIGMAS = 5
-
-
-def assert_mean(values: list[float], expected: float) -> None:
-    error = np.std(values, ddof=1) / math.sqrt(len(values))
-    assert abs(np.mean(values) - expected) < SIGMAS * error, f"{np.mean(values)} ± {error}, expected {expected}"
 
 
 def assert_uniform(values: np.ndarray) -> None:

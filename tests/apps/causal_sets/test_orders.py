@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from everyrank.apps.causal_sets import kleitman_rothschild
 from everyrank.apps.causal_sets.orders import (
     heights,
     interval_sizes,
@@ -70,36 +69,3 @@ def test_what_is_no_partial_order(name: str, relations: list[tuple[int, int]]) -
     relation = np.zeros((3, 3), dtype=bool)
     relation[tuple(zip(*relations, strict=True))] = True
     assert not is_partial_order(relation), f"this is not {name}"
-
-
-def test_kleitman_rothschild_orders_have_three_layers() -> None:
-    for size in (2, 3, 4, 7, 40, 101):
-        causal = kleitman_rothschild.sample_order(np.random.default_rng(size), size)
-        assert is_partial_order(causal)
-        assert longest_chain(causal) <= 3
-        bottom, middle, top = kleitman_rothschild.layer_sizes(size)
-        assert (bottom + middle + top, bottom) == (size, top)
-        layer = np.repeat([0, 1, 2], [bottom, middle, top])
-        lower, upper = np.nonzero(causal)
-        assert (layer[lower] < layer[upper]).all()
-
-
-@pytest.mark.parametrize("size", [9, 40])
-def test_kleitman_rothschild_ordering_fraction_has_its_exact_mean(size: int) -> None:
-    rng = np.random.default_rng(size)
-    found = [ordering_fraction(kleitman_rothschild.sample_order(rng, size)) for _ in range(3000)]
-    error = np.std(found, ddof=1) / np.sqrt(len(found))
-    assert abs(np.mean(found) - kleitman_rothschild.expected_ordering_fraction(size)) < 5 * error
-
-
-def test_kleitman_rothschild_ordering_fraction_tends_to_three_eighths() -> None:
-    for power in (2, 4, 6):
-        assert abs(kleitman_rothschild.expected_ordering_fraction(4 * 10**power) - 3 / 8) < 10.0**-power
-
-
-def test_adjacent_layers_are_related_by_fair_coins() -> None:
-    rng, size, num_orders = np.random.default_rng(3), 40, 400
-    bottom, middle, _ = kleitman_rothschild.layer_sizes(size)
-    drawn = [kleitman_rothschild.sample_order(rng, size)[:bottom, bottom : bottom + middle] for _ in range(num_orders)]
-    coins = np.stack(drawn).ravel()
-    assert abs(coins.mean() - 0.5) < 5 * 0.5 / np.sqrt(len(coins))

@@ -10,23 +10,30 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from everyrank.apps.causal_sets.task import accuracy, compute_loss, manifold_accuracy, predict
+from everyrank.apps.causal_sets.task import Output, accuracy, compute_loss, manifold_accuracy, probabilities
 
 
-def make_batch(num_graphs: int = 7) -> tuple[dict[str, torch.Tensor], SimpleNamespace]:
+class Labels(SimpleNamespace):
+    """A batch's labels, by name and by key as PyG's are."""
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return getattr(self, name)
+
+
+def make_batch(num_graphs: int = 7) -> tuple[Output, Labels]:
     generator = torch.Generator().manual_seed(1)
     output = {
-        "dimension": torch.randn(num_graphs, 3, dtype=torch.float64, generator=generator, requires_grad=True),
-        "manifold": torch.randn(num_graphs, 1, dtype=torch.float64, generator=generator, requires_grad=True),
+        name: torch.randn(num_graphs, width, dtype=torch.float64, generator=generator, requires_grad=True)
+        for name, width in (("dimension", 4), ("curvature", 3), ("manifold", 1))
     }
-    dimension = torch.tensor([0, 2, -1, 1, -1, 0, 2])[:num_graphs]
-    return output, SimpleNamespace(dimension=dimension, manifold=(dimension >= 0).long())
+    dimension = torch.tensor([0, 2, -1, 1, -1, 0, 3])[:num_graphs]
+    curvature = torch.tensor([2, 0, -1, 1, -1, 1, 2])[:num_graphs]
+    return output, Labels(dimension=dimension, curvature=curvature, manifold=(dimension >= 0).long())
 
 
-def part_of(output: dict[str, torch.Tensor], data: Any, indices: list[int]) -> tuple[dict[str, torch.Tensor], Any]:
-    return {name: value[indices] for name, value in output.items()}, SimpleNamespace(
-        dimension=data.dimension[indices], manifold=data.manifold[indices]
-    )
+def part_of(output: Output, data: Labels, indices: list[int]) -> tuple[Output, Labels]:
+    labels = Labels(**{name: value[indices] for name, value in vars(data).items()})
+    return {name: value[indices] for name, value in output.items()}, labels
 
 
 @pytest.mark.parametrize("function", [compute_loss, accuracy, manifold_accuracy])
@@ -38,25 +45,35 @@ def test_shares_of_a_batch_average_to_the_whole(function: Any, shares: list[list
     torch.testing.assert_close(sum(parts), function(output, data), rtol=0, atol=1e-15)
 
 
-def test_loss_is_the_sum_of_two_cross_entropies() -> None:
+def test_loss_is_the_sum_of_three_cross_entropies() -> None:
     output, data = make_batch()
-    told = data.dimension >= 0
-    dimension = F.cross_entropy(output["dimension"][told], data.dimension[told]) * told.double().mean()
-    manifold = F.binary_cross_entropy_with_logits(output["manifold"][:, 0], data.manifold.double())
-    torch.testing.assert_close(compute_loss(output, data), dimension + manifold)
+    told = data.manifold.bool()
+    expected = F.binary_cross_entropy_with_logits(output["manifold"][:, 0], data.manifold.double())
+    for name in ("dimension", "curvature"):
+        expected = expected + F.cross_entropy(output[name][told], data[name][told]) * told.double().mean()
+    torch.testing.assert_close(compute_loss(output, data), expected)
     compute_loss(output, data).backward()
-    assert output["dimension"].grad is not None
-    assert output["dimension"].grad[~told].abs().max() == 0, "no dimension is learned from orders that have none"
-    ignorant = {"dimension": torch.zeros(7, 3), "manifold": torch.zeros(7, 1)}
-    assert compute_loss(ignorant, data).item() == pytest.approx(5 / 7 * math.log(3) + math.log(2))
+    for name in ("dimension", "curvature"):
+        gradient = output[name].grad
+        assert gradient is not None
+        assert gradient[~told].abs().max() == 0, "nothing is learned of what an order does not have"
+    ignorant = {"dimension": torch.zeros(7, 4), "curvature": torch.zeros(7, 3), "manifold": torch.zeros(7, 1)}
+    assert compute_loss(ignorant, data).item() == pytest.approx(5 / 7 * (math.log(4) + math.log(3)) + math.log(2))
+    held = probabilities(ignorant)
+    assert (held["dimension"][0, 0].item(), held["manifold"][0].item()) == (0.25, 0.5)
+    assert held["curvature"].sum(dim=1).tolist() == pytest.approx([1.0] * 7)
 
 
 def test_metrics_count_right_answers() -> None:
-    data = SimpleNamespace(dimension=torch.tensor([0, 1, -1, -1]), manifold=torch.tensor([1, 1, 0, 0]))
+    data = Labels(
+        dimension=torch.tensor([0, 1, 0, -1, -1]),
+        curvature=torch.tensor([0, 0, 1, -1, -1]),
+        manifold=torch.tensor([1, 1, 1, 0, 0]),
+    )
     output = {
-        "dimension": torch.tensor([[9.0, 0, 0], [9.0, 0, 0], [9.0, 0, 0], [0, 9.0, 0]]),
-        "manifold": torch.tensor([[1.0], [1.0], [-1.0], [1.0]]),
+        "dimension": torch.tensor([[9.0, 0], [9.0, 0], [9.0, 0], [9.0, 0], [0, 9.0]]),
+        "curvature": torch.tensor([[9.0, 0, 0]] * 5),
+        "manifold": torch.tensor([[1.0], [1.0], [1.0], [-1.0], [1.0]]),
     }
-    assert [answer.tolist() for answer in predict(output)] == [[0, 0, 0, 1], [True, True, False, True]]
-    assert accuracy(output, data).item() == 0.5, "the second has a wrong dimension, the fourth is no sprinkling"
-    assert manifold_accuracy(output, data).item() == 0.75
+    assert accuracy(output, data).item() == pytest.approx(0.4), "wrong: a dimension, a curvature, a manifold"
+    assert manifold_accuracy(output, data).item() == pytest.approx(0.8)

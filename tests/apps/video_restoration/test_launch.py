@@ -110,6 +110,9 @@ def test_one_process_trains_validates_and_writes_legacy_checkpoints(single: Path
     assert models == sorted(f"{i}_{label}.pth" for i in (2, 4) for label in ("E", "G", "optimizerG"))
     assert (single / "tiny" / "checkpoints" / "step-00000004" / "manifest.json").exists()
     assert (single / "tiny" / "images" / "side_by_side_4.png").stat().st_size > 1000
+    scores = (single / "tiny" / "scores.txt").read_text()
+    assert scores.startswith("clip")
+    assert "PSNR VRT" in scores
     frozen, trained = (_weights(single, i)["spynet.basic_module.5.basic_module.8.weight"] for i in (2, 4))
     assert not torch.equal(frozen, trained)  # trained from the third iteration on
 

@@ -60,7 +60,7 @@ def load_or_make(folder: Path, recipe: Recipe, num_samples: int, world: World) -
 
     Returns:
         Shards in order, each with ``counts`` [nodes, 6], ``links`` [2, links], and ``num_nodes``, ``num_links``,
-        ``dimension`` and ``num_relations`` for each of its samples.
+        ``kind``, ``dimension`` and ``num_relations`` for each of its samples.
 
     Raises:
         DataError: On every rank, naming the ranks whose folder cannot be written.
@@ -80,6 +80,7 @@ def make_shard(recipe: Recipe, shard: int) -> Arrays:
         "links": np.concatenate([sample.links for sample in samples], axis=1),
         "num_nodes": np.array([len(sample.counts) for sample in samples], dtype=np.int32),
         "num_links": np.array([sample.links.shape[1] for sample in samples], dtype=np.int32),
+        "kind": np.array([sample.kind for sample in samples], dtype=np.int16),
         "dimension": np.array([sample.dimension for sample in samples], dtype=np.int16),
         "num_relations": np.array([sample.num_relations for sample in samples], dtype=np.int32),
     }

@@ -1,77 +1,138 @@
-"""The network beside the Myrheim-Meyer estimator, on the same test set."""
+"""The network beside the classical estimators, on the same test set."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from everyrank import TrainerDDP
-from everyrank.apps.causal_sets.myrheim_meyer import nearest_dimension
-from everyrank.apps.causal_sets.task import Output, predict
+from everyrank.apps.causal_sets import calibration
+from everyrank.apps.causal_sets.estimators import estimate_dimension, midpoint_scaling_dimension, nearest_dimension
+from everyrank.apps.causal_sets.samples import KINDS, NO_DIMENSION, OTHERS, SPACETIMES
+from everyrank.apps.causal_sets.task import HEADS, Output, probabilities
 
 if TYPE_CHECKING:
-    from rich.table import Table
     from torch_geometric.data import Batch
-
-NO_DIMENSION = 0
-"""Truth or answer for an order that is no sprinkling."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Truth and answers for each test sample, ``NO_DIMENSION`` standing for an order that is no sprinkling.
+    """Truth and answers for each test sample.
 
     Attributes:
         dimensions: The dimensions to choose from.
-        truth: True dimension [num_samples].
-        network: The network's dimension [num_samples], whether or not it takes the order for a sprinkling.
-        network_manifold: Whether the network takes it for one [num_samples].
-        estimator: The Myrheim-Meyer estimator's nearest dimension [num_samples]; it takes every order for one.
+        kind: Index into ``KINDS`` [num_samples].
+        truth: True dimension [num_samples], ``NO_DIMENSION`` for an order that is no sprinkling.
+        size: Number of elements n [num_samples].
+        p_dimension: The network's probability of each dimension [num_samples, num_dimensions], given a sprinkling.
+        p_curvature: Of negative, no and positive curvature [num_samples, 3], given a sprinkling.
+        p_manifold: That the order is a sprinkling [num_samples].
+        myrheim_meyer: That estimator's dimension, a real number [num_samples].
+        midpoint: The midpoint-scaling estimator's dimension, a real number [num_samples].
     """
 
     dimensions: tuple[int, ...]
+    kind: NDArray[np.int64]
     truth: NDArray[np.int64]
-    network: NDArray[np.int64]
-    network_manifold: NDArray[np.bool_]
-    estimator: NDArray[np.int64]
+    size: NDArray[np.int64]
+    p_dimension: NDArray[np.float64]
+    p_curvature: NDArray[np.float64]
+    p_manifold: NDArray[np.float64]
+    myrheim_meyer: NDArray[np.float64]
+    midpoint: NDArray[np.float64]
 
     @property
     def sprinkled(self) -> NDArray[np.bool_]:
         """Which samples are sprinklings [num_samples]."""
         return self.truth != NO_DIMENSION
 
+    def is_kind(self, name: str) -> NDArray[np.bool_]:
+        """Which samples are of a kind in ``KINDS`` [num_samples]."""
+        return self.kind == KINDS.index(name)
+
+    def right(self, question: str, who: str = "network") -> NDArray[np.bool_]:
+        """Which samples [num_samples] are answered rightly.
+
+        Args:
+            question: ``dimension``, ``curvature`` or ``manifold``; the first two mean nothing where there is none.
+            who: ``network``; for the dimension also ``myrheim_meyer`` or ``midpoint``, taken to the nearest choice.
+        """
+        if question == "manifold":
+            return (self.p_manifold > 0.5) == self.sprinkled
+        if question == "curvature":
+            sign = self.p_curvature.argmax(axis=1) - 1
+            return sign == np.array([SPACETIMES.get(kind, 2) for kind in KINDS])[self.kind]
+        if who == "network":
+            return self._network_dimension() == self.truth
+        return nearest_dimension(getattr(self, who), self.dimensions) == self.truth
+
+    def reliability(self, question: str) -> tuple[calibration.Reliability, tuple[float, float]]:
+        """Return how true the network's probabilities are, and the error (mean, deviation) if they were all true."""
+        asked = np.ones_like(self.sprinkled) if question == "manifold" else self.sprinkled
+        held = {
+            "dimension": self.p_dimension.max(axis=1),
+            "curvature": self.p_curvature.max(axis=1),
+            "manifold": np.maximum(self.p_manifold, 1 - self.p_manifold),
+        }[question][asked]
+        return calibration.measure(held, self.right(question)[asked]), calibration.error_of_the_calibrated(held)
+
+    def confusion(self) -> tuple[list[str], list[str], NDArray[np.int64]]:
+        """Count who is taken for what.
+
+        Returns:
+            The true kinds (spacetimes by dimension, then the others), the answers (spacetimes by dimension, then
+            "none"), and the counts [num_kinds, num_answers].
+        """
+        places = [(name, dimension) for name in SPACETIMES for dimension in self.dimensions]
+        truths = [self.is_kind(name) & (self.truth == dimension) for name, dimension in places]
+        truths += [self.is_kind(name) for name in OTHERS]
+        answer = self.p_curvature.argmax(axis=1) * len(self.dimensions) + self.p_dimension.argmax(axis=1)
+        answer = np.where(self.p_manifold > 0.5, answer, len(places))
+        counts = [np.bincount(answer[rows], minlength=len(places) + 1) for rows in truths]
+        names = [f"{KIND_TITLES[name]} {dimension}" for name, dimension in places]
+        return [*names, *(KIND_TITLES[name] for name in OTHERS)], [*names, "none"], np.array(counts)
+
     def summary(self) -> dict[str, Any]:
-        """Return the accuracies as plain numbers."""
-        sprinkled = self.sprinkled
-        return {
+        """Return the accuracies and calibration errors as plain numbers."""
+        asked = self.sprinkled
+        found: dict[str, Any] = {
             "num_test_samples": len(self.truth),
-            "num_sprinklings": int(sprinkled.sum()),
-            "dimension_accuracy": _mean(self.network[sprinkled] == self.truth[sprinkled]),
-            "dimension_accuracy_myrheim_meyer": _mean(self.estimator[sprinkled] == self.truth[sprinkled]),
-            "manifold_accuracy": _mean(self.network_manifold == sprinkled),
-            "layered_orders_found_out": _mean(~self.network_manifold[~sprinkled]),
+            "num_sprinklings": int(asked.sum()),
+            "dimension_accuracy": mean(self.right("dimension")[asked]),
+            "dimension_accuracy_myrheim_meyer": mean(self.right("dimension", "myrheim_meyer")[asked]),
+            "dimension_accuracy_midpoint": mean(self.right("dimension", "midpoint")[asked]),
+            "curvature_accuracy": mean(self.right("curvature")[asked]),
+            "manifold_accuracy": mean(self.right("manifold")),
         }
+        for question in HEADS:
+            if question == "manifold" or asked.any():
+                found[f"{question}_calibration_error"] = self.reliability(question)[0].error
+        return found
 
-    def confusion(self, answers: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Count answers [num_kinds, num_kinds] by true kind (rows) and answer (columns): the dimensions, then none."""
-        kinds = [*self.dimensions, NO_DIMENSION]
-        return np.array([[int(((self.truth == t) & (answers == a)).sum()) for a in kinds] for t in kinds])
+    def _network_dimension(self) -> NDArray[np.int64]:
+        return np.array(self.dimensions)[self.p_dimension.argmax(axis=1)]
 
-    @property
-    def network_answers(self) -> NDArray[np.int64]:
-        """The network's whole answer [num_samples]: a dimension, or none."""
-        return np.where(self.network_manifold, self.network, NO_DIMENSION)
+
+KIND_TITLES = {
+    "anti_de_sitter": "anti-de Sitter",
+    "minkowski": "Minkowski",
+    "de_sitter": "de Sitter",
+    "kleitman_rothschild": "Kleitman-Rothschild",
+    "layered": "layered",
+    "percolation": "percolation",
+    "product": "product order",
+    "quotient": "quotient",
+}
 
 
 def compare(trainer: TrainerDDP, samples: Any, dimensions: tuple[int, ...], batch_size: int = 256) -> Comparison:
-    """Ask network and estimator about each of the samples. Collective; every rank gets the whole comparison.
+    """Ask network and estimators about each of the samples. Collective; every rank gets the whole comparison.
 
     Args:
         trainer: The trainer of the network.
@@ -82,57 +143,30 @@ def compare(trainer: TrainerDDP, samples: Any, dimensions: tuple[int, ...], batc
     names = torch.tensor([*dimensions, NO_DIMENSION])  # the class -1 finds the last
 
     def answer(output: Output, data: Batch) -> dict[str, Tensor]:
-        dimension, manifold = (told.cpu() for told in predict(output))
-        fraction = data.ordering_fraction.cpu().numpy()
+        told = {f"p_{name}": value.cpu() for name, value in probabilities(output).items()}
+        size, half = data.num_elements.cpu(), data.half_size.cpu()
         return {
+            **told,
+            "kind": data.kind.cpu(),
             "truth": names[data.dimension.cpu()],
-            "network": names[dimension],
-            "network_manifold": manifold,
-            "estimator": torch.from_numpy(nearest_dimension(fraction, dimensions)),
+            "size": size,
+            "myrheim_meyer": torch.from_numpy(estimate_dimension(data.ordering_fraction.cpu().numpy())),
+            "midpoint": torch.from_numpy(midpoint_scaling_dimension(size.numpy(), half.numpy())),
         }
 
     answers = trainer.predict(samples, answer, batch_size)
     return Comparison(dimensions, **{name: tensor.numpy() for name, tensor in answers.items()})
 
 
-def make_table(comparison: Comparison) -> Table:
-    """Lay out the accuracies, with their statistical errors, for the terminal."""
-    from rich.table import Table
-
-    table = Table(title=f"Test accuracy on {len(comparison.truth):,} causal sets", title_justify="left")
-    for title, justify in (("", "left"), ("samples", "right"), ("network", "right"), ("Myrheim-Meyer", "right")):
-        table.add_column(title, justify=justify)  # type: ignore[arg-type]
-    for row in _rows(comparison):
-        table.add_row(*row)
-    return table
-
-
-def _rows(comparison: Comparison) -> Iterator[tuple[str, str, str, str]]:
-    truth, sprinkled = comparison.truth, comparison.sprinkled
-    names = ", ".join(map(str, comparison.dimensions))
-    right, estimated = comparison.network == truth, comparison.estimator == truth
-    questions = [(f"dimension ({names})", sprinkled)]
-    questions += [(f"  of dimension {dimension}", truth == dimension) for dimension in comparison.dimensions]
-    for question, asked in questions:
-        yield question, f"{asked.sum():,}", _percent(right[asked]), _percent(estimated[asked])
-    found = comparison.network_manifold == sprinkled
-    for question, asked in (
-        ("manifold-like or not", np.ones_like(sprinkled)),
-        ("  sprinklings", sprinkled),
-        ("  Kleitman-Rothschild", ~sprinkled),
-    ):
-        # The estimator gives every order a dimension: it cannot say that an order has none.
-        yield question, f"{asked.sum():,}", _percent(found[asked]), _percent(sprinkled[asked])
-
-
-def _percent(right: NDArray[np.bool_]) -> str:
-    """Write a share with its error: the half-width of Wilson's interval at one sigma, which is not 0 at 100 %."""
-    if len(right) == 0:
-        return "-"
-    share, num = _mean(right), len(right)
-    error = math.sqrt(share * (1 - share) / num + 1 / (4 * num**2)) / (1 + 1 / num)
-    return f"{100 * share:.2f} ± {100 * error:.2f} %"
-
-
-def _mean(right: NDArray[np.bool_]) -> float:
+def mean(right: NDArray[np.bool_]) -> float:
+    """Return the share of right answers, NaN for none."""
     return float(right.mean()) if len(right) else math.nan
+
+
+def standard_error(share: ArrayLike, num: ArrayLike) -> NDArray[np.float64]:
+    """Return the error of shares of ``num`` answers each: the half-width of Wilson's interval at one sigma.
+
+    Not 0 at 100 % (Wilson 1927, J. Amer. Statist. Assoc. 22, 209).
+    """
+    share, num = np.asarray(share, dtype=np.float64), np.asarray(num, dtype=np.float64)
+    return np.sqrt(share * (1 - share) / num + 1 / (4 * num**2)) / (1 + 1 / num)

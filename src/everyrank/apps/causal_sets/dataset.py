@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from torch.utils.data import Dataset
 
 from everyrank import World, current_world
 from everyrank.apps.causal_sets.cache import Arrays, load_or_make
-from everyrank.apps.causal_sets.samples import COUNTS, LAYERED
+from everyrank.apps.causal_sets.samples import COUNTS, KINDS, NO_DIMENSION, SPACETIMES
 from everyrank.apps.causal_sets.settings import DataSettings, read_settings
 
 if TYPE_CHECKING:
@@ -22,21 +23,26 @@ if TYPE_CHECKING:
 NUM_NODE_FEATURES = len(COUNTS)
 NUM_GRAPH_FEATURES = 1
 IGNORED = -1
-"""The dimension class of an order that has no dimension; the loss leaves it out."""
+"""The class, of dimension and of curvature, of an order that has neither; the loss leaves it out."""
+_CURVATURE = np.array([SPACETIMES.get(kind, IGNORED - 1) + 1 for kind in KINDS])
 
 
 class CausalSetDataset(Dataset):
-    """Sprinklings of Minkowski space and Kleitman-Rothschild orders, with what can be counted in them.
+    """Sprinklings of spacetimes and orders that are like none, with what can be counted in them.
 
     A sample is a PyG ``Data`` with
 
     - ``x`` [n, 6]: for each element the sizes of its past and future over n - 1, its links from below and above over
       sqrt(n), and the longest chains that end and begin in it over sqrt(n). No coordinates.
     - ``edge_index`` [2, 2 · links]: every link, both ways.
-    - ``graph_features`` [1, 1]: log(n / mean size).
+    - ``graph_features`` [1, 1]: log of n over the middle size.
     - ``dimension`` [1]: index into ``dimensions``, or -1 for an order that is no sprinkling.
+    - ``curvature`` [1]: 0, 1, 2 for negative, none, positive, or -1 for an order that is no sprinkling.
     - ``manifold`` [1]: 1 for a sprinkling, 0 otherwise.
-    - ``ordering_fraction`` [1], in float64: what the Myrheim-Meyer estimator works on. Not for the network.
+    - ``kind`` [1]: index into ``KINDS``. Not for the network, as are the next three.
+    - ``num_elements`` [1]: the number of elements n.
+    - ``ordering_fraction`` [1], in float64: what the Myrheim-Meyer estimator works on.
+    - ``half_size`` [1]: what the midpoint-scaling estimator works on.
 
     Constructing it is collective: inside a joined process group, the ranks make missing samples together.
 
@@ -62,15 +68,21 @@ class CausalSetDataset(Dataset):
         self._x = _scale(arrays["counts"], arrays["num_nodes"]).astype(self.settings.dtype)
         self._links = arrays["links"]
         size = arrays["num_nodes"].astype(np.float64)
-        label = arrays["dimension"]
+        middle = math.sqrt(self.settings.min_size * self.settings.max_size)
+        label, curvature = arrays["dimension"], _CURVATURE[arrays["kind"]]
         dimension = np.full(len(label), IGNORED, dtype=np.int64)
         for index, value in enumerate(self.dimensions):
             dimension[label == value] = index
+        smaller_part = arrays["counts"][:, :2].min(axis=1)
         per_graph = {
-            "graph_features": np.log(size / self.settings.mean_size).astype(self.settings.dtype)[:, None],
+            "graph_features": np.log(size / middle).astype(self.settings.dtype)[:, None],
             "dimension": dimension,
-            "manifold": (label != LAYERED).astype(np.int64),
+            "curvature": curvature,
+            "manifold": (label != NO_DIMENSION).astype(np.int64),
+            "kind": arrays["kind"].astype(np.int64),
+            "num_elements": arrays["num_nodes"].astype(np.int64),
             "ordering_fraction": 2 * arrays["num_relations"] / (size * (size - 1)),
+            "half_size": np.maximum.reduceat(smaller_part, self._node_ptr[:-1]).astype(np.int64),
         }
         self._per_graph = {name: torch.from_numpy(values) for name, values in per_graph.items()}
 
@@ -154,6 +166,5 @@ def _join(shards: Sequence[Arrays], num_samples: int) -> Arrays:
         "links": joined["links"][:, : int(num_links.sum())],
         "num_nodes": num_nodes,
         "num_links": num_links,
-        "dimension": joined["dimension"][:num_samples],
-        "num_relations": joined["num_relations"][:num_samples],
+        **{name: joined[name][:num_samples] for name in ("kind", "dimension", "num_relations")},
     }

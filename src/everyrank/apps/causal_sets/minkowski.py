@@ -57,9 +57,18 @@ def sprinkle(
     if size is None:
         assert density is not None
         size = int(rng.poisson(density * diamond_volume(dimension, duration)))
+    return sort_by_time(uniform_points(rng, dimension, size, duration))
+
+
+def uniform_points(rng: np.random.Generator, dimension: int, size: int, duration: float = 1.0) -> NDArray[np.float64]:
+    """Draw points [size, d] independently and uniformly in the diamond, in no order of time."""
     radius = duration / 2 * rng.random(size) ** (1 / dimension)
     time = (duration / 2 - radius) * rng.choice((-1.0, 1.0), size)
-    points = np.column_stack((time, _in_unit_ball(rng, size, dimension - 1) * radius[:, None]))
+    return np.column_stack((time, _in_unit_ball(rng, size, dimension - 1) * radius[:, None]))
+
+
+def sort_by_time(points: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Sort points [n, d] by time, which is column 0."""
     return points[np.argsort(points[:, 0], kind="stable")]
 
 

@@ -5,22 +5,32 @@ A network never sees coordinates: only what can be counted in the order itself.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from everyrank.apps.causal_sets import kleitman_rothschild, minkowski, orders
+from everyrank.apps.causal_sets import constant_curvature, minkowski, nonmanifold, orders
 
-GENERATOR_VERSION = 1
+GENERATOR_VERSION = 2
 """Part of the cache's key: raise it whenever the same settings would give other samples."""
 
 COUNTS = ("past", "future", "links_in", "links_out", "height", "depth")
 """What is counted for each element: the sizes of its past and future, its links from below and above, and the longest
 chains that end and begin in it."""
 
-LAYERED = 0
-"""Stands in for the dimension of an order that is no sprinkling (Kleitman-Rothschild)."""
+SPACETIMES = {"anti_de_sitter": -1, "minkowski": 0, "de_sitter": 1}
+"""Kinds of spacetime, with the sign of their curvature."""
+
+OTHERS = ("kleitman_rothschild", "layered", "percolation", "product", "quotient")
+"""Kinds of order that are no sprinkling."""
+
+KINDS = (*SPACETIMES, *OTHERS)
+"""All kinds; a sample holds the index."""
+
+NO_DIMENSION = 0
+"""Stands in for the dimension of an order that is no sprinkling."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,17 +38,23 @@ class Recipe:
     """What determines sample i, besides i.
 
     Attributes:
-        mean_size: Mean number of elements n; n itself is Poisson, conditioned on at least 2.
-        fixed_size: Whether every order has exactly ``mean_size`` elements instead.
+        min_size: Smallest number of elements n.
+        max_size: Largest; log n is uniform between the two.
         dimensions: Spacetime dimensions of the sprinklings, equally likely.
-        layered_fraction: Probability that a sample is a Kleitman-Rothschild order instead of a sprinkling.
+        spacetimes: Names in ``SPACETIMES``, equally likely.
+        duration: Proper time between the tips of a curved diamond, in radii of curvature.
+        others: Names in ``OTHERS``, equally likely.
+        others_fraction: Probability that a sample is one of the others instead of a sprinkling.
         seed: Seed of the whole data set.
     """
 
-    mean_size: float
-    fixed_size: bool
+    min_size: int
+    max_size: int
     dimensions: tuple[int, ...]
-    layered_fraction: float
+    spacetimes: tuple[str, ...]
+    duration: float
+    others: tuple[str, ...]
+    others_fraction: float
     seed: int
 
 
@@ -49,12 +65,14 @@ class Sample:
     Attributes:
         counts: int16 [n, len(COUNTS)], the columns of ``COUNTS``.
         links: int16 [2, num_links], lower and upper element of each link.
-        dimension: The spacetime dimension, or ``LAYERED``.
+        kind: Index into ``KINDS``.
+        dimension: The spacetime dimension, or ``NO_DIMENSION``.
         num_relations: Number R of related pairs.
     """
 
     counts: NDArray[np.int16]
     links: NDArray[np.int16]
+    kind: int
     dimension: int
     num_relations: int
 
@@ -62,17 +80,45 @@ class Sample:
 def draw_sample(recipe: Recipe, index: int) -> Sample:
     """Draw sample ``index``: a pure function of the recipe and the index, on every rank and in every run."""
     rng = np.random.default_rng([recipe.seed, index])
-    layered = rng.random() < recipe.layered_fraction
-    dimension = LAYERED if layered else int(rng.choice(recipe.dimensions))
+    is_other = rng.random() < recipe.others_fraction
+    dimension = int(rng.choice(recipe.dimensions))
+    kind = str(rng.choice(recipe.others if is_other else recipe.spacetimes))
     size = _draw_size(rng, recipe)
-    if layered:
-        causal = kleitman_rothschild.sample_order(rng, size)
-    else:
-        causal = minkowski.causal_matrix(minkowski.sprinkle(rng, dimension, size=size))
-    return describe(causal, dimension)
+    if is_other:
+        return describe(draw_other(rng, kind, size, dimension), kind, NO_DIMENSION)
+    a = constant_curvature.strength(recipe.duration, SPACETIMES[kind])
+    return describe(draw_spacetime(rng, dimension, size, a), kind, dimension)
 
 
-def describe(causal: NDArray[np.bool_], dimension: int) -> Sample:
+def draw_spacetime(rng: np.random.Generator, dimension: int, size: int, a: float) -> NDArray[np.bool_]:
+    """Draw the order [n, n] of a sprinkling into a diamond of constant curvature; ``a`` = 0 is Minkowski space."""
+    return minkowski.causal_matrix(constant_curvature.sprinkle(rng, dimension, size, a))
+
+
+def draw_other(rng: np.random.Generator, kind: str, size: int, dimension: int) -> NDArray[np.bool_]:
+    """Draw an order [n, n] of one of ``OTHERS``.
+
+    Their free parameters are such that their ordering fractions are those of sprinklings of 2 to 5 dimensions.
+
+    Args:
+        rng: The source of randomness.
+        kind: A name in ``OTHERS``.
+        size: Number of elements n.
+        dimension: Of the Minkowski space whose quotient is taken. The quotient identifies n/10 pairs.
+    """
+    if kind == "kleitman_rothschild":
+        return nonmanifold.kleitman_rothschild(rng, size)
+    if kind == "layered":
+        return nonmanifold.random_layers(rng, size)
+    if kind == "percolation":
+        return nonmanifold.percolation(rng, size, math.exp(rng.uniform(0.0, math.log(6.0))) / size)
+    if kind == "product":
+        return nonmanifold.product(rng, size, num_orders=int(rng.integers(3, 6)))
+    num_pairs = max(1, round(size / 10))
+    return nonmanifold.quotient(rng, draw_spacetime(rng, dimension, size + num_pairs, 0.0), num_pairs)
+
+
+def describe(causal: NDArray[np.bool_], kind: str, dimension: int) -> Sample:
     """Count what ``COUNTS`` names in a causal matrix [n, n] and list its links."""
     links = orders.link_matrix(causal)
     counts = np.stack(
@@ -89,15 +135,13 @@ def describe(causal: NDArray[np.bool_], dimension: int) -> Sample:
     return Sample(
         counts=counts.astype(np.int16),
         links=np.stack(np.nonzero(links)).astype(np.int16),
+        kind=KINDS.index(kind),
         dimension=dimension,
         num_relations=int(causal.sum()),
     )
 
 
 def _draw_size(rng: np.random.Generator, recipe: Recipe) -> int:
-    """Draw n; fewer than two elements have no order to learn from, so those rare draws are repeated."""
-    if recipe.fixed_size:
-        return round(recipe.mean_size)
-    while (size := int(rng.poisson(recipe.mean_size))) < 2:
-        pass
-    return size
+    """Draw n, each octave equally likely."""
+    low, high = math.log(recipe.min_size), math.log(recipe.max_size + 1)
+    return min(int(math.exp(rng.uniform(low, high))), recipe.max_size)

@@ -17,7 +17,7 @@ from everyrank.apps.video_restoration.checkpoints import newest_legacy
 from everyrank.apps.video_restoration.data.datasets import TestDataset, TrainDataset
 from everyrank.apps.video_restoration.data.demo import resolve_demo
 from everyrank.apps.video_restoration.options import load_options
-from everyrank.apps.video_restoration.validation import write_side_by_side
+from everyrank.apps.video_restoration.picture import write_picture
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -82,9 +82,10 @@ def run_options(path: str, world: World) -> dict[str, Any]:
     result = {"iterations": trainer.step, "world_size": world.size, "folder": options["path"]["task"], "loss": loss}
     if found.clips and world.is_main:
         print(found.table(), flush=True)
+        (Path(options["path"]["task"]) / "scores.txt").write_text(found.table() + "\n", encoding="utf-8")
         if found.example is not None and options["val"]["side_by_side"]:
             picture = Path(options["path"]["images"]) / f"side_by_side_{trainer.step}.png"
-            write_side_by_side(picture, found.example, found.baseline)
+            write_picture(picture, found.example, found.baseline)
             logger.info("side by side: %s", picture)
     return result | found.summary()
 

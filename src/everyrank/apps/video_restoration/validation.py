@@ -9,7 +9,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +17,7 @@ from everyrank.apps.video_restoration.data.degradation import imresize
 from everyrank.apps.video_restoration.data.images import to_array, write_png
 from everyrank.apps.video_restoration.metrics import METRICS, frame_metrics, mean
 from everyrank.apps.video_restoration.network.vrt import VRT
+from everyrank.apps.video_restoration.picture import Example
 from everyrank.apps.video_restoration.tiling import restore_clip
 
 logger = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ class ClipValidator(everyrank.DefaultValidator):
     Attributes:
         clips: The scores of each clip, in the order of the data, on all ranks; None before the first evaluation.
         baseline: What "plain" is: "bicubic" or "input".
-        example: On rank 0: the input, plain, restored and sharp image of one frame, if one was restored there.
+        example: On rank 0: one frame, if one was restored there.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class ClipValidator(everyrank.DefaultValidator):
         self._interpolation, self.apply_model = interpolation, self.restore
         self.baseline = "bicubic" if scale > 1 else "input"
         self.clips: list[ClipScores] | None = None
-        self.example: dict[str, np.ndarray] | None = None
+        self.example: Example | None = None
 
     def evaluate(
         self, model: Any, loader: Any, between_batches: Callable[[], None] | None = None
@@ -138,9 +138,13 @@ class ClipValidator(everyrank.DefaultValidator):
         scores.add(frame_metrics(restored, sharp, self._border), frame_metrics(plain, sharp, self._border))
         if self.example is None:
             middle = sharp.shape[0] // 2
-            low = clip.L[min(middle, clip.L.shape[0] - 1), :3]
-            shown = {"input": low, "plain": plain[middle], "restored": restored[middle], "sharp": sharp[middle]}
-            self.example = {name: to_array(image) for name, image in shown.items()}
+            self.example = Example(
+                plain=to_array(plain[middle]),
+                restored=to_array(restored[middle]),
+                sharp=to_array(sharp[middle]),
+                plain_scores=(scores.plain["psnr"][middle], scores.plain["ssim"][middle]),
+                restored_scores=(scores.restored["psnr"][middle], scores.restored["ssim"][middle]),
+            )
         return scores
 
     def summary(self) -> dict[str, float]:
@@ -189,21 +193,3 @@ def plain_restoration(low: Tensor, scale: int, val: Mapping[str, Any], *, interp
     if val["center_frame_only"]:
         frames = frames[frames.shape[0] // 2 : frames.shape[0] // 2 + 1]
     return imresize(frames, scale) if scale > 1 else frames
-
-
-def write_side_by_side(path: Path, example: Mapping[str, np.ndarray], baseline: str) -> None:
-    """Write a PNG with the baseline, the restored and the sharp image next to each other, each under its name."""
-    from everyrank.apps.video_restoration.extras import video_package
-
-    names = {"plain": baseline, "restored": "VRT", "sharp": "sharp"}
-    gap, head = 4, 16
-    height, width = example["sharp"].shape[:2]
-    sheet = np.full((height + head, 3 * width + 2 * gap, 3), 255, np.uint8)
-    for i, name in enumerate(names):
-        sheet[head:, i * (width + gap) : i * (width + gap) + width] = example[name]
-    image = video_package("PIL.Image").fromarray(sheet)
-    pen = video_package("PIL.ImageDraw").Draw(image)
-    for i, title in enumerate(names.values()):
-        pen.text((i * (width + gap) + 4, 2), title, fill=(0, 0, 0))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image.save(path, format="PNG")
