@@ -71,7 +71,7 @@ def test_from_the_command_line(run_cli: RunCli, tmp_path: Path) -> None:
         assert words in ended.stdout
     (run,) = (tmp_path / "outputs").iterdir()
     assert (run / "causal_sets.png").read_bytes().startswith(b"\x89PNG")
-    assert (run / "causal_sets.txt").read_text().splitlines()[0] in ended.stdout
+    assert (run / "causal_sets.txt").read_text().splitlines()[0].strip() in ended.stdout
     result = json.loads((run / "result.json").read_text())
     assert result["num_test_samples"] == 24
     assert 0 <= result["curvature_calibration_error"] <= 1
