@@ -4,7 +4,7 @@ A spacetime of constant curvature K = ±1/l² is conformally flat: around any po
 
     ds² = η_μν dx^μ dx^ν / (1 + K x²/4)²,    x² = η_μν x^μ x^ν = r² - t²
 
-(Riemann's form; Wolf, "Spaces of Constant Curvature", section 2.4; it holds in every signature). K > 0 is de Sitter,
+(Riemann's form; Wolf, "Spaces of Constant Curvature"; it holds in every signature). K > 0 is de Sitter,
 K < 0 anti-de Sitter. Light cones are those of Minkowski space, so **the order of given points is the flat order**; what
 tells curvature is where the points lie: their density is the volume element ``(1 + K x²/4)^-d``.
 
