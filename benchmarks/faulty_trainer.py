@@ -1,7 +1,11 @@
-"""Training by TrainerDDP, and one of many faults in one rank at one step: see ``faulty_program.py``."""
+"""Training by TrainerDDP, and one of many faults in one rank at one step: see ``faulty_program.py``.
+
+``python faulty_trainer.py KIND RANK STEP [FOLDER]``: the trainer's folder is a temporary one if none is given.
+"""
 
 import sys
 import tempfile
+import time
 from typing import Any
 
 import torch
@@ -29,13 +33,19 @@ def main() -> None:
     """Train; at one step, in one rank, go wrong."""
     kind, guilty, step = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     with everyrank.join() as world, tempfile.TemporaryDirectory() as folder:
-        in_data = kind in ("stuck_loader", "raising_loader", "killed_worker")
+        in_data = kind in ("stuck_loader", "raising_loader", "killed_worker", "slow_loader")
         config = {
             "criterion": Criterion(kind, guilty, step),
             "model": {"type": nn.Linear, "args": [8, 1]},
             "training": {
-                **{"path": folder, "num_epochs": 1, "batch_size": 1, "device": "cpu", "progress": "off"},
-                **{"num_workers": int(in_data), "plots": False},
+                **{
+                    "path": sys.argv[4] if len(sys.argv) > 4 else folder,
+                    "num_epochs": 1,
+                    "batch_size": 1,
+                    "device": "cpu",
+                    "progress": "off",
+                },
+                **{"num_workers": int(in_data and kind != "slow_loader"), "plots": False},
             },
             "parallel": {},
         }
@@ -50,6 +60,8 @@ class BadFor(Samples):
     """The first sample that this rank gets from ``bad`` on is bad: which those are is the sampler's."""
 
     def __getitem__(self, index: int) -> torch.Tensor:
+        if self.kind == "slow_loader" and self.bad >= 0:
+            time.sleep(0.02)
         return super().__getitem__(self.bad if self.bad >= 0 and index >= self.bad else index)
 
 

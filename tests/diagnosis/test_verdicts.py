@@ -38,6 +38,23 @@ def test_a_rank_that_leaves_no_word_is_named_by_its_launcher(run_cli: RunCli, tm
     assert (verdict["rank"], verdict["cause"], verdict["exit_code"]) == (1, "exited", 4)
 
 
+def test_a_slow_rank_is_named_and_the_time_of_each_is_split(run_cli: RunCli, tmp_path: Path) -> None:
+    """Nothing fails: rank 1 takes long to load each batch, rank 0 waits for it, and the run's files say so."""
+    trainer = str(ROOT / "benchmarks" / "faulty_trainer.py")
+    settings = ("run", "driver=torchrun", "run.dir=run", "--", trainer, "slow_loader", "1", "0", "run")
+    done = run_cli(*settings, program=_EVERYRANK)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
+    seconds = next(row for row in rows if row["kind"] == "epoch")["rank_seconds"]
+    assert seconds["data"][1] > 5 * seconds["data"][0]
+    assert seconds["waiting"][0] > 5 * seconds["waiting"][1]
+    assert run_cli("report", "run", program=_EVERYRANK).returncode == 0
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "rank 1 is slow: it was the last in" in page
+    assert "<th>waiting, s</th>" in page
+    assert not (tmp_path / "run" / "verdict.json").exists()
+
+
 def test_each_attempt_keeps_its_verdict(run_cli: RunCli, tmp_path: Path) -> None:
     """The guilty rank raises in every attempt; it is told at each restart, and written down."""
     settings = ("run", "driver=torchrun", "driver.max_restarts=1", "--", FAULTY, "raise", "1", "3")

@@ -42,6 +42,7 @@ class Collective:
         place: The user's line.
         done: Whether torch has seen its end.
         reduce: The reduction, such as ``SUM``, where a Python call named it; else empty.
+        time_s: When it was begun, by the host's clock.
     """
 
     group: str
@@ -52,6 +53,7 @@ class Collective:
     place: str
     done: bool
     reduce: str = ""
+    time_s: float = 0.0
 
     def __str__(self) -> str:
         what = f"{self.op} of {self.sizes} {self.dtypes}" if self.sizes else self.op
@@ -68,6 +70,15 @@ class Collective:
     def reduced_content(self) -> tuple[str, ...]:
         """The same, and the reduction."""
         return (*self.content, self.reduce)
+
+
+Key = tuple[str, int]
+"""A collective: its group and its number in it."""
+
+
+def arrivals_of(entries: Sequence[Collective]) -> dict[Key, float]:
+    """When a rank came to each of its collectives."""
+    return {(entry.group, entry.seq): entry.time_s for entry in entries}
 
 
 def read_recorder() -> tuple[list[Collective], dict[str, list[int]]]:
@@ -97,6 +108,7 @@ def _collective(entry: Mapping[str, Any]) -> Collective:
         dtypes=" ".join(dict.fromkeys(entry["input_dtypes"] or ())),
         place="a line unknown",
         done=bool(entry["retired"]),
+        time_s=1e-9 * int(entry["time_created_ns"]),
     )
 
 

@@ -16,7 +16,7 @@ _COLLECTIVES = ("torch/distributed/distributed_c10d.py", "torch/distributed/_fun
 # Frames in which a thread runs the reducer's collectives in C++, without a Python frame of torch.distributed's.
 _BACKWARD = ("torch/autograd/graph.py", "torch/nn/parallel/distributed.py", "torch/optim/optimizer.py")
 _PRINTED = re.compile(r'^  File "(.+)", line (\d+),? in (.+)$', re.MULTILINE)  # by faulthandler, or a traceback
-_LOADER = "torch/utils/data/dataloader.py"
+_LOADERS = ("torch/utils/data/dataloader.py", "everyrank/data/loader.py")
 # Coming and going: a rank that still starts keeps the others waiting there, until a timeout that names it.
 _JOINING_AND_LEAVING = {"init_process_group", "new_group", "_new_process_group_helper", "destroy_process_group"}
 _MAX_FRAMES = 200
@@ -96,8 +96,8 @@ def may_wait_in_backward(stack: Sequence[Place]) -> bool:
 
 
 def waits_for_data(stack: Sequence[Place]) -> bool:
-    """Whether a stack is inside a DataLoader's wait for its workers, or for a sample."""
-    return any(place.file.endswith(_LOADER) for place in stack)
+    """Whether a stack is inside a loader's wait for its workers, or makes a batch itself."""
+    return any(place.file.endswith(_LOADERS) for place in stack)
 
 
 def _above_the_user(stack: Sequence[Place]) -> list[Place]:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 
-from everyrank.diagnosis.crashes import judge_crash
+from everyrank.diagnosis.judging.crashes import judge_crash
 from everyrank.diagnosis.outcome import Outcome, RankFailure
 from everyrank.diagnosis.rank_files import attempt_dir, existing, log_file, newest_attempt, watch_dir
 from everyrank.diagnosis.telling import describe

@@ -97,15 +97,30 @@ def fatal_file(attempt: str, rank: int) -> str:
     return os.path.join(attempt, f"rank-{rank}.fatal")
 
 
+def pace_file(attempt: str) -> str:
+    """Path of the file that says how the ranks share their time."""
+    return os.path.join(attempt, "pace.json")
+
+
 def request_file(attempt: str) -> str:
     """Path of the file that asks all ranks for a report, each time it is written."""
     return os.path.join(attempt, "request")
 
 
-def ask_for_reports(attempt: str) -> int:
-    """Ask all ranks of an attempt for a report; returns the number of the request, which reports then carry."""
+def ask_for_reports(attempt: str, thoroughly: bool = True) -> int:
+    """Ask all ranks of an attempt for a report.
+
+    Args:
+        attempt: Folder of the attempt.
+        thoroughly: With what the workers of their loaders do, who are interrupted for it.
+
+    Returns:
+        The number of the request, which the reports then carry.
+    """
     path = request_file(attempt)
-    with contextlib.suppress(FileNotFoundError), open(path, "w", encoding="ascii"):
+    with contextlib.suppress(FileNotFoundError):
+        with open(path, "w", encoding="ascii") as file:
+            file.write("thoroughly" if thoroughly else "")
         return os.stat(path).st_mtime_ns
     return 0
 

@@ -62,6 +62,7 @@ class Report:
     in_backward: bool
     in_loader: bool
     cpu_s: float
+    data_share: float
     reads: str | None
     handling: Mapping[str, Any] | None
     collectives: tuple[Collective, ...]

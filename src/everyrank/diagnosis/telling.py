@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from everyrank.diagnosis import verdict as causes
+from everyrank.diagnosis.judging.stalls import Stall
 from everyrank.diagnosis.reports import Report
-from everyrank.diagnosis.stalls import Stall
 from everyrank.diagnosis.verdict import Verdict
 from everyrank.errors import RankFailedError
 

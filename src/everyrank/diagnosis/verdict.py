@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import os
 from collections.abc import Mapping
@@ -82,8 +83,18 @@ def write_verdict(run_dir: str, verdict: Verdict) -> None:
 
 def read_verdict(run_dir: str) -> Verdict | None:
     """The newest verdict of a run, or None."""
+    return _read(os.path.join(run_dir, _FILE))
+
+
+def read_verdicts(run_dir: str) -> tuple[Verdict, ...]:
+    """The verdicts of all attempts of a run that failed, in order."""
+    found = (_read(path) for path in glob.glob(os.path.join(glob.escape(run_dir), "verdict*.json")))
+    return tuple(sorted((verdict for verdict in found if verdict is not None), key=lambda verdict: verdict.attempt))
+
+
+def _read(path: str) -> Verdict | None:
     try:
-        with open(os.path.join(run_dir, _FILE), encoding="utf-8") as file:
+        with open(path, encoding="utf-8") as file:
             return _from_json(json.load(file))
     except (OSError, ValueError, TypeError):
         return None

@@ -17,7 +17,9 @@ from dataclasses import replace
 from types import TracebackType
 
 from everyrank.diagnosis.frames import parse_stack
-from everyrank.diagnosis.host_signs import HostSign, judge_lost, on_lost_hosts
+from everyrank.diagnosis.judging.host_signs import HostSign, judge_lost, on_lost_hosts
+from everyrank.diagnosis.judging.pace import Slow, note_pace
+from everyrank.diagnosis.judging.stalls import Stall, judge_departure, judge_stall
 from everyrank.diagnosis.proc import look_at, oom_kills
 from everyrank.diagnosis.rank.loader_workers import ask_for_stack
 from everyrank.diagnosis.rank_files import (
@@ -31,7 +33,6 @@ from everyrank.diagnosis.rank_files import (
     watch_dir,
 )
 from everyrank.diagnosis.reports import Beat, Report, read_beats, read_reports
-from everyrank.diagnosis.stalls import Stall, judge_departure, judge_stall
 from everyrank.diagnosis.telling import describe, notice
 from everyrank.diagnosis.verdict import Verdict, clear_verdicts, write_verdict
 from everyrank.diagnosis.watch_config import WatchConfig
@@ -40,6 +41,7 @@ _LOOK_EVERY_S = 0.5
 _ASK_AFTER_S = 2.0  # without progress: reports are asked for, and what provably cannot end is ended
 _ASK_AT_MOST_EVERY_S = 10.0
 _COMPARE_EVERY_S = 10.0
+_SLOW_TIMES = 3  # comparisons in a row that find the same rank slow, until it is said
 _ANSWER_S = 1.0
 _OLD_S = 60.0  # in a shared folder: what was written longer ago is an earlier launch's
 _ABSENT_S = 4.0  # between two looks: this process itself was stopped, or the machine slept
@@ -73,6 +75,7 @@ class Watcher:
         self._mismatch: Verdict | None = None
         self._sign = HostSign(watch_dir(run_dir)) if shared and config.enabled else None
         self._compared_s = time.monotonic()
+        self._slow: tuple[int | None, int] = (None, 0)
         self._reset()
         clear_watch(watch_dir(run_dir), older_than_s=_OLD_S if shared else 0.0)
         clear_verdicts(run_dir)
@@ -93,6 +96,8 @@ class Watcher:
         self._stop.set()
         if self._thread.ident is not None:
             self._thread.join()
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                self._compare()
         if self._sign is not None:
             self._sign.remove()
 
@@ -101,8 +106,6 @@ class Watcher:
 
         For a run that ended well; by what torch recorded of its latest collectives, and now and then before.
         """
-        if self._mismatch is None and self.config.enabled:
-            self._compare()
         if self._mismatch is not None:
             write_verdict(self.run_dir, self._mismatch)
         return self._mismatch
@@ -110,9 +113,17 @@ class Watcher:
     def _compare(self) -> None:
         attempt = newest_attempt(watch_dir(self.run_dir))
         reports = read_reports(attempt_dir(watch_dir(self.run_dir), attempt))
+        self._pace(note_pace(attempt_dir(watch_dir(self.run_dir), attempt), reports))
         found = judge_departure(reports)
         if found is not None:
             self._mismatch = replace(stall_verdict(found, reports, 0.0, attempt), detected_after_s=None, waiting=())
+
+    def _pace(self, slow: Slow | None) -> None:
+        """Say it, once, of a rank that stays the slow one."""
+        rank = slow.rank if slow is not None else None
+        self._slow = (rank, self._slow[1] + 1 if rank == self._slow[0] else 1)
+        if slow is not None and self._slow[1] == _SLOW_TIMES and not self._stop.is_set():
+            self._say(f"notice: {slow.said}")
 
     def _reset(self) -> None:
         self._progress: tuple[tuple[int, int], ...] = ()
@@ -146,7 +157,7 @@ class Watcher:
             self._progress = progress
             if self._mismatch is None and now_s - self._compared_s > _COMPARE_EVERY_S:
                 self._compared_s = now_s
-                self._compare_aloud()
+                self._compare_aloud(folder, beats)
             return
         still_s = now_s - self._since_s
         if self._ended or not beats or still_s < self._ask_at_s:
@@ -158,7 +169,8 @@ class Watcher:
                 self._ask_at_s = min(self._ask_at_s, due_s)
         self._judge(folder, beats, still_s)
 
-    def _compare_aloud(self) -> None:
+    def _compare_aloud(self, folder: str, beats: Mapping[int, Beat]) -> None:
+        self._ask(folder, beats, thoroughly=False)
         self._compare()
         if self._mismatch is not None:
             self._say(f"warning: wrong numbers:\n{describe(self._mismatch, self.world_size)}")
@@ -189,15 +201,15 @@ class Watcher:
             self._noticed = True
             self._say(notice(stall, reports, still_s))
 
-    def _ask(self, folder: str, beats: Mapping[int, Beat]) -> dict[int, Report]:
+    def _ask(self, folder: str, beats: Mapping[int, Beat], thoroughly: bool = True) -> dict[int, Report]:
         """Fresh reports of all ranks that can give one; of a process that is stopped, the latest it gave."""
-        asked = ask_for_reports(folder)
+        asked = ask_for_reports(folder, thoroughly)
         deadline = time.monotonic() + _ANSWER_S
         while True:
             reports = read_reports(folder)
             late = [r for r in beats if r not in reports or (reports[r].request < asked and _can_answer(reports[r]))]
             if not late or time.monotonic() > deadline or self._stop.wait(0.05):
-                inside = {r: _look_inside(reports[r], folder) for r in late if r in reports}
+                inside = {r: _look_inside(reports[r], folder) for r in late if r in reports and thoroughly}
                 return {r: _last_seen(report, beats.get(r)) for r, report in {**reports, **inside}.items()}
 
     def _end(self, stall: Stall, reports: Mapping[int, Report], still_s: float) -> None:

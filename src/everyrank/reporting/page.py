@@ -8,12 +8,15 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from everyrank.diagnosis.telling import describe
 from everyrank.reporting.charts import Line, draw, legend
 from everyrank.reporting.run_facts import RunFacts, is_number
 from everyrank.reporting.style import STYLE
 
 # The browser enforces what the page promises: nothing is fetched and no script runs, whatever a log line says.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+_SHARES = ("data", "compute", "waiting")
+_MAX_EPOCHS = 100
 _X_NAMES = ("step", "iteration")
 _BASELINE = "val_bicubic_"  # video restoration's baseline, to be seen beside the network
 _NOT_DRAWN = {*_X_NAMES, "epoch", "num_samples", "val_num_samples", "seconds", "num_skipped"}
@@ -23,9 +26,11 @@ def render(facts: RunFacts) -> str:
     """Return the whole page of a run as HTML."""
     sections = [
         _heading(facts),
+        _section("Verdict", _verdicts(facts)),
         _section("Result", _result(facts)),
         _section("Curves", _curves(facts)),
         _section("Figures", _figures(facts)),
+        _section("Ranks", _ranks(facts)),
         _section("History", _history(facts)),
         _section("Checkpoints", _checkpoints(facts)),
         _section("Ledger", _ledger(facts)),
@@ -81,6 +86,39 @@ def _result(facts: RunFacts) -> str:
     if isinstance(facts.result, Mapping):
         return _pairs(facts.result)
     return _pre(json.dumps(facts.result, indent=2, ensure_ascii=False))
+
+
+def _verdicts(facts: RunFacts) -> str:
+    return "".join(
+        (f"<h3>attempt {verdict.attempt}</h3>" if len(facts.verdicts) > 1 else "") + _pre(describe(verdict, 0))
+        for verdict in facts.verdicts
+    )
+
+
+def _ranks(facts: RunFacts) -> str:
+    """How the ranks shared the time: of their latest collectives, and of each epoch that says so."""
+    parts = []
+    if facts.pace is not None:
+        rows = [
+            [str(row["rank"]), *(f"{row[name]:.1%}" for name in _SHARES), str(row["last"])]
+            for row in facts.pace["ranks"]
+        ]
+        told = f"The latest {facts.pace['num_collectives']} collectives, {_number(facts.pace['seconds'])} s."
+        slow = f"<p>{escape(facts.pace['said'])}</p>" if facts.pace["said"] else ""
+        parts.append(f"<p class=soft>{told}</p>{slow}{_table(['rank', *_SHARES, 'last to come'], rows)}")
+    epochs = [row for row in _of_kind(facts, "epoch") if isinstance(row.get("rank_seconds"), Mapping)]
+    rows = [
+        [str(row["epoch"]), str(rank), *(_number(values[rank]) if values else "" for values in _seconds(row))]
+        for row in epochs[-_MAX_EPOCHS:]
+        for rank in range(len(row["rank_seconds"]["data"]))
+    ]
+    if rows:
+        parts.append(_table(["epoch", "rank", *(f"{name}, s" for name in _SHARES)], rows))
+    return "".join(parts)
+
+
+def _seconds(row: Mapping[str, Any]) -> list[Sequence[float]]:
+    return [row["rank_seconds"].get(name, ()) for name in _SHARES]
 
 
 def _curves(facts: RunFacts) -> str:

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from everyrank.diagnosis.rank_files import attempt_dir, newest_attempt, pace_file, read_json, watch_dir
+from everyrank.diagnosis.verdict import Verdict, read_verdicts
 from everyrank.errors import DataError
 
 if TYPE_CHECKING:
@@ -18,7 +20,15 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 
-_SIGNS_OF_A_RUN = ("config.yaml", "run.yaml", "history.jsonl", "result.json", "checkpoints/step-*", "logs/rank-*.log")
+_SIGNS_OF_A_RUN = (
+    "config.yaml",
+    "run.yaml",
+    "history.jsonl",
+    "result.json",
+    "checkpoints/step-*",
+    "logs/rank-*.log",
+    "verdict.json",
+)
 _LOG_NAME = re.compile(r"rank-(\d+)\.log")
 _IMAGE_TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg"}
 _MAX_IMAGE_BYTES = 8 << 20
@@ -56,6 +66,8 @@ class RunFacts:
         images: Pictures that the run drew: name, media type, bytes.
         ledger: Summary of the ledger, or None.
         versions: Versions that the newest readable checkpoint was written with.
+        verdicts: Who was guilty of the end of each attempt that failed, in order.
+        pace: How the ranks shared the time of their latest collectives, or None.
         problems: What could not be read, and why.
     """
 
@@ -68,6 +80,8 @@ class RunFacts:
     images: tuple[tuple[str, str, bytes], ...]
     ledger: LedgerSummary | None
     versions: Mapping[str, str]
+    verdicts: tuple[Verdict, ...]
+    pace: Mapping[str, Any] | None
     problems: tuple[str, ...] = field(default=())
 
 
@@ -90,6 +104,7 @@ def read_run(folder: Path, num_log_lines: int = 40) -> RunFacts:
             f"{folder} was given, but it is no run's folder: it has none of {', '.join(_SIGNS_OF_A_RUN)}.{hint}"
         )
     problems: list[str] = []
+    watch = watch_dir(str(folder))
     rows = _read_rows(folder / "history.jsonl", problems)
     checkpoints, versions = _read_checkpoints(folder / "checkpoints")
     return RunFacts(
@@ -102,6 +117,8 @@ def read_run(folder: Path, num_log_lines: int = 40) -> RunFacts:
         images=_read_images(folder, problems),
         ledger=_read_ledger(folder / "ledger", problems),
         versions=versions,
+        verdicts=read_verdicts(str(folder)),
+        pace=read_json(pace_file(attempt_dir(watch, newest_attempt(watch)))),
         problems=tuple(problems),
     )
 

@@ -27,6 +27,7 @@ from everyrank.training.loaders import sampler_of
 from everyrank.training.saving.ledger import Ledger
 from everyrank.training.step import TrainStep
 from everyrank.training.tracking.history import History
+from everyrank.training.tracking.rank_seconds import LEAST_S, TimedBatches, rank_seconds
 
 logger = get_logger("training")
 
@@ -103,7 +104,8 @@ class EpochLoop:
         self._stops = stops
         self._losses: list[torch.Tensor] = []
         self._steps: list[_Step] = []
-        self._since_s = 0.0
+        self._since_s, self._trained_s = 0.0, 0.0
+        self._timed: TimedBatches | None = None
 
     def run(self, loader: Any) -> Iterator[list[LossRow]]:
         """Train from the sampler's cursor to the end of its epoch, or to the run's last step.
@@ -131,7 +133,9 @@ class EpochLoop:
         left = num_batches if self.config.num_steps is None else every * (self.config.num_steps - position.step)
         end = min(num_batches, batch + left)
         iterator = iter(loader)
-        self._since_s, next_sync = time.monotonic(), self._next_sync()
+        if self.world.size > 1:
+            iterator = self._timed = TimedBatches(iterator)
+        self._since_s, self._trained_s, next_sync = time.monotonic(), 0.0, self._next_sync()
         while batch < end:
             if batch + every < num_batches:
                 weights, count, taken = full_weights, full_count, every
@@ -149,6 +153,12 @@ class EpochLoop:
                 self._since_s, next_sync = time.monotonic(), self._next_sync()
         if losses:
             yield self._synchronize(sampler)
+
+    def rank_seconds(self) -> dict[str, list[float]] | None:
+        """Where the time of the epoch's steps went on each rank; None for one rank, and a short epoch. Collective."""
+        if self._timed is None or self._trained_s < LEAST_S:
+            return None
+        return rank_seconds(self._trained_s, self._timed.seconds)
 
     def _synchronize(self, sampler: GlobalBatchSampler) -> list[LossRow]:
         """Bring everything up to date with the steps taken since the last time. Collective."""
@@ -176,6 +186,7 @@ class EpochLoop:
         sampler.commit(sum(step.num_batches for step in steps))
         self._losses.clear()
         self._steps.clear()
+        self._trained_s += shared[len(steps)]
         self._place_next(shared[len(steps)] / len(steps))
         if self.step.local is not None and self.step.local.is_due(self.position.step):
             self.step.local.synchronize()

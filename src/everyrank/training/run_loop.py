@@ -146,8 +146,9 @@ class RunLoop:
                 self._stop_if_signalled()
                 if self.stopped_early:
                     return
+            shares = loop.rank_seconds()
             result = self._validate(val_loader) if agenda.validates_after(position) else None
-            yield self._conclude("epoch", result, started, sampler)
+            yield self._conclude("epoch", result, started, sampler, shares)
 
     def _epoch_is_open(self, sampler: GlobalBatchSampler) -> bool:
         """Whether steps of the current epoch are done that no row of the history concludes."""
@@ -181,6 +182,7 @@ class RunLoop:
         result: EvaluationResult | None,
         started: float,
         sampler: GlobalBatchSampler,
+        shares: dict[str, list[float]] | None = None,
     ) -> Row:
         """Record an epoch or a validation, decide, step the scheduler, move on and save what is due."""
         training, position = self.config.training, self.position
@@ -189,6 +191,8 @@ class RunLoop:
             values.update({f"val_{name}": value for name, value in result.as_dict().items()})
         row: Row = {"epoch": position.epoch, "step": position.step, **values}
         row.update(lr=float(self._step.optimizer.param_groups[0]["lr"]), seconds=time.monotonic() - started)
+        if shares is not None:
+            row["rank_seconds"] = shares
         verdict = self.judge.decide(position.epoch, values, validated=result is not None)
         moves_on = kind == "epoch" and _is_trained(sampler)
         step_by_results(self._scheduler, self.config, values, epoch_ended=moves_on)

@@ -13,6 +13,8 @@ from everyrank.diagnosis.classify import is_lost_peer, named_rank
 from everyrank.diagnosis.frames import raised_at
 from everyrank.errors import UserError
 
+_ATTEMPTS = 3
+
 
 def describe_error(error: BaseException, rank: int, exit_code: int) -> dict[str, Any]:
     """An exception as plain data.
@@ -50,7 +52,16 @@ def record_error(error: BaseException, rank: int, exit_code: int, *paths: str | 
         exit_code: The code this process will exit with.
         paths: The files to write; None is passed over.
     """
-    record = describe_error(error, rank, exit_code)
+    for left in reversed(range(_ATTEMPTS)):
+        try:
+            return _record(describe_error(error, rank, exit_code), *paths)
+        except RuntimeError:  # of a signal's handler: torch's raises for each loader worker that ends
+            if not left:
+                raise
+    raise AssertionError
+
+
+def _record(record: dict[str, Any], *paths: str | None) -> dict[str, Any]:
     for path in filter(None, dict.fromkeys(paths)):
         partial = f"{path}.{os.getpid()}.part"
         with open(partial, "w", encoding="utf-8") as file:

@@ -15,6 +15,7 @@ import os
 import sys
 import threading
 import time
+from collections import deque
 from dataclasses import replace
 from typing import Any, TextIO
 
@@ -44,6 +45,7 @@ _REPORT_EVERY_S = 5.0
 _BEAT_BYTES = 512
 _HOLD_S = 1.0  # how long a rank that lost a peer lets the others say what they do, before it ends
 _MAX_STACK = 60
+_NUM_LOOKS = 300  # of which it is remembered whether the rank waited for data: the latest minute
 
 _reporter: Reporter | None = None
 
@@ -83,6 +85,7 @@ class Reporter:
         self._asked, self._seq, self._reported_seq, self._reported_s = 0, 0, -1, 0.0
         self._ended: str | None = None
         self._lock = threading.Lock()
+        self._in_data: deque[bool] = deque(maxlen=_NUM_LOOKS)
 
     def begin(self) -> None:
         """Start the thread, and be told of the program's end."""
@@ -133,8 +136,9 @@ class Reporter:
         asked = self._request()
         now_s = time.monotonic()
         if asked != self._asked or (self._seq != self._reported_seq and now_s - self._reported_s > _REPORT_EVERY_S):
+            thoroughly = asked != self._asked and os.stat(request_file(self.folder)).st_size > 0
             self._asked, self._reported_seq, self._reported_s = asked, self._seq, now_s
-            self._report(None)
+            self._report(None, thoroughly)
 
     def _request(self) -> int:
         try:
@@ -147,6 +151,7 @@ class Reporter:
 
     def _write_beat(self) -> None:
         stack = self._stack()
+        self._in_data.append(waits_for_data(stack))
         beat = {
             "time_s": round(time.time(), 3),
             "seq": self._seq,
@@ -157,7 +162,7 @@ class Reporter:
         assert self._beat is not None
         os.pwrite(self._beat, json.dumps(beat).encode()[:_BEAT_BYTES].ljust(_BEAT_BYTES), 0)
 
-    def _report(self, ended: str | None) -> None:
+    def _report(self, ended: str | None, thoroughly: bool = False) -> None:
         """Write a report of this moment; ``ended`` says how the program has ended, if it has."""
         assert self.rank is not None
         with self._lock:
@@ -185,16 +190,20 @@ class Reporter:
                 "in_backward": may_wait_in_backward(stack),
                 "in_loader": waits_for_data(stack),
                 "cpu_s": facts.cpu_s if facts else 0.0,
+                "data_share": round(sum(self._in_data) / max(1, len(self._in_data)), 4),
                 "reads": reads_from(self.pid),
                 "handling": describe_error(error, self.rank, 1) if isinstance(error, Exception) else None,
                 "collectives": to_json(collectives),
                 "groups": groups,
-                "workers": workers_of(self.pid, stacks_file(self.folder, self.rank)) if waits_for_data(stack) else [],
+                "workers": self._workers() if thoroughly and waits_for_data(stack) else [],
             }
             path = report_file(self.folder, self.rank)
             with open(f"{path}.part", "w", encoding="utf-8") as file:
                 json.dump(report, file)
             os.replace(f"{path}.part", path)
+
+    def _workers(self) -> list[dict[str, Any]]:
+        return workers_of(self.pid, stacks_file(self.folder, self.rank or 0))
 
     def _say_last_words(self) -> None:
         if self.rank is not None:
@@ -228,14 +237,17 @@ class Reporter:
         before = sys.excepthook
 
         def hook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-            before(kind, error, trace)
+            record = None
             is_news = os.getpid() == self.pid and self._ended is None
             if is_news and self.rank is not None and isinstance(error, Exception):
                 logs = os.path.join(os.path.dirname(os.path.dirname(self.folder)), "logs")
                 with contextlib.suppress(OSError):
                     os.makedirs(logs, exist_ok=True)
-                    path = os.environ.get("TORCHELASTIC_ERROR_FILE") or error_file(logs, self.rank)
-                    told(record_error(error, self.rank, 1, path))
+                    paths = (error_file(logs, self.rank), os.environ.get("TORCHELASTIC_ERROR_FILE"))
+                    record = record_error(error, self.rank, 1, *paths)
+            before(kind, error, trace)
+            if record is not None:
+                told(record)
 
         sys.excepthook = hook
 

@@ -13,9 +13,9 @@ import os
 import time
 from collections.abc import Iterable, Sequence
 
+from everyrank.diagnosis.judging.stalls import Stall
 from everyrank.diagnosis.rank_files import read_json
 from everyrank.diagnosis.reports import Report
-from everyrank.diagnosis.stalls import Stall
 from everyrank.diagnosis.verdict import LOST_HOST
 
 SIGN_EVERY_S = 1.0

@@ -10,11 +10,11 @@ from typing import Any
 from everyrank.diagnosis import verdict as causes
 from everyrank.diagnosis.classify import is_mismatch, is_out_of_memory
 from everyrank.diagnosis.frames import parse_stack, where
-from everyrank.diagnosis.host_signs import judge_lost, on_lost_hosts
+from everyrank.diagnosis.judging.host_signs import judge_lost, on_lost_hosts
+from everyrank.diagnosis.judging.stalls import Stall, judge_departure, judge_stall
 from everyrank.diagnosis.outcome import RankFailure
 from everyrank.diagnosis.rank_files import fatal_file
 from everyrank.diagnosis.reports import Report, read_beats, read_reports
-from everyrank.diagnosis.stalls import Stall, judge_departure, judge_stall
 from everyrank.diagnosis.verdict import Verdict
 
 _TAIL_BYTES = 16 << 10

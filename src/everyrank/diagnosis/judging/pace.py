@@ -1,0 +1,125 @@
+"""Who keeps the others waiting, a little in every step: how long each rank waited for the last to come.
+
+A collective ends when its last rank has come. So a rank waits, in each, from its own coming (or from the end of the one
+before, where it had begun several at once) to the coming of the last. No collective is measured or made slower: torch's
+Flight Recorder has the times. On several hosts they are as good as the hosts' clocks agree.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from everyrank.diagnosis.flight import Key, arrivals_of
+from everyrank.diagnosis.rank_files import pace_file
+from everyrank.diagnosis.reports import Report
+
+_LEAST_COLLECTIVES = 10
+_MOSTLY_LAST = 0.8  # of the collectives
+_MUCH = 0.2  # of the time, that the others wait
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pace:
+    """The latest collectives in which all ranks took part.
+
+    Attributes:
+        num_collectives: How many.
+        seconds: From the first of them to the last.
+        waiting: The share of that time in which each rank waited for another, by rank.
+        last: In how many of them each rank was the last to come.
+    """
+
+    num_collectives: int
+    seconds: float
+    waiting: Mapping[int, float]
+    last: Mapping[int, int]
+
+    @property
+    def slow(self) -> int | None:
+        """The rank that nearly always comes last while the others wait for much of the time, or None."""
+        rank = max(self.last, key=lambda r: self.last[r])
+        others = [share for r, share in self.waiting.items() if r != rank]
+        is_slow = self.last[rank] >= _MOSTLY_LAST * self.num_collectives and statistics.median(others) >= _MUCH
+        return rank if is_slow else None
+
+
+def pace_of(arrivals_by_rank: Mapping[int, Mapping[Key, float]]) -> Pace | None:
+    """How the ranks shared the time of the latest collectives.
+
+    Args:
+        arrivals_by_rank: When each rank came to each collective, as ``arrivals_of`` gives.
+
+    Returns:
+        None for one rank, and where they have too few collectives in common.
+    """
+    tables = list(arrivals_by_rank.values())
+    common = set.intersection(*(set(table) for table in tables)) if len(tables) > 1 else set()
+    arrivals = sorted(([table[key] for table in tables] for key in common), key=max)
+    if len(arrivals) <= _LEAST_COLLECTIVES:
+        return None
+    waited, last = [0.0] * len(tables), Counter(dict.fromkeys(range(len(tables)), 0))
+    free_s = max(arrivals[0])
+    for times in arrivals[1:]:
+        come_s = max(times)
+        last[times.index(come_s)] += 1
+        for index, time_s in enumerate(times):
+            waited[index] += max(0.0, come_s - max(time_s, free_s))
+        free_s = come_s
+    seconds = max(free_s - max(arrivals[0]), 1e-9)
+    ranks = list(arrivals_by_rank)
+    return Pace(
+        num_collectives=len(arrivals) - 1,
+        seconds=seconds,
+        waiting={ranks[index]: share / seconds for index, share in enumerate(waited)},
+        last={ranks[index]: number for index, number in last.items()},
+    )
+
+
+class Slow(NamedTuple):
+    """A rank that is slow, and what is to be said of it."""
+
+    rank: int
+    said: str
+
+
+def note_pace(attempt: str, reports: Mapping[int, Report]) -> Slow | None:
+    """Write down how the ranks of an attempt share their time; returns the slow rank, or None.
+
+    Args:
+        attempt: Folder of the attempt.
+        reports: The newest report of each rank.
+    """
+    pace = pace_of({rank: arrivals_of(report.collectives) for rank, report in reports.items()})
+    if pace is None:
+        return None
+    rows = []
+    for rank, report in reports.items():
+        waiting = pace.waiting[rank]
+        data = min(report.data_share, 1.0 - waiting)
+        shares = {"data": data, "compute": 1.0 - waiting - data, "waiting": waiting}
+        rows.append(
+            {"rank": rank, **{name: round(share, 4) for name, share in shares.items()}, "last": pace.last[rank]}
+        )
+    said = None if pace.slow is None else _said(pace, pace.slow, {row["rank"]: row["data"] for row in rows})
+    path = pace_file(attempt)
+    with open(f"{path}.part", "w", encoding="utf-8") as file:
+        whole = {"num_collectives": pace.num_collectives, "seconds": round(pace.seconds, 3), "slow": pace.slow}
+        json.dump({**whole, "said": said, "ranks": rows}, file)
+    os.replace(f"{path}.part", path)
+    return None if pace.slow is None or said is None else Slow(pace.slow, said)
+
+
+def _said(pace: Pace, slow: int, data: Mapping[int, float]) -> str:
+    others = statistics.median(share for rank, share in pace.waiting.items() if rank != slow)
+    usual = statistics.median(share for rank, share in data.items() if rank != slow)
+    return (
+        f"rank {slow} is slow: it was the last in {pace.last[slow]} of {pace.num_collectives} collectives, and the "
+        f"others waited for it {others:.0%} of the time; its data took {data[slow]:.0%} of its time (the others': "
+        f"{usual:.0%})"
+    )
