@@ -185,9 +185,7 @@ def read_verdict(row: dict[str, Any], folder: Path, stamp: Path, began_s: float,
     row["total_s"] = round(time.time() - began_s, 1)
     if path and stamp.exists():
         row["seconds"] = round(path.stat().st_mtime - float(stamp.read_text()), 1)
-    row["judged"] = judge(row)
-    if row["judged"] != "right":
-        row["tail"] = said[-1500:]
+    row["judged"], row["told"] = judge(row), said[-3000:]
     shutil.rmtree(folder, ignore_errors=True)
     return row
 
@@ -298,6 +296,7 @@ def main() -> None:
     parser.add_argument("--drivers", nargs="*", default=list(DRIVERS))
     parser.add_argument("--healthy", type=float, default=0, help="minutes of healthy runs instead")
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--told", action="store_true", help="keep what the runs printed, also where it is right")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.serve:
@@ -309,7 +308,7 @@ def main() -> None:
         if time.monotonic() > deadline:
             return None
         row = run(what)
-        print(json.dumps({k: v for k, v in row.items() if k != "tail"}), flush=True)
+        print(json.dumps({k: v for k, v in row.items() if k != "told"}), flush=True)
         return row
 
     planned = faults(arguments.num, arguments.seed, arguments.kinds, arguments.drivers)
@@ -327,6 +326,8 @@ def main() -> None:
         server.stdin.close()  # type: ignore[union-attr]
         server.wait()
     rows, bare = [row for row in ours if row], [row for row in theirs if row]
+    if not arguments.told:
+        rows = [{k: v for k, v in row.items() if k != "told" or row["judged"] != "right"} for row in rows]
     table = summary(rows, bare)
     arguments.out.parent.mkdir(exist_ok=True)
     arguments.out.write_text(json.dumps({"faults": rows, "bare_torchrun": bare, "table": table}, indent=1))

@@ -37,6 +37,7 @@ _COMMANDS = {
     "doctor": "everyrank.cli.commands.doctor",
     "export": "everyrank.cli.commands.export",
     "plan": "everyrank.cli.commands.plan",
+    "replay": "everyrank.cli.commands.replay",
     "report": "everyrank.cli.commands.report",
     "stacks": "everyrank.cli.commands.stacks",
     "torchrun": "everyrank.cli.commands.torchrun",

@@ -15,6 +15,7 @@ from everyrank.runtime.logs import get_logger, setup_logging
 from everyrank.runtime.process_group import current_world
 from everyrank.runtime.world import World
 from everyrank.training.config import TrainerConfig
+from everyrank.training.saving.replay import folder_of
 
 logger = get_logger("training")
 
@@ -90,7 +91,7 @@ def resolve_device(name: str, world: World, key: str = "training.device") -> tor
 
 def run_folder(config: TrainerConfig) -> Path:
     """Return the run's folder, which need not exist."""
-    return Path(os.path.expanduser(config.training.path))
+    return folder_of(Path(os.path.expanduser(config.training.path)))
 
 
 def log_to(path: Path, rank: int) -> None:

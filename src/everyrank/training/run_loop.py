@@ -45,6 +45,7 @@ class RunLoop:
     Attributes:
         stopped_early: Whether early stopping has ended the run.
         watch: Notices signals; None: they are not looked for.
+        until_step: Return after this step; None: go on to the end.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class RunLoop:
         self.config, self.world, self.position, self.history = config, world, position, history
         self.judge, self.stopped_early = judge, False
         self.watch: PreemptionWatch | None = None
+        self.until_step: int | None = None
         self._step, self._scheduler, self._save = step, scheduler, save
         self._evaluation, self._validator = evaluation, validator
         self._agenda = Agenda(config)
@@ -126,7 +128,7 @@ class RunLoop:
             position=position,
             history=self.history,
             ledger=ledger,
-            stops=agenda.stops,
+            stops=(*agenda.stops, *([self.until_step] if self.until_step else [])),
         )
         loop.sync_every = self._sync_every  # what an earlier call has found
         if val_loader is not None and self._owes_a_validation(sampler):
@@ -144,11 +146,13 @@ class RunLoop:
                 elif agenda.saves_at_step(position.step):
                     self._save(None)
                 self._stop_if_signalled()
-                if self.stopped_early:
+                if self.stopped_early or (position.step == self.until_step and not _is_trained(sampler)):
                     return
             shares = loop.rank_seconds()
             result = self._validate(val_loader) if agenda.validates_after(position) else None
             yield self._conclude("epoch", result, started, sampler, shares)
+            if position.step == self.until_step:
+                return
 
     def _epoch_is_open(self, sampler: GlobalBatchSampler) -> bool:
         """Whether steps of the current epoch are done that no row of the history concludes."""

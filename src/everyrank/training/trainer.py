@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from everyrank.checkpoint.checkpointer import LoadedCheckpoint
-from everyrank.errors import DataError, Preempted
+from everyrank.errors import EXIT_OK, DataError, Preempted
 from everyrank.runtime.collectives import all_here
 from everyrank.runtime.logs import get_logger
 from everyrank.runtime.preemption import PreemptionWatch
@@ -31,6 +31,7 @@ from everyrank.training.run_loop import RunLoop
 from everyrank.training.saving.changes import apply_changes, hyperparameters
 from everyrank.training.saving.persistence import Persistence
 from everyrank.training.saving.reload import load_model
+from everyrank.training.saving.replay import replay_if_asked
 from everyrank.training.saving.state import pack, put_foreign, unpack
 from everyrank.training.seeding import restore_rng, seed_rank
 from everyrank.training.shared_model import Evaluation
@@ -200,6 +201,9 @@ class TrainerDDP:
         if train_loader is None:
             raise DataError("There is no training data. Give prepare_dataloaders a train_dataset, or configure `data`.")
         self._start_from_here(train_loader)
+        self._loop.until_step = replay_if_asked(
+            self.config, self._persistence.loaded, self._step, train_loader, self.device
+        )
         is_trial = has_trial(self.world, trial)
         sampler = sampler_of(train_loader, "the training loader")
         observers = Observers.of(self.config, self.run, self.world, sampler, self.step)
@@ -221,7 +225,11 @@ class TrainerDDP:
                 self._save(None)
             if self._local is not None:
                 self._local.synchronize()
+            if self._loop.until_step is not None:
+                self._save(None)
             self._persistence.finish()
+        if self._loop.until_step is not None:
+            raise SystemExit(EXIT_OK)
         if signal_name is not None:
             raise Preempted(
                 f"{signal_name}: stopped at epoch {self.epoch}, step {self.step}; the checkpoint is saved in "

@@ -106,7 +106,7 @@ def note_pace(attempt: str, reports: Mapping[int, Report]) -> Slow | None:
         rows.append(
             {"rank": rank, **{name: round(share, 4) for name, share in shares.items()}, "last": pace.last[rank]}
         )
-    said = None if pace.slow is None else _said(pace, pace.slow, {row["rank"]: row["data"] for row in rows})
+    said = None if pace.slow is None else _said(pace, pace.slow, {int(row["rank"]): row["data"] for row in rows})
     path = pace_file(attempt)
     with open(f"{path}.part", "w", encoding="utf-8") as file:
         whole = {"num_collectives": pace.num_collectives, "seconds": round(pace.seconds, 3), "slow": pace.slow}

@@ -24,6 +24,7 @@ from everyrank.training.config import TrainerConfig
 from everyrank.training.placement import log_to
 from everyrank.training.saving.changes import Change, Fate, effective, find_changes, refuse
 from everyrank.training.saving.ledger import Ledger, replace_file
+from everyrank.training.saving.replay import Replay
 from everyrank.training.saving.saved import SavedTraining
 from everyrank.training.saving.start import Start, find_start, make_way
 from everyrank.training.seeding import capture_rng
@@ -124,7 +125,7 @@ class Persistence:
         """Find where the run starts, holding the folder if there is one, so that it stays as it is found."""
         if self._run.is_dir():
             self._hold()
-        return find_start(self._run, self._config.training.resume)
+        return find_start(self._run, "auto" if Replay.asked() else self._config.training.resume)
 
     def _hold(self) -> None:
         try:

@@ -47,11 +47,11 @@ def rank_seconds(seconds: float, data_s: float) -> dict[str, list[float]]:
     arrivals = {key: at_s for key, at_s in arrivals_of(read_recorder()[0]).items() if at_s >= since_s}
     found = gather_objects((seconds, data_s, arrivals))
     pace = pace_of({rank: arrivals for rank, (_, _, arrivals) in enumerate(found)})
-    result: dict[str, list[float]] = {"data": [], "compute": []} | ({"waiting": []} if pace is not None else {})
+    result: dict[str, list[float]] = {"data": [], "compute": [], "waiting": []}
     for rank, (whole_s, in_data_s, _) in enumerate(found):
         waiting_s = min(pace.waiting[rank] * whole_s, whole_s - in_data_s) if pace is not None else 0.0
-        if pace is not None:
-            result["waiting"].append(round(waiting_s, 3))
-        result["data"].append(round(in_data_s, 3))
-        result["compute"].append(round(whole_s - in_data_s - waiting_s, 3))
+        for name, value in (("data", in_data_s), ("compute", whole_s - in_data_s - waiting_s), ("waiting", waiting_s)):
+            result[name].append(round(value, 3))
+    if pace is None:
+        del result["waiting"]
     return result
