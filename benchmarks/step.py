@@ -4,6 +4,7 @@
 
     python benchmarks/step.py                        # a tiny MLP at world sizes 1 and 2, and a step of 50 ms
     python benchmarks/step.py --world-sizes 2 --models tiny --rounds 7
+    python benchmarks/step.py --watch                # what it costs to be watched: processor time and memory of a rank
 
 Every contender trains the same model on the same data with the same optimizer and batch size; each rank has one thread
 and the backend is gloo. All contenders run in the same processes, in turn, a few hundred steps at a time, in another
@@ -270,6 +271,48 @@ def measure(name: str, rounds: int, contenders: list[str]) -> dict[str, Any]:
     return {"seconds": seconds, "skipped": skipped}
 
 
+def cost_of_a_turn(steps: int) -> dict[str, float]:
+    """Run on every rank: train the tiny model; return processor seconds per step and the memory that is its own."""
+    import psutil
+
+    torch.set_num_threads(1)
+    logging.getLogger("everyrank").addHandler(logging.NullHandler())
+    model = Model(width=64, depth=1, num_inputs=64, num_outputs=10, steps=steps)
+    with everyrank.join(device="cpu") as world:
+        turn = with_everyrank(model, world)
+        turn()
+        began_s, waited_s = time.process_time(), time.perf_counter()
+        turn()
+        spent_s, took_s = time.process_time() - began_s, time.perf_counter() - waited_s
+        memory = psutil.Process().memory_full_info().uss
+    return {"processor_s": spent_s / steps, "wall_s": took_s / steps, "bytes": memory}
+
+
+def watched(rounds: int, steps: int) -> dict[str, float]:
+    """Measure ranks that are watched and ranks that are not, in turn; print and return what watching costs."""
+    found: dict[bool, list[dict[str, float]]] = {True: [], False: []}
+    for number in range(2 * rounds):
+        is_on = number % 4 in (0, 3)  # on, off, off, on: what drifts hits both alike
+        with contextlib.redirect_stdout(None), tempfile.TemporaryDirectory() as scratch:
+            off = {} if is_on else {"TORCH_FR_BUFFER_SIZE": "0"}
+            ranks = everyrank.launch(cost_of_a_turn, steps, env={"TMPDIR": scratch, **off}, watch=is_on)
+        found[is_on] += ranks
+    medians = {
+        is_on: {name: statistics.median(row[name] for row in rows) for name in rows[0]} for is_on, rows in found.items()
+    }
+    on, off = medians[True], medians[False]
+    cost = {
+        "processor_share": on["processor_s"] / off["processor_s"] - 1,
+        "wall_share": on["wall_s"] / off["wall_s"] - 1,
+        "megabytes": (on["bytes"] - off["bytes"]) / 1e6,
+    }
+    print(f"\ntiny, world size 2, {rounds} launches of {steps} steps each way, medians over ranks: being watched costs")
+    print(f"  {cost['processor_share']:+.2%} of a step's processor time ({1e6 * off['processor_s']:.0f} us without)")
+    print(f"  {cost['wall_share']:+.2%} of a step's time ({1e6 * off['wall_s']:.0f} us without)")
+    print(f"  {cost['megabytes']:+.2f} MB of a rank's own memory")
+    return cost
+
+
 def main() -> None:
     """Measure and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -278,8 +321,14 @@ def main() -> None:
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--json", type=Path, help="also write the medians to this file")
+    parser.add_argument("--watch", action="store_true", help="measure what watching costs instead")
     arguments = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
+    if arguments.watch:
+        cost = watched(arguments.rounds, steps=4000)
+        if arguments.json:
+            arguments.json.write_text(json.dumps({"torch": torch.__version__, "watched": cost}, indent=1) + "\n")
+        return
     results = []
     for name in arguments.models:
         for size in arguments.world_sizes:

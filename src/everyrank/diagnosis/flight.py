@@ -39,7 +39,7 @@ class Collective:
         op: Such as ``all_reduce``.
         sizes: Shapes of what was passed, as text.
         dtypes: Types of what was passed, as text.
-        place: The user's line.
+        place: The user's line; empty where no Python call began it, as in a backward pass of DDP's.
         done: Whether torch has seen its end.
         reduce: The reduction, such as ``SUM``, where a Python call named it; else empty.
         time_s: When it was begun, by the host's clock.
@@ -57,7 +57,12 @@ class Collective:
 
     def __str__(self) -> str:
         what = f"{self.op} of {self.sizes} {self.dtypes}" if self.sizes else self.op
-        return f"{what} {self.reduce}".rstrip() + f" (number {self.seq}) at {self.place}"
+        return f"{what} {self.reduce}".rstrip() + f" (number {self.seq}) {self.at}"
+
+    @property
+    def at(self) -> str:
+        """Where it was begun, as far as Python knows."""
+        return f"at {self.place}" if self.place else "in a backward pass"
 
     @property
     def content(self) -> tuple[str, ...]:
@@ -106,7 +111,7 @@ def _collective(entry: Mapping[str, Any]) -> Collective:
         op=str(entry["profiling_name"]).rpartition(":")[2],
         sizes=" ".join("x".join(str(n) for n in size) or "scalar" for size in sizes),
         dtypes=" ".join(dict.fromkeys(entry["input_dtypes"] or ())),
-        place="a line unknown",
+        place="",
         done=bool(entry["retired"]),
         time_s=1e-9 * int(entry["time_created_ns"]),
     )

@@ -102,7 +102,8 @@ class Report:
     def doing(self) -> str:
         """What the rank does, in words."""
         if self.waits and self.collectives and not self.collectives[-1].done:
-            return f"waits in {self.collectives[-1]}"
+            last = self.collectives[-1]
+            return f"waits in {last}" + (f" at {self.where}" if not last.place else "")
         if self.waits:
             return f"waits in a collective at {self.where}"
         return f"is at {self.where}"

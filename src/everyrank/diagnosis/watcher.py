@@ -116,7 +116,9 @@ class Watcher:
         self._pace(note_pace(attempt_dir(watch_dir(self.run_dir), attempt), reports))
         found = judge_departure(reports)
         if found is not None:
-            self._mismatch = replace(stall_verdict(found, reports, 0.0, attempt), detected_after_s=None, waiting=())
+            verdict = stall_verdict(found, reports, 0.0, attempt)
+            evidence = (*verdict.evidence, "nothing failed, but the numbers are wrong from there on")
+            self._mismatch = replace(verdict, detected_after_s=None, waiting=(), evidence=evidence)
 
     def _pace(self, slow: Slow | None) -> None:
         """Say it, once, of a rank that stays the slow one."""
@@ -138,6 +140,7 @@ class Watcher:
                 if self._sign is not None:
                     self._sign.give()
                 self._look()
+            self._looked_s = time.monotonic()
 
     def _look(self) -> None:
         attempt = newest_attempt(watch_dir(self.run_dir))
@@ -149,7 +152,6 @@ class Watcher:
         now_s = time.monotonic()
         progress = tuple(sorted((rank, beat.seq) for rank, beat in beats.items()))
         absent = now_s - self._looked_s > _ABSENT_S
-        self._looked_s = now_s
         if progress != self._progress or absent:
             if self._noticed and not absent:
                 self._say("notice: the ranks go on")

@@ -38,6 +38,7 @@ def launch(
     env: Mapping[str, str] | None = None,
     kwargs: Mapping[str, Any] | None = None,
     preload: Sequence[str] = (),
+    watch: bool = True,
 ) -> list[T]:
     """Call ``fn(*args, **kwargs)`` on every rank and return the results, ordered by rank.
 
@@ -56,13 +57,15 @@ def launch(
         env: More environment variables for the ranks.
         kwargs: Its keyword arguments.
         preload: Modules to import once, before ranks are forked (``forkserver``): ranks then start with them.
+        watch: Watch the ranks, as ``watch.enabled`` of the command line: who keeps the others waiting is then named.
 
     Returns:
         One result for each rank.
 
     Raises:
         RankFailedError: A rank raised or died; it names the rank and carries its original traceback, and its
-            ``__cause__`` is the rank's exception where that can be pickled. The other ranks are ended.
+            ``__cause__`` is the rank's exception where that can be pickled. The other ranks are ended. Also where ranks
+            took part in one collective with different things and nobody noticed: the results are wrong then.
         UserError: A wrong argument; nothing was started.
     """
     import cloudpickle
@@ -88,7 +91,7 @@ def launch(
             env={
                 "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
                 **(env or {}),
-                **watch_variables(folder, True, {**os.environ, **(env or {})}),
+                **watch_variables(folder, watch, {**os.environ, **(env or {})}),
             },
             start_method=start_method,
             max_restarts=max_restarts,
@@ -98,9 +101,11 @@ def launch(
             failure_grace_s=0.3,
             preload=tuple(preload),
         )
-        with Watcher(folder, WatchConfig(), num_ranks) as watcher:
+        with Watcher(folder, WatchConfig(enabled=watch), num_ranks) as watcher:
             outcome = engine_pool.run(run)
         _raise_for(outcome, folder, watcher.num_oom_kills)
+        if (mismatch := watcher.silent_mismatch()) is not None:
+            raise as_error(mismatch, num_ranks)
         return [_read(os.path.join(folder, f"result-{rank}")) for rank in range(num_ranks)]
     finally:
         shutil.rmtree(folder, ignore_errors=True)

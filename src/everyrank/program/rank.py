@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable
 from types import TracebackType
 
+from everyrank.diagnosis.frames import raised_at
 from everyrank.diagnosis.rank import reporter
 from everyrank.diagnosis.rank.record import record_error
 from everyrank.diagnosis.rank.stack_dump import register_stack_dump
@@ -74,7 +75,7 @@ def _exit_code(run: Callable[[], None], rank: int, log_dir: str) -> int:
     try:
         run()
     except SystemExit as end:
-        reporter.ended()
+        reporter.ended(raised_at(end.__traceback__))
         if end.code is None or isinstance(end.code, int):
             return end.code or EXIT_OK
         print(end.code, file=sys.stderr)

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from everyrank.config.reference import reference_page
+from everyrank.diagnosis.watch_config import WatchConfig
 from everyrank.training.config import TrainerConfig
 
 PAGE = Path("docs/reference/configuration.md")
@@ -19,9 +20,17 @@ A key, type or value that is not listed here is refused, with its path and the n
 """
 
 
+_WATCH = """\
+Settings of a run, not of the trainer: `everyrank run watch.stall_s=30 ...`. See
+[Who is guilty](../runs.md#who-is-guilty).
+"""
+
+
 def page() -> str:
     """Return the page."""
-    return reference_page(TrainerConfig, title="Configuration of TrainerDDP", introduction=_INTRODUCTION.strip())
+    trainer = reference_page(TrainerConfig, title="Configuration of TrainerDDP", introduction=_INTRODUCTION.strip())
+    watch = reference_page(WatchConfig, title="watch", introduction=_WATCH.strip())
+    return f"{trainer}\n#{watch}"
 
 
 if __name__ == "__main__":

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from everyrank.data.sampler import GlobalBatchSampler
-from everyrank.errors import UserError
+from everyrank.errors import EXIT_OK, UserError
 from everyrank.runtime.logs import get_logger
 from everyrank.runtime.preemption import PreemptionWatch
 from everyrank.runtime.world import World
@@ -45,7 +45,7 @@ class RunLoop:
     Attributes:
         stopped_early: Whether early stopping has ended the run.
         watch: Notices signals; None: they are not looked for.
-        until_step: Return after this step; None: go on to the end.
+        until_step: Save after this step and end the program; None: go on to the end.
     """
 
     def __init__(
@@ -146,13 +146,19 @@ class RunLoop:
                 elif agenda.saves_at_step(position.step):
                     self._save(None)
                 self._stop_if_signalled()
-                if self.stopped_early or (position.step == self.until_step and not _is_trained(sampler)):
+                if position.step == self.until_step and not _is_trained(sampler):
+                    self._save_and_exit()
+                if self.stopped_early:
                     return
             shares = loop.rank_seconds()
             result = self._validate(val_loader) if agenda.validates_after(position) else None
             yield self._conclude("epoch", result, started, sampler, shares)
             if position.step == self.until_step:
-                return
+                self._save_and_exit()
+
+    def _save_and_exit(self) -> NoReturn:
+        self._save(None)
+        raise SystemExit(EXIT_OK)
 
     def _epoch_is_open(self, sampler: GlobalBatchSampler) -> bool:
         """Whether steps of the current epoch are done that no row of the history concludes."""

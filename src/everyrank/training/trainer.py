@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from everyrank.checkpoint.checkpointer import LoadedCheckpoint
-from everyrank.errors import EXIT_OK, DataError, Preempted
+from everyrank.errors import DataError, Preempted
 from everyrank.runtime.collectives import all_here
 from everyrank.runtime.logs import get_logger
 from everyrank.runtime.preemption import PreemptionWatch
@@ -126,9 +126,8 @@ class TrainerDDP:
         )
         self._train_loader: Any = None
         self._loaders: tuple[Any, Any, Any] | None = None
-        self._is_foreign = False
         self.global_batch_size = training.global_batch_size or (training.batch_size or 0) * self.world.size
-        self._resume_from = self._persistence.loaded
+        self._is_foreign, self._resume_from = False, self._persistence.loaded
         if self._resume_from is not None:
             self._restore(self._resume_from)
         # Only now is anything written: what is wrong above leaves no file behind.
@@ -201,15 +200,12 @@ class TrainerDDP:
         if train_loader is None:
             raise DataError("There is no training data. Give prepare_dataloaders a train_dataset, or configure `data`.")
         self._start_from_here(train_loader)
-        self._loop.until_step = replay_if_asked(
-            self.config, self._persistence.loaded, self._step, train_loader, self.device
-        )
+        self._loop.until_step = replay_if_asked(self.config, self._persistence.loaded, self._step, train_loader)
         is_trial = has_trial(self.world, trial)
         sampler = sampler_of(train_loader, "the training loader")
-        observers = Observers.of(self.config, self.run, self.world, sampler, self.step)
         signal_name = None
         with ExitStack() as stack:
-            stack.enter_context(observers)
+            observers = stack.enter_context(Observers.of(self.config, self.run, self.world, sampler, self.step))
             stack.callback(self._persistence.settle)
             for loader in (train_loader, val_loader):
                 stack.enter_context(getattr(loader, "shield", nullcontext()))
@@ -225,11 +221,7 @@ class TrainerDDP:
                 self._save(None)
             if self._local is not None:
                 self._local.synchronize()
-            if self._loop.until_step is not None:
-                self._save(None)
             self._persistence.finish()
-        if self._loop.until_step is not None:
-            raise SystemExit(EXIT_OK)
         if signal_name is not None:
             raise Preempted(
                 f"{signal_name}: stopped at epoch {self.epoch}, step {self.step}; the checkpoint is saved in "

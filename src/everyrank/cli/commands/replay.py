@@ -50,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _replay(run: Path, start: CheckpointInfo, folder: Path, rank: int, step: int, debug: bool) -> int:
-    from omegaconf import OmegaConf
+    from omegaconf import DictConfig, OmegaConf
 
     from everyrank.cli.launching import launch_config
     from everyrank.program.command import Program
@@ -62,7 +62,8 @@ def _replay(run: Path, start: CheckpointInfo, folder: Path, rank: int, step: int
         if (run / name).is_file():
             shutil.copy(run / name, folder / name)
     asked = Replay(folder=str(folder), step=step, rank=None, world_size=start.world_size, debug=debug)
-    cfg = OmegaConf.load(run / "run.yaml")
+    cfg = OmegaConf.create((run / "run.yaml").read_text(encoding="utf-8"))
+    assert isinstance(cfg, DictConfig)
     program = None if cfg.run.program is None else Program.from_mapping(cfg.run.program)
     cfg.run.dir, cfg.run.name, cfg.run.program = str(folder / "run"), "replay", None
     print(f"replay: from the checkpoint of step {start.step}", flush=True)
@@ -76,4 +77,4 @@ def _replay(run: Path, start: CheckpointInfo, folder: Path, rank: int, step: int
     os.environ.update(Replay(**{**vars(asked), "rank": rank}).variable())
     if program is not None:
         return run_program({**cfg.run, "program": program.as_mapping()})
-    return run_app(cfg)[0]  # type: ignore[arg-type]
+    return run_app(cfg)[0]

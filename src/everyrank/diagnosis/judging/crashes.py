@@ -137,14 +137,17 @@ class _Case:
             cause=causes.KILLED,
             said=f"failed: killed by {name}{hint}",
             where=where(stack) or self._last_seen(rank),
-            evidence=_last_lines(self.failures[rank].log_file) if name != "SIGKILL" else (),
+            evidence=(
+                *(_last_lines(self.failures[rank].log_file) if name != "SIGKILL" else ()),
+                *(() if where(stack) else self._moment(rank)),
+            ),
         )
 
     def silent_exit(self) -> Stall | None:
         for rank, failure in self._silent():
             if failure.exit_code > 0:
                 said = f"failed: exit code {failure.exit_code}"
-                evidence = _last_lines(failure.log_file)
+                evidence = (*_last_lines(failure.log_file), *self._moment(rank))
                 return Stall(rank=rank, cause=causes.EXITED, said=said, where=self._last_seen(rank), evidence=evidence)
         return None
 
@@ -162,7 +165,10 @@ class _Case:
         said = "left early: its program ended with exit code 0 while the others were in a collective"
         if first.ended is None:
             said = "ended without a word, while the others were in a collective"
-        evidence = ("it left no record of an exception; the others lost their connection to it",)
+        evidence = (
+            "it left no record of an exception; the others lost their connection to it",
+            *self._moment(first.rank),
+        )
         return Stall(
             rank=first.rank, cause=causes.LEFT_EARLY, said=said, where=self._last_seen(first.rank), evidence=evidence
         )
@@ -190,7 +196,17 @@ class _Case:
         as_waiting = {**self.reports, **{k: _waiting(r) for k, r in lost.items()}}
         return judge_stall(as_waiting, {}, world_size)
 
+    def _moment(self, rank: int) -> tuple[str, ...]:
+        """That the line is not of the end itself, where that is so."""
+        report = self.reports.get(rank)
+        if (report is not None and report.ended == "exit" and report.where) or self._last_seen(rank) is None:
+            return ()
+        return ("the line is where it was last seen, a moment before its end",)
+
     def _last_seen(self, rank: int) -> str | None:
+        report = self.reports.get(rank)
+        if report is not None and report.ended == "exit" and report.where:
+            return report.where
         beat = read_beats(self.folder).get(rank)
         return beat.where or None if beat else None
 

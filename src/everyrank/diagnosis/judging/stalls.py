@@ -110,7 +110,7 @@ def _departed(departure: Departure) -> str:
     odd = departure.by_rank[departure.odd]
     other = next(c for rank, c in departure.by_rank.items() if c.reduced_content != odd.reduced_content)
     if departure.skipped:
-        return f"left out a collective: it began {odd.op} while the others were in {other.op} at {other.place}"
+        return f"left out a collective: it began {odd.op} while the others were in {other.op} {other.at}"
     if odd.op != other.op:
         return f"called another collective than the others: {odd.op}, not {other.op}"
     what = "type" if odd.dtypes != other.dtypes else "reduction" if odd.reduce != other.reduce else "shape"
@@ -175,7 +175,13 @@ def _busy(report: Report, before: Report | None) -> Stall:
         )
     if share is not None:
         evidence.append(f"it used {share:.0%} of a core meanwhile")
-    how = "computes" if share is not None and share > _BUSY else "waits" if share is not None else "is busy"
+    how = (
+        "computes"
+        if state == "R" or (share is not None and share > _BUSY)
+        else "waits"
+        if share is not None
+        else "is busy"
+    )
     return Stall(
         rank=report.rank,
         cause=causes.STUCK_IN_PYTHON,

@@ -162,14 +162,14 @@ class Reporter:
         assert self._beat is not None
         os.pwrite(self._beat, json.dumps(beat).encode()[:_BEAT_BYTES].ljust(_BEAT_BYTES), 0)
 
-    def _report(self, ended: str | None, thoroughly: bool = False) -> None:
-        """Write a report of this moment; ``ended`` says how the program has ended, if it has."""
+    def _report(self, ended: str | None, thoroughly: bool = False, at: str | None = None) -> None:
+        """Write a report of this moment; ``ended`` says how the program has ended, if it has, and ``at`` where."""
         assert self.rank is not None
         with self._lock:
             self._ended = ended
             stack = self._stack()
             collectives, groups = read_recorder()
-            asked, unknown = calls(), Call("", "a line unknown")
+            asked, unknown = calls(), Call("", "")
             collectives = [replace(c, **asked.get((c.group, c.seq), unknown)._asdict()) for c in collectives]
             facts = look_at(self.pid)
             handled = sys._current_exceptions().get(self._main.ident or 0)
@@ -185,7 +185,7 @@ class Reporter:
                 "seq": self._seq,
                 "ended": ended,
                 "stack": [str(place) for place in stack[:_MAX_STACK]],
-                "where": where(stack),
+                "where": at if ended == "exit" else where(stack),
                 "in_collective": waits_in_collective(stack),
                 "in_backward": may_wait_in_backward(stack),
                 "in_loader": waits_for_data(stack),
@@ -251,21 +251,21 @@ class Reporter:
 
         sys.excepthook = hook
 
-    def _at_exit(self) -> None:
+    def _at_exit(self, at: str | None = None) -> None:
         last_words.forget()
         if os.getpid() == self.pid and self.rank is not None and self._ended is None:
             with contextlib.suppress(OSError, RuntimeError, ValueError):
-                self._report("exit")
+                self._report("exit", at=at)
 
-    def end(self) -> None:
+    def end(self, at: str | None) -> None:
         """Leave the last report of a rank whose entry returns; a forked one runs no ``atexit``."""
-        self._at_exit()
+        self._at_exit(at)
 
 
-def ended() -> None:
-    """Say that this rank's program has come to its end, where no ``atexit`` will."""
+def ended(at: str | None = None) -> None:
+    """Say that this rank's program has come to its end, where no ``atexit`` will; ``at`` is the line of its exit."""
     if _reporter is not None and _reporter.pid == os.getpid():
-        _reporter.end()
+        _reporter.end(at)
 
 
 def _sequence(group: Any) -> int:

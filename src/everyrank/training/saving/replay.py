@@ -64,9 +64,7 @@ def folder_of(path: Path) -> Path:
     return path if replay is None else Path(replay.folder)
 
 
-def replay_if_asked(
-    config: TrainerConfig, saved: LoadedCheckpoint | None, step: TrainStep, loader: Any, device: torch.device
-) -> int | None:
+def replay_if_asked(config: TrainerConfig, saved: LoadedCheckpoint | None, step: TrainStep, loader: Any) -> int | None:
     """Do one rank's step as it was done in the run, and end the program; or say after which step all ranks are to end.
 
     Args:
@@ -74,7 +72,6 @@ def replay_if_asked(
         saved: The checkpoint that the trainer has loaded.
         step: Takes an optimizer step.
         loader: The training loader; its sampler is at the step.
-        device: Where the model is.
 
     Returns:
         The step, or None if nothing is asked.
@@ -97,7 +94,7 @@ def replay_if_asked(
         raise CheckpointError(f"step {replay.step} cannot be run again: {replay.folder} is not at the step before.")
     sampler = sampler_of(loader, "the training loader")
     sampler.rank, sampler.world_size = replay.rank, replay.world_size
-    restore_rng(saved.rank_states[replay.rank]["rng"], device)
+    restore_rng(saved.rank_states[replay.rank]["rng"], step.device)
     step.model.train()
     _do(replay, sampler, config.training.accumulation_steps, step, iter(loader))
     raise SystemExit(EXIT_OK)
