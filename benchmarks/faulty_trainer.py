@@ -61,7 +61,7 @@ class BadFor(Samples):
 
     def __getitem__(self, index: int) -> torch.Tensor:
         if self.kind == "slow_loader" and self.bad >= 0:
-            time.sleep(0.02)
+            time.sleep(0.05)
         return super().__getitem__(self.bad if self.bad >= 0 and index >= self.bad else index)
 
 

@@ -325,7 +325,7 @@ def main() -> None:
     arguments = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     if arguments.watch:
-        cost = watched(arguments.rounds, steps=4000)
+        cost = watched(arguments.rounds, steps=1500)
         if arguments.json:
             arguments.json.write_text(json.dumps({"torch": torch.__version__, "watched": cost}, indent=1) + "\n")
         return

@@ -242,14 +242,16 @@ def run_bare(fault: dict[str, Any]) -> dict[str, Any]:
 def run_healthy(number: int) -> dict[str, Any]:
     """A program without a fault but with a slow phase: whatever is concluded about it is a false alarm."""
     folder = Path(tempfile.mkdtemp(prefix="verdict-"))
-    words = [str(PROGRAMS["torch"]), ("slow_step", "slow_validation")[number % 2], str(number % 2), "9"]
+    # A collective's own timeout is ten minutes: on a loaded machine a slow phase may take longer than one.
+    words = [str(PROGRAMS["torch"]), ("slow_step", "slow_validation")[number % 2], str(number % 2), "9", "600"]
     command = [sys.executable, "-m", "everyrank", "run", "driver=torchrun", "driver.nproc_per_node=2", "--", *words]
     began_s = time.time()
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace", check=False)
     alarm = done.returncode != 0 or bool(list(folder.glob("outputs/*/verdict.json")))
     notices = done.stderr.count("notice: no rank has gone on")
     shutil.rmtree(folder, ignore_errors=True)
-    return {"minutes": (time.time() - began_s) / 60, "alarm": alarm, "notices": notices}
+    told = done.stderr[-3000:] if alarm else ""
+    return {"minutes": (time.time() - began_s) / 60, "alarm": alarm, "notices": notices, "told": told}
 
 
 def summary(rows: list[dict[str, Any]], bare: list[dict[str, Any]]) -> str:
@@ -308,7 +310,7 @@ def main() -> None:
         if time.monotonic() > deadline:
             return None
         row = run(what)
-        print(json.dumps({k: v for k, v in row.items() if k != "told"}), flush=True)
+        print(json.dumps({k: v for k, v in row.items() if k != "told" or row.get("alarm")}), flush=True)
         return row
 
     planned = faults(arguments.num, arguments.seed, arguments.kinds, arguments.drivers)

@@ -16,6 +16,7 @@ from troubleshooting_page import ENTRIES, VERDICT
 from waiting import WAITS, rank_pids
 
 from conftest import ROOT, RunCli
+from everyrank.diagnosis.rank_files import tell_to_end
 
 # The fault that provokes each entry of the troubleshooting page; slow ranks and lost hosts have tests of their own.
 _KIND_OF_ENTRY = {
@@ -69,8 +70,8 @@ def test_a_slow_rank_is_named_and_the_time_of_each_is_split(run_cli: RunCli, tmp
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
     seconds = next(row for row in rows if row["kind"] == "epoch")["rank_seconds"]
-    assert seconds["data"][1] > 5 * seconds["data"][0]
-    assert seconds["waiting"][0] > 5 * seconds["waiting"][1]
+    assert seconds["data"][1] > 2 * seconds["data"][0]
+    assert seconds["waiting"][0] > 2 * seconds["waiting"][1]
     assert run_cli("report", "run", program=_EVERYRANK).returncode == 0
     page = (tmp_path / "run" / "report.html").read_text()
     assert ENTRIES["verdict-slow"].missing(html.unescape(page)) == []
@@ -99,7 +100,11 @@ def test_the_stacks_of_a_live_run_are_shown(
     assert awake.startswith("rank 0:")
     assert "probe_apps.py" in awake
     assert "is stopped" in stopped
-    process.kill()
+    # As on a host where the watcher can send no signal: the rank that is told ends itself, and the launcher the other.
+    tell_to_end(str(next(tmp_path.glob("outputs/*/watch/attempt-0"))), 0)
+    assert process.wait(timeout=60) == 1
+    verdict = json.loads(next(tmp_path.glob("outputs/*/verdict.json")).read_text())
+    assert (verdict["rank"], verdict["cause"]) == (0, "killed")
     done = run_cli("stacks", str(tmp_path), program=_EVERYRANK)
     assert done.returncode == 2
     assert "no rank has reported there" in done.stderr

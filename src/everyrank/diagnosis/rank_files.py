@@ -125,6 +125,20 @@ def ask_for_reports(attempt: str, thoroughly: bool = True) -> int:
     return 0
 
 
+def end_file(attempt: str) -> str:
+    """Path of the file that tells the ranks to end, where the watcher cannot reach their processes."""
+    return os.path.join(attempt, "end")
+
+
+def tell_to_end(attempt: str, rank: int | None) -> None:
+    """Tell this rank to end, and the others after it, on whatever host they are; None: all at once."""
+    partial = f"{end_file(attempt)}.{os.getpid()}.part"
+    with contextlib.suppress(FileNotFoundError):
+        with open(partial, "w", encoding="ascii") as file:
+            file.write("" if rank is None else str(rank))
+        os.replace(partial, end_file(attempt))
+
+
 def read_json(path: str) -> Mapping[str, Any] | None:
     """A file's content, or None if it is missing, cut off, or no JSON object."""
     try:

@@ -1,7 +1,7 @@
 """On the launching side: looks at the ranks once a second, says who keeps the others waiting, and ends what cannot end.
 
 It needs only the run's folder, so it is the same for every driver. Where ranks run on other hosts, each host's own
-launching process watches (``drivers/node.py``), or the ranks end themselves when they are told.
+launching process watches (``drivers/node.py``), or the ranks end themselves when they are told by a file.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from everyrank.diagnosis.rank_files import (
     log_file,
     newest_attempt,
     stacks_file,
+    tell_to_end,
     watch_dir,
 )
 from everyrank.diagnosis.reports import Beat, Report, read_beats, read_reports
@@ -224,6 +225,8 @@ class Watcher:
             verdict = replace(verdict, log_file=log)
         write_verdict(self.run_dir, verdict)
         victims = [guilty] if guilty is not None and not guilty.is_gone else list(reports.values())
+        if not all(report.is_local for report in victims):
+            tell_to_end(attempt_dir(watch_dir(self.run_dir), self._attempt), stall.rank)
         for report in victims:
             process = look_at(report.pid) if report.is_local else None
             if process is not None and process.started == report.started:

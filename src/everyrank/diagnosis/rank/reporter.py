@@ -12,6 +12,7 @@ import contextlib
 import faulthandler
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -31,6 +32,7 @@ from everyrank.diagnosis.rank_files import (
     ask_for_reports,
     attempt_dir,
     beat_file,
+    end_file,
     error_file,
     fatal_file,
     read_json,
@@ -44,6 +46,7 @@ _TICK_S = 0.2
 _REPORT_EVERY_S = 5.0
 _BEAT_BYTES = 512
 _HOLD_S = 1.0  # how long a rank that lost a peer lets the others say what they do, before it ends
+_LAST_S = 5.0  # how long the others live on when the guilty rank is told to end
 _MAX_STACK = 60
 _NUM_LOOKS = 300  # of which it is remembered whether the rank waited for data: the latest minute
 
@@ -85,6 +88,7 @@ class Reporter:
         self._asked, self._seq, self._reported_seq, self._reported_s = 0, 0, -1, 0.0
         self._ended: str | None = None
         self._lock = threading.Lock()
+        self._told_s = 0.0
         self._in_data: deque[bool] = deque(maxlen=_NUM_LOOKS)
 
     def begin(self) -> None:
@@ -133,12 +137,23 @@ class Reporter:
         if self.rank is None or self._ended:
             return
         self._write_beat()
+        self._end_if_told()
         asked = self._request()
         now_s = time.monotonic()
         if asked != self._asked or (self._seq != self._reported_seq and now_s - self._reported_s > _REPORT_EVERY_S):
             thoroughly = asked != self._asked and os.stat(request_file(self.folder)).st_size > 0
             self._asked, self._reported_seq, self._reported_s = asked, self._seq, now_s
             self._report(None, thoroughly)
+
+    def _end_if_told(self) -> None:
+        """End as a rank that the watcher kills: itself if it is the guilty one, else when that one had its time."""
+        if not os.path.exists(end_file(self.folder)):
+            return
+        self._told_s = self._told_s or time.monotonic()
+        with open(end_file(self.folder), encoding="ascii") as file:
+            named = file.read()
+        if named in ("", str(self.rank)) or time.monotonic() - self._told_s > _LAST_S:
+            os.kill(self.pid, signal.SIGKILL)
 
     def _request(self) -> int:
         try:
