@@ -32,7 +32,7 @@ class Criterion:
 def main() -> None:
     """Train; at one step, in one rank, go wrong."""
     kind, guilty, step = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-    with everyrank.join() as world, tempfile.TemporaryDirectory() as folder:
+    with everyrank.join() as world, tempfile.TemporaryDirectory(dir=".") as folder:
         in_data = kind in ("stuck_loader", "raising_loader", "killed_worker", "slow_loader")
         config = {
             "criterion": Criterion(kind, guilty, step),

@@ -3,13 +3,15 @@
 ``python benchmarks/verdicts.py --num 200 --jobs 4`` injects faults of 25 kinds at random steps, in random ranks, at
 world sizes 2 and 3, in a program that imports only torch (``faulty_program.py``) and in one that trains by TrainerDDP
 (``faulty_trainer.py``), under torchrun, spawn, launch and mpi; and such faults under bare torchrun beside it. Writes
-``results/verdicts.json`` and prints a table. ``--healthy MINUTES`` runs healthy programs with slow phases instead, and
-counts what is said about them.
+``results/verdicts.json`` and prints a table. ``--drivers ray hosts slurm`` does the same under Ray, on two hosts and
+under Slurm (hosts of ``tests/cluster/hosts.py``: as root, one run at a time). ``--healthy MINUTES`` runs healthy
+programs with slow phases instead, and counts what is said about them.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -134,6 +136,44 @@ def run_served(argv: list[str], folder: Path, stamp: Path) -> int | None:
 _servers: list[subprocess.Popen[str]] = []
 
 
+CLUSTERS = ("ray", "hosts", "slurm")
+_cluster = threading.Lock()
+
+
+def run_on_cluster(driver: str, size: int, folder: Path, stamp: Path, words: list[str]) -> tuple[int, str]:
+    """Run a program under Ray here, or with ``size`` ranks on two hosts; returns exit code and output."""
+    limit = f"watch.end_after_s={END_AFTER_S}"
+    run = [sys.executable, "-m", "everyrank", "run", limit, f"env.variables.FAULT_STAMP={stamp}", "run.dir=outputs/run"]
+    with _cluster:
+        if driver == "ray":
+            command = [*run, "driver=ray", f"driver.num_workers={size}", "driver.cpus_per_worker=0.5", "--", *words]
+            done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=LIMIT_S, check=False)
+            return done.returncode, done.stdout + done.stderr
+        sys.path.insert(0, str(HERE.parent / "tests"))
+        from cluster.hosts import network
+        from cluster.slurm_cluster import slurm
+
+        with contextlib.ExitStack() as stack:
+            nodes = stack.enter_context(network(3, folder))
+            if driver == "slurm":
+                base = Path(stack.enter_context(tempfile.TemporaryDirectory(dir="/var/tmp")))
+                env = stack.enter_context(slurm(nodes, base))
+                how = ["driver=slurm", f"driver.nproc_per_node={size}", "driver.poll_s=0.2", "driver.task_per=rank"]
+                jobs = [nodes[0].start([*run, *how, "--", *words], folder, env)]
+            else:
+                how = ["driver=torchrun", "driver.nnodes=2", "driver.master_addr=node0", "driver.master_port=29500"]
+                shares = (size - 1, 1)
+                jobs = [
+                    nodes[n].start(
+                        [*run, *how, f"driver.nproc_per_node={shares[n]}", f"driver.node_rank={n}", "--", *words],
+                        folder,
+                    )
+                    for n in (0, 1)
+                ]
+            said = [job.communicate(timeout=LIMIT_S)[0] for job in jobs]
+        return jobs[0].returncode, "".join(said)
+
+
 def run_ours(fault: dict[str, Any]) -> dict[str, Any]:
     """Inject one fault under everyrank and read the verdict."""
     folder = Path(tempfile.mkdtemp(prefix="verdict-"))
@@ -143,6 +183,9 @@ def run_ours(fault: dict[str, Any]) -> dict[str, Any]:
     command = [sys.executable, "-m", "everyrank", "run", *settings, f"watch.end_after_s={END_AFTER_S}", "--", *words]
     began_s = time.time()
     row = dict(fault)
+    if fault["driver"] in CLUSTERS:
+        row["code"], said = run_on_cluster(fault["driver"], fault["size"], folder, stamp, words)
+        return read_verdict(row, folder, stamp, began_s, said)
     if fault["driver"] == "torchrun":
         settings[0] = "driver='torchrun'"  # in quotes, which keeps the engine of this process
         argv = [
@@ -280,7 +323,8 @@ def summary(rows: list[dict[str, Any]], bare: list[dict[str, Any]]) -> str:
         "by driver: "
         + ", ".join(
             f"{name} {by_driver[(name, True)]} of {by_driver[(name, True)] + by_driver[(name, False)]}"
-            for name in dict.fromkeys(DRIVERS)
+            for name in dict.fromkeys((*DRIVERS, *CLUSTERS))
+            if (name, True) in by_driver or (name, False) in by_driver
         )
     )
     return "\n".join(lines)

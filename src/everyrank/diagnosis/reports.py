@@ -75,7 +75,7 @@ class Report:
     @property
     def is_local(self) -> bool:
         """Whether this host can look at, and signal, the process."""
-        return self.here == here()
+        return _is_here(self.here, self.host)
 
     @property
     def is_gone(self) -> bool:
@@ -125,6 +125,10 @@ class Report:
         )
 
 
+def _is_here(name: str, host: str) -> bool:
+    return name == here() and host == os.uname().nodename  # hosts in namespaces have the same kernel
+
+
 def read_beats(folder: str) -> dict[int, Beat]:
     """The signs of life of an attempt's ranks, by rank."""
     beats = {}
@@ -160,7 +164,7 @@ def _report(row: Mapping[str, Any]) -> Report:
     values = dict(row)
     values["collectives"] = tuple(from_json(row["collectives"]))
     values["stack"], values["workers"] = tuple(row["stack"]), tuple(row["workers"])
-    process = look_at(int(row["pid"])) if row["here"] == here() else None
+    process = look_at(int(row["pid"])) if _is_here(row["here"], row["host"]) else None
     if process is not None and process.started != row["started"]:
         process = None  # another process has the pid now
     return Report(**values, process=process)

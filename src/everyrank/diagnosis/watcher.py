@@ -35,7 +35,7 @@ from everyrank.diagnosis.rank_files import (
 )
 from everyrank.diagnosis.reports import Beat, Report, read_beats, read_reports
 from everyrank.diagnosis.telling import describe, notice
-from everyrank.diagnosis.verdict import Verdict, clear_verdicts, write_verdict
+from everyrank.diagnosis.verdict import Verdict, clear_verdicts, read_verdict, write_verdict
 from everyrank.diagnosis.watch_config import WatchConfig
 
 _LOOK_EVERY_S = 0.5
@@ -223,7 +223,9 @@ class Watcher:
         if verdict.rank is not None:
             log = existing(log_file(os.path.join(self.run_dir, "logs"), verdict.rank))
             verdict = replace(verdict, log_file=log)
-        write_verdict(self.run_dir, verdict)
+        written = read_verdict(self.run_dir)
+        if written is None or written.attempt != self._attempt:  # else another host's watcher was the first
+            write_verdict(self.run_dir, verdict)
         victims = [guilty] if guilty is not None and not guilty.is_gone else list(reports.values())
         if not all(report.is_local for report in victims):
             tell_to_end(attempt_dir(watch_dir(self.run_dir), self._attempt), stall.rank)

@@ -20,8 +20,8 @@ from everyrank.diagnosis.rank_files import pace_file
 from everyrank.diagnosis.reports import Report
 
 _LEAST_COLLECTIVES = 10
-_MOSTLY_LAST = 0.8  # of the collectives
-_MUCH = 0.2  # of the time, that the others wait
+_MOST = 0.8  # of the time that ranks wait
+_MUCH = 0.2  # of the time of a rank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,20 +33,21 @@ class Pace:
         seconds: From the first of them to the last.
         waiting: The share of that time in which each rank waited for another, by rank.
         last: In how many of them each rank was the last to come.
+        caused: The share of all waiting that was for each rank.
     """
 
     num_collectives: int
     seconds: float
     waiting: Mapping[int, float]
     last: Mapping[int, int]
+    caused: Mapping[int, float]
 
     @property
     def slow(self) -> int | None:
-        """The rank that nearly always comes last while the others wait for much of the time, or None."""
-        rank = max(self.last, key=lambda r: self.last[r])
+        """The rank for which the others wait, nearly always and for much of the time, or None."""
+        rank = max(self.caused, key=lambda r: self.caused[r])
         others = [share for r, share in self.waiting.items() if r != rank]
-        is_slow = self.last[rank] >= _MOSTLY_LAST * self.num_collectives and statistics.median(others) >= _MUCH
-        return rank if is_slow else None
+        return rank if self.caused[rank] >= _MOST and statistics.median(others) >= _MUCH else None
 
 
 def pace_of(arrivals_by_rank: Mapping[int, Mapping[Key, float]]) -> Pace | None:
@@ -63,13 +64,16 @@ def pace_of(arrivals_by_rank: Mapping[int, Mapping[Key, float]]) -> Pace | None:
     arrivals = sorted(([table[key] for table in tables] for key in common), key=max)
     if len(arrivals) <= _LEAST_COLLECTIVES:
         return None
-    waited, last = [0.0] * len(tables), Counter(dict.fromkeys(range(len(tables)), 0))
+    waited, caused, last = [0.0] * len(tables), [0.0] * len(tables), Counter(dict.fromkeys(range(len(tables)), 0))
     free_s = max(arrivals[0])
     for times in arrivals[1:]:
         come_s = max(times)
-        last[times.index(come_s)] += 1
+        slowest = times.index(come_s)
+        last[slowest] += 1
         for index, time_s in enumerate(times):
-            waited[index] += max(0.0, come_s - max(time_s, free_s))
+            wait_s = max(0.0, come_s - max(time_s, free_s))
+            waited[index] += wait_s
+            caused[slowest] += wait_s
         free_s = come_s
     seconds = max(free_s - max(arrivals[0]), 1e-9)
     ranks = list(arrivals_by_rank)
@@ -78,6 +82,7 @@ def pace_of(arrivals_by_rank: Mapping[int, Mapping[Key, float]]) -> Pace | None:
         seconds=seconds,
         waiting={ranks[index]: share / seconds for index, share in enumerate(waited)},
         last={ranks[index]: number for index, number in last.items()},
+        caused={ranks[index]: share / max(sum(waited), 1e-9) for index, share in enumerate(caused)},
     )
 
 
@@ -119,7 +124,7 @@ def _said(pace: Pace, slow: int, data: Mapping[int, float]) -> str:
     others = statistics.median(share for rank, share in pace.waiting.items() if rank != slow)
     usual = statistics.median(share for rank, share in data.items() if rank != slow)
     return (
-        f"rank {slow} is slow: it was the last in {pace.last[slow]} of {pace.num_collectives} collectives, and the "
-        f"others waited for it {others:.0%} of the time; its data took {data[slow]:.0%} of its time (the others': "
-        f"{usual:.0%})"
+        f"rank {slow} is slow: the others waited {others:.0%} of their time, and {pace.caused[slow]:.0%} of that for "
+        f"it (it was the last in {pace.last[slow]} of {pace.num_collectives} collectives); its data took "
+        f"{data[slow]:.0%} of its time, the others' {usual:.0%}"
     )
