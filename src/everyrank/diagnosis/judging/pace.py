@@ -11,8 +11,9 @@ import json
 import os
 import statistics
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 from everyrank.diagnosis.flight import Key, arrivals_of
@@ -20,6 +21,7 @@ from everyrank.diagnosis.rank_files import pace_file
 from everyrank.diagnosis.reports import Report
 
 _LEAST_COLLECTIVES = 10
+_LONG, _MOST_LONG = 0.1, 6
 _MOST = 0.8  # of the time that ranks wait
 _MUCH = 0.2  # of the time of a rank
 
@@ -30,7 +32,7 @@ class Pace:
 
     Attributes:
         num_collectives: How many.
-        seconds: From the first of them to the last.
+        seconds: The time between them, without the few very long ones.
         waiting: The share of that time in which each rank waited for another, by rank.
         last: In how many of them each rank was the last to come.
         caused: The share of all waiting that was for each rank.
@@ -62,28 +64,47 @@ def pace_of(arrivals_by_rank: Mapping[int, Mapping[Key, float]]) -> Pace | None:
     tables = list(arrivals_by_rank.values())
     common = set.intersection(*(set(table) for table in tables)) if len(tables) > 1 else set()
     arrivals = sorted(([table[key] for table in tables] for key in common), key=max)
-    if len(arrivals) <= _LEAST_COLLECTIVES:
+    intervals = _without_long_ones([_Interval.of(*pair) for pair in pairwise(arrivals)])
+    if len(intervals) < _LEAST_COLLECTIVES:
         return None
-    waited, caused, last = [0.0] * len(tables), [0.0] * len(tables), Counter(dict.fromkeys(range(len(tables)), 0))
-    free_s = max(arrivals[0])
-    for times in arrivals[1:]:
-        come_s = max(times)
-        slowest = times.index(come_s)
-        last[slowest] += 1
-        for index, time_s in enumerate(times):
-            wait_s = max(0.0, come_s - max(time_s, free_s))
-            waited[index] += wait_s
-            caused[slowest] += wait_s
-        free_s = come_s
-    seconds = max(free_s - max(arrivals[0]), 1e-9)
     ranks = list(arrivals_by_rank)
+    seconds = max(sum(interval.seconds for interval in intervals), 1e-9)
+    waited = {rank: sum(interval.waited[index] for interval in intervals) for index, rank in enumerate(ranks)}
+    for_rank = dict.fromkeys(ranks, 0.0)
+    for interval in intervals:
+        for_rank[ranks[interval.last]] += sum(interval.waited)
+    last = Counter(ranks[interval.last] for interval in intervals)
     return Pace(
-        num_collectives=len(arrivals) - 1,
+        num_collectives=len(intervals),
         seconds=seconds,
-        waiting={ranks[index]: share / seconds for index, share in enumerate(waited)},
-        last={ranks[index]: number for index, number in last.items()},
-        caused={ranks[index]: share / max(sum(waited), 1e-9) for index, share in enumerate(caused)},
+        waiting={rank: share / seconds for rank, share in waited.items()},
+        last={rank: last[rank] for rank in ranks},
+        caused={rank: share / max(sum(waited.values()), 1e-9) for rank, share in for_rank.items()},
     )
+
+
+@dataclass(frozen=True)
+class _Interval:
+    """From the moment in which all ranks had come to one collective to that in which all had come to the next."""
+
+    seconds: float
+    waited: tuple[float, ...]
+    last: int
+
+    @classmethod
+    def of(cls, before: Sequence[float], now: Sequence[float]) -> _Interval:
+        free_s, come_s = max(before), max(now)
+        waited = tuple(come_s - max(time_s, free_s) for time_s in now)
+        return cls(come_s - free_s, waited, now.index(come_s))
+
+
+def _without_long_ones(intervals: list[_Interval]) -> list[_Interval]:
+    """Leave out what is no step: the start, a validation, a checkpoint are long, and few."""
+    kept = sorted(intervals, key=lambda interval: interval.seconds)
+    for _ in range(_MOST_LONG):
+        if kept and kept[-1].seconds > _LONG * sum(interval.seconds for interval in kept):
+            kept.pop()
+    return kept
 
 
 class Slow(NamedTuple):
