@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -165,6 +166,14 @@ def start_cli(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
             process.kill()
         output, _ = process.communicate()
         print(f"--- output of pid {process.pid} ---\n{output}")  # pytest shows it if the test failed
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A TCP port of this machine that nobody uses now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def cli_environment() -> dict[str, str]:

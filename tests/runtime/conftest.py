@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import multiprocessing.forkserver
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -123,11 +122,3 @@ def run_ranks(start_ranks: Callable[..., Ranks]) -> Callable[..., list[Rank]]:
         return start_ranks(function, ranks, *args).finish(timeout_s)
 
     return run
-
-
-@pytest.fixture
-def free_port() -> int:
-    """A TCP port of this machine that nobody uses now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

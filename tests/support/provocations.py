@@ -25,7 +25,6 @@ from everyrank.errors import RankFailedError, UserError
 from everyrank.launch_env.process_environment import ProcessEnvironment
 from everyrank.runtime.device import bind_device
 
-CUSTOM = ("driver=torchrun", "app=custom")
 _SAID: dict[str, str] = {}  # by the runs that several entries look at
 _ROWS: dict[int, list[dict[str, Any]]] = {}  # history of the same training at several world sizes
 
@@ -37,27 +36,35 @@ class Provoker:
         self.folder, self.patch = folder, patch
         self._run_cli, self._start_cli = run_cli, start_cli
 
-    def run(self, *args: str, code: int, **variables: str) -> str:
+    def run(self, *args: str, code: int, traced: bool = True, **variables: str) -> str:
         done = self._run_cli(*args, env=variables)
         assert done.returncode == code, done.stdout + done.stderr
-        if code != 0:
+        if code != 0 and traced:
             assert done.stderr.count("Traceback") == (code == 1), "a user's mistake is a message without traceback"
         return done.stdout + done.stderr
+
+    def _script(self, end: str) -> str:
+        """A plain script, which knows nothing of everyrank, whose rank 1 ends so, and whose rank 0 waits for it."""
+        script = self.folder / "plain.py"
+        lines = ("import os", "import torch", "import torch.distributed as dist", "dist.init_process_group('gloo')")
+        ends = ("if dist.get_rank() == 1:", f"    {end}", "dist.all_reduce(torch.ones(1))")
+        script.write_text("\n".join((*lines, *ends, "")))
+        return str(script)
 
     # ---- one rank differs
 
     def one_rank_raised(self) -> str:
         if "raised" not in _SAID:
-            _SAID["raised"] = self.run(*CUSTOM, "app._target_=probe_apps.RaisesOnRank", "+app.guilty=1", code=1)
+            end = "raise LookupError('the sample 1 is missing')"
+            _SAID["raised"] = self.run("-n", "2", "--", self._script(end), code=1)
         return _SAID["raised"]
 
     def one_rank_is_missing(self) -> str:
         return _failure(_skip_the_barrier)
 
     def one_rank_was_killed(self) -> str:
-        done = self._run_cli(*CUSTOM, "app._target_=probe_apps.KilledOnRank", "+app.guilty=1")
-        assert done.returncode == 1
-        return done.stderr
+        killed = self._script("os.kill(os.getpid(), 9)")
+        return self.run("-n", "2", "--", killed, code=1, traced=False)
 
     def loss_is_nan(self) -> str:
         return _failure(_train, str(self.folder / "nan"), poison=True)
@@ -76,7 +83,8 @@ class Provoker:
         with _busy_port() as port:
             with pytest.raises(dist.DistNetworkError) as plain:
                 dist.TCPStore("127.0.0.1", port, is_master=True)
-            ours = self.run("driver=torchrun", f"driver.master_port={port}", "app=hello_dist", code=2)
+            script = ("--", self._script("pass"))
+            ours = self.run("driver=torchrun", f"driver.master_port={port}", *script, code=2)
         assert "All 2 processes completed successfully!" in self.one_folder_per_rank()
         return f"{plain.value}\n{ours}"
 
@@ -85,7 +93,7 @@ class Provoker:
         return self.run("app=hello_dist", "distributed.timeout_s=2", code=2, **variables)
 
     def half_set_environment(self) -> str:
-        return self.run("app=hello_dist", code=2, RANK="0")
+        return self.run("--", self._script("pass"), code=2, RANK="0")
 
     def world_size_contradiction(self) -> str:
         return self.run("app=hello_dist", code=2, **_slurm_task("train"), WORLD_SIZE="8")

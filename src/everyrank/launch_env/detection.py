@@ -27,6 +27,7 @@ __all__ = ["ProcessEnvironment", "detect", "detect_with_arguments"]
 
 DEFAULT_MASTER_ADDR = "localhost"
 DEFAULT_MASTER_PORT = 12355
+_RUN_IDS = ("TORCHELASTIC_RUN_ID", "RAY_JOB_ID", "EVERYRANK_LAUNCH_ID")
 _LOOPBACK_NAMES = frozenset({"localhost", "ip6-localhost", "::1"})
 
 
@@ -180,7 +181,7 @@ def _detect_torch_variables(environ: Mapping[str, str], argv: Sequence[str]) -> 
         num_nodes=read_int(environ, "GROUP_WORLD_SIZE", num_nodes) or num_nodes,
         master_addr=addr,
         master_port=read_int(environ, "MASTER_PORT"),
-        run_id=environ.get("TORCHELASTIC_RUN_ID", ""),
+        run_id=next((environ[name] for name in _RUN_IDS if environ.get(name)), ""),
         restart_count=read_int(environ, "TORCHELASTIC_RESTART_COUNT", 0) or 0,
     )
 

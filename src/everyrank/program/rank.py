@@ -41,9 +41,9 @@ def run_program(program: Program, run_dir: str, *, prefix: str, show: str, local
         LaunchEnvironmentError: The launcher's variables are half-set.
     """
     environment = detect(argv=[] if local_rank is None else [f"--local-rank={local_rank}"])
-    os.environ.update(rank_variables(environment, os.environ))
     rank, several = environment.rank, environment.world_size > 1
     log_dir = os.path.join(run_dir, "logs")
+    os.environ.update(rank_variables(environment, os.environ, error_file(log_dir, rank)))
     if environment.launcher != "python" or not (sys.stdin and sys.stdin.isatty() and sys.stdout.isatty()):
         tagged = several and (prefix == "rank" or (prefix == "auto" and sys.stdout.isatty()))
         shown = not several or show == "all" or (show == "main" and rank == 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 
@@ -22,7 +23,8 @@ def settings(*argv: str) -> tuple[dict[str, str], list[str]]:
 
 def test_flags_mean_what_they_mean_to_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
     found, program = settings("train.py", "--nnodes=3", "a=b", "--", "-n")
-    assert found == {"driver": "torchrun", "driver.nproc_per_node": "1", "driver.nnodes": "1"}
+    alone = {"driver": "torchrun", "driver.nproc_per_node": "1", "driver.threads_per_rank": "0"}
+    assert found == {**alone, "driver.nnodes": "1"}
     assert program == ["train.py", "--nnodes=3", "a=b", "--", "-n"]
     found, program = settings("--nproc_per_node", "4", "--max-restarts", "2", "-m", "package.train", "x")
     assert (found["driver.nproc_per_node"], found["driver.max_restarts"]) == ("4", "2")
@@ -34,10 +36,7 @@ def test_flags_mean_what_they_mean_to_torchrun(monkeypatch: pytest.MonkeyPatch) 
     elastic, _ = settings("--nnodes=1:3", "--rdzv-backend=c10d", "--rdzv-endpoint=node0:5", "--rdzv-id=job", "train.py")
     assert (elastic["driver.min_nodes"], elastic["driver.max_nodes"]) == ("1", "3")
     assert (elastic["driver.rdzv_endpoint"], elastic["driver.rdzv_id"]) == ("node0:5", "job")
-    assert settings("--standalone", "--rdzv-endpoint=ignored:1", "train.py")[0].keys() == {
-        "driver",
-        "driver.nproc_per_node",
-    }
+    assert settings("--standalone", "--rdzv-endpoint=ignored:1", "train.py")[0] == alone
     assert settings("-r", "3", "train.py")[0]["run.show"] == "failed"
     assert settings("--local-ranks-filter=0", "-t3", "train.py")[0]["run.show"] == "main"
     assert settings("--no-python", "./program")[0]["app.no_python"] == "true"
@@ -90,22 +89,50 @@ def test_a_key_that_says_the_same_or_something_else_stands_beside_the_flags() ->
     assert settings("driver.nproc_per_node=2", "train.py")[0]["driver.nproc_per_node"] == "2"
 
 
-def test_a_group_that_fails_once_is_started_again_as_by_torchrun(run_cli: RunCli, tmp_path: Path) -> None:
-    (tmp_path / "train.py").write_text(
-        "import os, sys, torch.distributed as dist\n"
-        "from torch.distributed.elastic.multiprocessing.errors import record\n"
-        "@record\n"
-        "def main():\n"
-        "    dist.init_process_group('gloo')\n"
-        "    if os.environ['TORCHELASTIC_RESTART_COUNT'] == '0' and os.environ['RANK'] == '1':\n"
-        "        raise ValueError('once')\n"
-        "    dist.barrier()\n"
-        "    print('rank', dist.get_rank(), 'after', os.environ['TORCHELASTIC_RESTART_COUNT'], sys.argv[1:])\n"
-        "    dist.destroy_process_group()\n"
-        "main()\n"
-    )
-    done = run_cli("--nproc-per-node=2", "--max-restarts=1", "train.py", "--x", program=TORCHRUN)
-    assert done.returncode == 0, done.stderr
-    assert sorted(done.stdout.splitlines()) == ["rank 0 after 1 ['--x']", "rank 1 after 1 ['--x']"]
-    assert "notice: rank 1 failed: ValueError: once" in done.stderr
-    assert "all ranks start again (restart 1)" in done.stderr
+SAYS = """\
+import json, os, sys
+attempt, rank = os.environ["TORCHELASTIC_RESTART_COUNT"], os.environ["RANK"]
+if "once" in sys.argv and attempt == "0":
+    if rank == "1":
+        raise ValueError("once")
+    import time
+    time.sleep(60)
+names = ["RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "ROLE_NAME", "WORLD_SIZE", "LOCAL_WORLD_SIZE"]
+names += ["GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE", "OMP_NUM_THREADS", "TORCHELASTIC_MAX_RESTARTS"]
+names += ["TORCHELASTIC_USE_AGENT_STORE", *(["TORCHELASTIC_RUN_ID"] if "id" in sys.argv else [])]
+said = {name: os.environ[name] for name in names}
+said.update(attempt=attempt, argv=sys.argv, name=__name__, path=sys.path[0], cwd=os.getcwd())
+print(json.dumps(said, sort_keys=True))
+sys.exit(3 if "fails" in sys.argv else 0)
+"""
+FLAGS = {
+    "restarts": "--standalone --nproc-per-node=2 --max-restarts=1 --role=trainer --monitor-interval=0.2 "
+    "says.py once a=b +x=1 -h '' --nnodes=7 'größer ${x}'",
+    "c10d": "--nnodes=1:1 --nproc_per_node 2 --rdzv_backend=c10d --rdzv_endpoint localhost:0 --rdzv-id=job7 "
+    "--local-addr=127.0.0.1 --shutdown-timeout=5 -m package.says id --multirun",
+    "executable": "--standalone --nproc-per-node=2 --no-python -t 3 --log-dir=logs ./says.sh x",
+    "static": "--nnodes=1 --node-rank=0 --master-addr=127.0.0.1 --master-port={port} --run-path "
+    "--start-method=spawn --signals-to-handle=SIGTERM,SIGINT says.py fails",
+    "quiet": "--standalone --nproc-per-node=2 --redirects=3 says.py",
+    "main": "--standalone --nproc-per-node=2 --local-ranks-filter=0 --tee=3 says.py",
+}
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_in_place_of_torchrun_nothing_changes(run_cli: RunCli, tmp_path: Path, free_port: int, name: str) -> None:
+    """Exit code, variables, arguments and output of the ranks, beside the installed torchrun."""
+    (tmp_path / "package").mkdir()
+    for folder in (tmp_path, tmp_path / "package"):
+        (folder / "says.py").write_text(SAYS)
+    (tmp_path / "says.sh").write_text(f'#!/bin/sh\nexec {sys.executable} says.py "$@"\n')
+    (tmp_path / "says.sh").chmod(0o755)
+    flags = shlex.split(FLAGS[name].replace("{port}", str(free_port)))
+    bare = run_cli(*flags, program=(sys.executable, "-m", "torch.distributed.run"))
+    done = run_cli(*flags, program=TORCHRUN)
+    assert done.returncode == bare.returncode == (1 if name == "static" else 0), done.stderr + bare.stderr
+    expected = sorted(line[line.index("{") :] for line in bare.stdout.splitlines())  # it may be marked by its rank
+    assert sorted(line[line.index("{") :] for line in done.stdout.splitlines()) == expected
+    assert len(expected) == {"static": 1, "quiet": 0, "main": 1}.get(name, 2)
+    if name == "restarts":
+        assert "notice: rank 1 failed: ValueError: once" in done.stderr
+        assert "all ranks start again (restart 1)" in done.stderr

@@ -9,6 +9,7 @@ from typing import Any
 
 from everyrank.elastic import engine_pool
 from everyrank.errors import ConfigError
+from everyrank.launch_env.detection import is_loopback_name
 
 _KEY = re.compile(r"\+{0,2}(driver|env|run|distributed|app|rehearse|resume)(\.[\w.]+)?=")
 _OURS = {"SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2"}  # passed on to the ranks in any case
@@ -27,8 +28,8 @@ _SAME = {
 # What cannot be honoured, and why.
 _CANNOT = {
     "logs_specs": "the logs are everyrank's own; run.show and run.prefix say what the console shows",
-    "local_addr": "everyrank asks the kernel for the route to the master; set GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME "
-    "for another interface",
+    "local_addr": "between nodes everyrank asks the kernel for the route to the master; set GLOO_SOCKET_IFNAME or "
+    "NCCL_SOCKET_IFNAME for another interface",
     "numa_binding": "everyrank binds no rank to cores; start the program under numactl instead",
     "virtual_local_rank": "LOCAL_RANK picks the device here, and CUDA_VISIBLE_DEVICES is left alone",
     "event_log_handler": "everyrank records no torchelastic events",
@@ -106,14 +107,17 @@ def _named_by(given: set[str]) -> set[str]:
 
 
 def _settings(args: argparse.Namespace, given: set[str]) -> dict[str, Any]:
+    harmless = {None, "null", *(("localhost", "127.0.0.1") if args.nnodes in ("1", "1:1") else ())}
     for flag, why in _CANNOT.items():
-        if flag in given and getattr(args, flag) not in (None, "null", []):
+        if flag in given and (value := getattr(args, flag)) != [] and value not in harmless:
             raise ConfigError(f"--{flag.replace('_', '-')} was given, but everyrank cannot honour it: {why}.")
     settings: dict[str, Any] = {"driver.nproc_per_node": args.nproc_per_node}
+    if args.nproc_per_node == "1":  # torchrun limits the threads of ranks that share a machine, and of no other
+        settings["driver.threads_per_rank"] = 0
     settings.update({key: getattr(args, flag) for flag, key in _SAME.items() if flag in given})
     if args.master_port:  # 0 is any free port
         settings["driver.master_port"] = args.master_port
-    settings.update(_nodes(args))
+    settings.update(_nodes(args, given))
     settings.update(_output(args))
     unknown = sorted(set(args.signals_to_handle.split(",")) - _OURS - {""})
     if unknown:
@@ -124,7 +128,7 @@ def _settings(args: argparse.Namespace, given: set[str]) -> dict[str, Any]:
     return settings
 
 
-def _nodes(args: argparse.Namespace) -> dict[str, Any]:
+def _nodes(args: argparse.Namespace, given: set[str]) -> dict[str, Any]:
     least, _, most = args.nnodes.partition(":")
     if not least.isdigit() or not (most or least).isdigit():
         raise ConfigError(f"--nnodes={args.nnodes} was given; it is a number of nodes, or MIN:MAX.")
@@ -134,12 +138,13 @@ def _nodes(args: argparse.Namespace) -> dict[str, Any]:
     )
     if args.standalone:  # torchrun ignores what else is set about the rendezvous
         return {}
-    if args.rdzv_backend == "static" and most == 1 and not args.rdzv_endpoint:
-        return nodes
+    host = args.rdzv_endpoint.rpartition(":")[0] or args.rdzv_endpoint
+    if most == 1 and (is_loopback_name(host) if host else args.rdzv_backend == "static"):
+        return {**nodes, **({"driver.rdzv_id": args.rdzv_id} if "rdzv_id" in given else {})}  # nobody else is to come
     if args.rdzv_backend == "static":
-        host, _, port = args.rdzv_endpoint.rpartition(":")
-        nodes["driver.master_addr"] = (host or args.rdzv_endpoint) if args.rdzv_endpoint else args.master_addr
-        nodes["driver.master_port"] = port if host else (args.master_port or 29500)
+        port = args.rdzv_endpoint.rpartition(":")[2] if host != args.rdzv_endpoint else ""
+        nodes["driver.master_addr"] = host or args.master_addr
+        nodes["driver.master_port"] = port or args.master_port or 29500
     elif args.rdzv_endpoint or most > 1:
         nodes["driver.rdzv_backend"] = args.rdzv_backend
         nodes["driver.rdzv_endpoint"] = args.rdzv_endpoint or "localhost:29400"  # torchrun's default
