@@ -76,7 +76,7 @@ def test_octaves_hold_every_size() -> None:
 
 def test_tables_and_figure(comparison: Comparison, tmp_path: Path) -> None:
     def rows(shown: Comparison) -> list[list[str]]:
-        console = Console(file=io.StringIO(), width=80)
+        console = Console(file=io.StringIO(), width=100)
         console.print(*make_tables(shown), sep="\n")
         text = console.file.getvalue()  # type: ignore[attr-defined]
         return [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines() if "│" in line]

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import everyrank
 from everyrank.checkpoint.folder import list_checkpoints
 
 
 def test_a_full_disk_ends_the_run_at_the_next_save_on_all_ranks(tmp_path: Path) -> None:
-    """The disk of rank 0, which writes, is full from step 3 on: the save at 4 fails, and that at 6 says so."""
+    """The disk is full when the checkpoint of step 2 is whole: the save at 4 fails, and that at 6 says so."""
 
     def on_rank(folder: Path) -> tuple[str, int]:
         import resource
@@ -19,18 +18,13 @@ def test_a_full_disk_ends_the_run_at_the_next_save_on_all_ranks(tmp_path: Path) 
 
         import everyrank
 
-        num_calls = 0
-
-        def full_from_step_3(output: Any, data: Any) -> Any:
-            nonlocal num_calls
-            num_calls += 1
-            if num_calls == 3 and world.is_main:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
-            return tiny.compute_loss(output, data)
+        def fill_the_disk(saved: object) -> None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
 
         with everyrank.join(backend="gloo") as world:
-            config = tiny.make_config(folder, num_epochs=3, checkpoint_every_steps=2, log_every_steps=100)
-            config["criterion"] = full_from_step_3
+            config = tiny.make_config(
+                folder, num_epochs=3, checkpoint_every_steps=2, log_every_steps=100, after_save=fill_the_disk
+            )
             trainer = everyrank.TrainerDDP(config=config, world=world)
             trainer.prepare_dataloaders(train_dataset=tiny.make_data(103))
             try:

@@ -62,7 +62,7 @@ def product(rng: np.random.Generator, size: int, num_orders: int) -> Causal:
     give "light cones" with edges, which no Lorentzian metric has. The mean ordering fraction is ``2^(1 - num_orders)``.
     """
     points = rng.random((size, num_orders))
-    return (points[:, None, :] < points[None, :, :]).all(axis=2)
+    return np.logical_and.reduce(points[:, None, :] < points[None, :, :], axis=2)
 
 
 def quotient(rng: np.random.Generator, causal: Causal, num_pairs: int) -> Causal:
