@@ -32,12 +32,11 @@ def draw(path: Path, comparison: Comparison, training: Sequence[Mapping[str, flo
 
     figure = Figure(figsize=(13, 9), layout="constrained")
     FigureCanvasAgg(figure)
-    places = [["size", "confusion"], ["truth", "confusion"], ["loss", "confusion"]]
-    axes = figure.subplot_mosaic(places, width_ratios=[2, 3])
-    _accuracy_by_size(axes["size"], comparison)
-    _reliability(axes["truth"], comparison)
-    _losses(axes["loss"], training)
-    _confusion(axes["confusion"], comparison)
+    axes = figure.subplot_mosaic("nc;pc;lc", width_ratios=[2, 3])
+    _accuracy_by_size(axes["n"], comparison)
+    _reliability(axes["p"], comparison)
+    _losses(axes["l"], training)
+    _confusion(axes["c"], comparison)
     figure.savefig(path, dpi=110)
 
 
