@@ -44,7 +44,8 @@ docs: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(STAMP)
-	for f in benchmarks/*.py; do $(BIN)/python $$f || [ $$? = 2 ] || exit 1; done  # 2: it has said what it needs
+	for f in launch step permutation checkpoint restart slow_link vrt check; do \
+	    $(BIN)/python benchmarks/$$f.py || [ $$? = 2 ] || exit 1; done  # 2: it has said what it needs
 
 pages: $(STAMP)
 	$(BIN)/python scripts/write_pages.py
