@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from safetensors.torch import load_file
 
 import everyrank
-from conftest import RunCli
+from conftest import ROOT, RunCli
 from everyrank.apps.causal_sets.app import CausalSetsApp
 from everyrank.errors import ConfigError
 from everyrank.training.config import read_config
@@ -120,11 +120,24 @@ def test_what_does_not_fit_is_said(override: str, said: str) -> None:
         CausalSetsApp().trainer_config(make_config("run.dir=x", override))
 
 
+@pytest.mark.parametrize("app", ["causal_sets", "causal_sets_full"])
+def test_the_results_that_the_pages_show_are_of_the_shipped_settings(app: str) -> None:
+    data = make_config("run.dir=x", app=app).app.data
+    kept = json.loads((ROOT / "docs" / "results" / f"{app}.json").read_text())
+    assert kept["num_test_samples"] == round(data.kwargs.num_samples * data.split[2])
+
+
 @pytest.mark.nightly
-def test_full_settings_beat_the_estimator(tmp_path: Path, run_cli: RunCli) -> None:
-    ended = run_cli("driver=torchrun", "app=causal_sets_full", "driver.threads_per_rank=1", timeout_s=1500)
+@pytest.mark.timeout(2000)
+@pytest.mark.parametrize("app", ["causal_sets", "causal_sets_full"])
+def test_a_run_gives_what_the_pages_show(app: str, tmp_path: Path, run_cli: RunCli) -> None:
+    """Within five standard errors at 1,600 orders: other processors round differently, and training is chaotic."""
+    ended = run_cli("driver=torchrun", "env=local", f"app={app}", "driver.nproc_per_node=2", timeout_s=1900)
     assert ended.returncode == 0, ended.stderr
     (run,) = (tmp_path / "outputs").iterdir()
     result = json.loads((run / "result.json").read_text())
+    kept = json.loads((ROOT / "docs" / "results" / f"{app}.json").read_text())
+    for name in ("dimension_accuracy", "dimension_accuracy_myrheim_meyer", "curvature_accuracy", "manifold_accuracy"):
+        assert result[name] == pytest.approx(kept[name], abs=0.06)
     assert result["dimension_accuracy"] > result["dimension_accuracy_myrheim_meyer"] + 0.1
-    assert result["manifold_accuracy"] > 0.8
+    assert result["manifold_accuracy"] > 0.75
