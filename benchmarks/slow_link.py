@@ -127,7 +127,7 @@ SetUp = Callable[[everyrank.World, int], Contender]
 def by_hand(world: everyrank.World, num_steps: int) -> Contender:
     """The loop that everybody writes: DDP, DataLoader, DistributedSampler."""
     data, _, num_characters = read_text()
-    sampler = DistributedSampler(data, num_replicas=world.size, rank=world.rank)
+    sampler = DistributedSampler(data, num_replicas=world.world_size, rank=world.rank)
     loader = DataLoader(data, batch_size=BATCH, sampler=sampler)
     network = nn.parallel.DistributedDataParallel(build_model(num_characters))
     optimizer = torch.optim.AdamW(network.parameters(), **OPTIMIZER)

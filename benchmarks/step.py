@@ -92,8 +92,8 @@ def timed(steps: int, epoch: Callable[[], object]) -> float:
 
 def by_hand(model: Model, world: everyrank.World) -> Turn:
     """The loop that everybody writes: DDP, DataLoader, DistributedSampler."""
-    data = model.data(world.size)
-    sampler = DistributedSampler(data, num_replicas=world.size, rank=world.rank)
+    data = model.data(world.world_size)
+    sampler = DistributedSampler(data, num_replicas=world.world_size, rank=world.rank)
     loader = DataLoader(data, batch_size=BATCH, sampler=sampler)
     network = nn.parallel.DistributedDataParallel(model.build())
     optimizer = optimizer_of(network)
@@ -128,7 +128,7 @@ def with_everyrank(model: Model, world: everyrank.World) -> Turn:
         },
     }
     trainer = everyrank.TrainerDDP(config=config, world=world)
-    loader, _, _ = trainer.prepare_dataloaders(train_dataset=model.data(world.size))
+    loader, _, _ = trainer.prepare_dataloaders(train_dataset=model.data(world.world_size))
 
     def turn() -> float:
         gc.collect()
@@ -146,7 +146,7 @@ def with_accelerate(model: Model, world: everyrank.World) -> Turn:
     accelerator = Accelerator(cpu=True)
     network = model.build()
     optimizer = optimizer_of(network)
-    loader = DataLoader(model.data(world.size), batch_size=BATCH, shuffle=True)
+    loader = DataLoader(model.data(world.world_size), batch_size=BATCH, shuffle=True)
     network, optimizer, loader = accelerator.prepare(network, optimizer, loader)
 
     def epoch() -> None:
@@ -162,11 +162,11 @@ def with_fabric(model: Model, world: everyrank.World) -> Turn:
     """Lightning Fabric's loop."""
     from lightning.fabric import Fabric
 
-    fabric = Fabric(accelerator="cpu", devices=world.size, strategy="ddp")
+    fabric = Fabric(accelerator="cpu", devices=world.world_size, strategy="ddp")
     fabric.launch()
     network = model.build()
     network, optimizer = fabric.setup(network, optimizer_of(network))
-    loader = fabric.setup_dataloaders(DataLoader(model.data(world.size), batch_size=BATCH, shuffle=True))
+    loader = fabric.setup_dataloaders(DataLoader(model.data(world.world_size), batch_size=BATCH, shuffle=True))
     epochs = iter(range(10**6))
 
     def epoch() -> None:
@@ -202,13 +202,13 @@ def with_lightning(model: Model, world: everyrank.World) -> Turn:
         def on_train_epoch_end(self, *_: Any) -> None:
             self.seconds = time.perf_counter() - self.started
 
-    loader = DataLoader(model.data(world.size), batch_size=BATCH, shuffle=True)
+    loader = DataLoader(model.data(world.world_size), batch_size=BATCH, shuffle=True)
 
     def turn() -> float:
         clock = Clock()
         quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
         trainer = lightning.Trainer(
-            accelerator="cpu", devices=world.size, strategy="ddp", max_epochs=2, callbacks=[clock], **quiet
+            accelerator="cpu", devices=world.world_size, strategy="ddp", max_epochs=2, callbacks=[clock], **quiet
         )
         gc.collect()
         trainer.fit(Module(), loader)
@@ -221,8 +221,8 @@ def with_ignite(model: Model, world: everyrank.World) -> Turn:
     """Ignite's engine around DDP."""
     from ignite.engine import create_supervised_trainer
 
-    data = model.data(world.size)
-    sampler = DistributedSampler(data, num_replicas=world.size, rank=world.rank)
+    data = model.data(world.world_size)
+    sampler = DistributedSampler(data, num_replicas=world.world_size, rank=world.rank)
     loader = DataLoader(data, batch_size=BATCH, sampler=sampler)
     network = nn.parallel.DistributedDataParallel(model.build())
     engine = create_supervised_trainer(network, optimizer_of(network), nn.functional.cross_entropy)

@@ -36,7 +36,7 @@ def main() -> None:
     with everyrank.join() as world, PreemptionWatch() as watch:  # everyrank
         model = DistributedDataParallel(model.to(world.device))
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-        share = {"rank": world.rank, "world_size": world.size}  # everyrank
+        share = {"rank": world.rank, "world_size": world.world_size}  # everyrank
         sampler = everyrank.GlobalBatchSampler(len(dataset), global_batch_size=10, **share)  # everyrank
         loader = DataLoader(dataset, batch_sampler=sampler)
         checkpointer = everyrank.Checkpointer(args.folder / "checkpoints", world=world)  # everyrank

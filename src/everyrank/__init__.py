@@ -33,6 +33,7 @@ _EXPORTS = {
     "ProcessEnvironment": "launch_env.detection",
     "ProcessGroupError": "errors",
     "RankFailedError": "errors",
+    "RehearsalError": "errors",
     "RendezvousError": "errors",
     "SavedTraining": "training.saving.saved",
     "SeededDataset": "data.randomness",
@@ -66,7 +67,6 @@ _EXPORTS = {
     "read_ledger": "training.saving.ledger",
     "reduce_mean": "runtime.collectives",
     "reduce_sum": "runtime.collectives",
-    "reference_page": "config.reference",
     "schema": "config.schema",
     "setup_logging": "runtime.logs",
     "strip_legacy_arguments": "launch_env.legacy_arguments",
@@ -94,7 +94,6 @@ def __dir__() -> list[str]:
 if TYPE_CHECKING:  # for type checkers and editors, which do not follow __getattr__; a test compares it with _EXPORTS
     from everyrank.checkpoint.checkpointer import Checkpointer as Checkpointer
     from everyrank.config import schema as schema
-    from everyrank.config.reference import reference_page as reference_page
     from everyrank.config.yaml_loader import get_loader as get_loader
     from everyrank.data.exact import exact as exact
     from everyrank.data.loader import collate as collate
@@ -114,6 +113,7 @@ if TYPE_CHECKING:  # for type checkers and editors, which do not follow __getatt
     from everyrank.errors import Preempted as Preempted
     from everyrank.errors import ProcessGroupError as ProcessGroupError
     from everyrank.errors import RankFailedError as RankFailedError
+    from everyrank.errors import RehearsalError as RehearsalError
     from everyrank.errors import RendezvousError as RendezvousError
     from everyrank.errors import UserError as UserError
     from everyrank.errors import did_you_mean as did_you_mean

@@ -32,16 +32,16 @@ class Loops:
             )
             while True:
                 total = int(everyrank.reduce_sum(torch.tensor(1)).item())
-                assert total == world.size
+                assert total == world.world_size
                 state["steps"] += 1
                 if world.is_main:
                     _write(folder / "state.json", state)
-                    _write(folder / f"world-{attempt}-{world.size}", state["steps"])
+                    _write(folder / f"world-{attempt}-{world.world_size}", state["steps"])
                 signal = watch.agreed()
                 if signal:
                     raise Preempted(f"told to stop by {signal} after step {state['steps']}")
                 if everyrank.broadcast_decision((folder / "stop").exists()):
-                    return {"steps": state["steps"], "world_size": world.size}
+                    return {"steps": state["steps"], "world_size": world.world_size}
                 time.sleep(0.02)  # an optimizer step
 
 

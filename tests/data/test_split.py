@@ -1,4 +1,4 @@
-"""Splits never leak, and an evaluation counts every sample once."""
+"""Splits never leak."""
 
 from __future__ import annotations
 
@@ -7,13 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from everyrank.data.split import (
-    EvaluationBatchSampler,
-    evaluation_shares,
-    split_dataset,
-    split_indices,
-    split_sizes,
-)
+from everyrank.data.split import split_dataset, split_indices, split_sizes
 from everyrank.errors import DataError
 
 
@@ -63,23 +57,3 @@ def test_views_show_their_samples() -> None:
 def test_fractions_that_do_not_make_one_are_refused(fractions: list[float]) -> None:
     with pytest.raises(DataError, match="fractions"):
         split_indices(10, fractions)
-
-
-@given(st.integers(0, 200), st.integers(1, 12), st.integers(1, 9))
-def test_an_evaluation_counts_every_sample_once(num_samples: int, world_size: int, batch_size: int) -> None:
-    shares = [evaluation_shares(num_samples, rank, world_size) for rank in range(world_size)]
-    assert [i for share in shares for i in share] == list(range(num_samples))
-    assert max(map(len, shares)) - min(map(len, shares)) <= 1
-    for rank, share in enumerate(shares):
-        sampler = EvaluationBatchSampler(num_samples, batch_size=batch_size, rank=rank, world_size=world_size)
-        batches = list(sampler)
-        assert len(batches) == len(sampler)
-        assert [i for batch in batches for i in batch] == list(share)
-        assert all(0 < len(batch) <= batch_size for batch in batches)
-
-
-def test_impossible_evaluations_are_refused() -> None:
-    with pytest.raises(DataError, match="batch_size=0"):
-        EvaluationBatchSampler(3, batch_size=0)
-    with pytest.raises(DataError, match="rank=3"):
-        evaluation_shares(10, 3, 3)

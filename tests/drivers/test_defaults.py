@@ -12,12 +12,17 @@ from conftest import ROOT
 from everyrank.cli.run_config import DistributedConfig, EnvConfig, RunConfig
 
 CONF = ROOT / "src" / "everyrank" / "conf"
-SCRIPT = "scripts/write_driver_files.py"
+SCRIPT = "scripts/write_reference.py"
 
 
-def test_the_files_of_the_drivers_are_written_from_their_classes() -> None:
-    for path, text in runpy.run_path(str(ROOT / SCRIPT))["driver_files"]().items():
-        assert path.read_text() == text, f"run: python {SCRIPT}"
+def test_what_is_written_from_the_schemas_is_what_they_say() -> None:
+    """The files of the drivers, and the reference pages: the trainer's, the linter's, video restoration's."""
+    files = runpy.run_path(str(ROOT / SCRIPT))["written"]()
+    assert {"torchrun.yaml", "configuration.md", "video_restoration_options.md", "rules.md"} <= {
+        path.name for path in files
+    }
+    for path, text in files.items():
+        assert path.read_text(encoding="utf-8") == text, f"run: python {SCRIPT}"
 
 
 @pytest.mark.parametrize(

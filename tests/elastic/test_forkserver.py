@@ -75,7 +75,7 @@ def wait_for_the_warm_one_and_die() -> tuple[str, bool]:
         if world.environment.restart_count == 0:
             siblings = psutil.Process().parent()
             assert siblings is not None
-            wait_until(lambda: len(siblings.children()) == 1 + world.size)
+            wait_until(lambda: len(siblings.children()) == 1 + world.world_size)
             os.abort()
         return str(world.environment.restart_count), imported
 

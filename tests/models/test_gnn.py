@@ -156,16 +156,16 @@ def test_attention_heads_share_the_width(graphs: list[Data]) -> None:
         ({"heads": {}}, [r"model\.heads"]),
         ({"heads": {"kind": {"hidden": [3]}}}, [r"model\.heads\.kind\.out_dim", "required"]),
         ({"heads": {"kind": {"out_dim": 3, "hiden": 1}}}, [r"heads\.kind\.hiden", "Did you mean 'hidden'"]),
-        ({"blocks": [{"out_dim": 8, "layr": "gcn"}]}, [r"model\.blocks\[0\]\.layr", "Did you mean 'layer'"]),
-        ({"blocks": [{"out_dim": 8, "layer": "sagee"}]}, [r"blocks\[0\]\.layer", "'sagee'", "Did you mean 'sage'"]),
+        ({"blocks": [{"out_dim": 8, "layr": "gcn"}]}, [r"model\.blocks\.0\.layr", "Did you mean 'layer'"]),
+        ({"blocks": [{"out_dim": 8, "layer": "sagee"}]}, [r"blocks\.0\.layer", "'sagee'", "Did you mean 'sage'"]),
         ({"blocks": [{"out_dim": 8, "layer": "torch_geometric.nn.SAGEConvv"}]}, ["Did you mean 'SAGEConv'"]),
         ({"blocks": [{"out_dim": 8, "layer": "no_such_package.Layer"}]}, ["'no_such_package' cannot be imported"]),
         ({"blocks": [{"out_dim": 8, "layer": "torch_geometric.nn.global_mean_pool"}]}, ["no torch module"]),
         ({"blocks": [{"out_dim": 8, "layer_kwargs": {"agr": "max"}}]}, [r"layer_kwargs", "'agr'"]),
-        ({"blocks": [{"out_dim": 8, "norm": "lyer"}]}, [r"blocks\[0\]\.norm", "Did you mean 'layer'"]),
+        ({"blocks": [{"out_dim": 8, "norm": "lyer"}]}, [r"blocks\.0\.norm", "Did you mean 'layer'"]),
         ({"blocks": [{"out_dim": 8, "activation": "rellu"}]}, ["Did you mean 'relu'|Did you mean 'elu'"]),
-        ({"blocks": [{"out_dim": 8, "dropout": 1.5}]}, [r"blocks\[0\]\.dropout", r"found 1\.5"]),
-        ({"blocks": [{"out_dim": 8}, {"in_dim": 4, "out_dim": 8}]}, [r"blocks\[1\]\.in_dim: found 4", "width 8"]),
+        ({"blocks": [{"out_dim": 8, "dropout": 1.5}]}, [r"blocks\.0\.dropout", r"found 1\.5"]),
+        ({"blocks": [{"out_dim": 8}, {"in_dim": 4, "out_dim": 8}]}, [r"blocks\.1\.in_dim: found 4", "width 8"]),
         (
             {"blocks": [{"out_dim": 9, "layer": "gat", "layer_kwargs": {"heads": 2}}]},
             ["out_dim: found 9", "2 att"],
@@ -184,8 +184,8 @@ def test_all_mistakes_are_said_at_once() -> None:
         GNNModel.from_config({"blocks": [{"out_dim": 0}], "heads": HEADS, "pooling": "median"}, path="app.model")
     assert [problem.split(":")[0] for problem in caught.value.problems] == [
         "app.model.in_dim",
-        "app.model.blocks[0].out_dim",
-        "app.model.pooling[0]",
+        "app.model.blocks.0.out_dim",
+        "app.model.pooling.0",
     ]
 
 

@@ -215,7 +215,7 @@ def _by_torch(rank: int, port: int) -> Any:
     world = current_world()
     total = int(reduce_sum(torch.tensor(rank)))
     monitored_barrier(30)
-    result = world.rank, world.size, total, gather_objects(rank), broadcast_decision("go" if rank == 0 else None)
+    result = world.rank, world.world_size, total, gather_objects(rank), broadcast_decision("go" if rank == 0 else None)
     cleanup_ddp()
     assert not dist.is_initialized()
     return result

@@ -28,7 +28,13 @@ def _sum_of_ranks() -> int:
 def test_plain_python_is_a_world_of_one_with_a_group() -> None:
     before = {name: os.environ.get(name) for name in ("GLOO_SOCKET_IFNAME", "MASTER_ADDR", "MASTER_PORT", "RANK")}
     with join(device="cpu") as world:
-        assert (world.rank, world.size, world.local_rank, world.is_main, world.is_distributed) == (0, 1, 0, True, False)
+        assert (world.rank, world.world_size, world.local_rank, world.is_main, world.is_distributed) == (
+            0,
+            1,
+            0,
+            True,
+            False,
+        )
         assert (world.device, world.backend) == (torch.device("cpu"), "gloo")
         assert current_world() is world
         with pytest.raises(ProcessGroupError, match="already in a process group, as rank 0 of 1"), join():
@@ -36,7 +42,7 @@ def test_plain_python_is_a_world_of_one_with_a_group() -> None:
         assert dist.is_initialized()
     assert not dist.is_initialized()
     assert {name: os.environ.get(name) for name in before} == before
-    assert (current_world().size, current_world().backend) == (1, "none")
+    assert (current_world().world_size, current_world().backend) == (1, "none")
 
 
 def _train_alone(rank: int, folder: str) -> float:
@@ -85,7 +91,9 @@ def _three_ways(rank: int, size: int, port: int, folder: str) -> list[Any]:
     before, seen = dict(os.environ), []
     world = initialize_ddp(rank, size, master_port=port, timeout_s=30)
     try:
-        seen.append((world.rank, world.size, world.local_rank, world.local_size, world.num_nodes, _sum_of_ranks()))
+        seen.append(
+            (world.rank, world.world_size, world.local_rank, world.local_world_size, world.num_nodes, _sum_of_ranks())
+        )
     finally:
         cleanup_ddp()
     with join(rank=rank, world_size=size, init_method=f"tcp://localhost:{port}", timeout_s=30):

@@ -28,8 +28,9 @@ with everyrank.join(timeout_s=60) as world:
         os.kill(os.getpid(), signal.SIGKILL)
     everyrank.barrier()
     seen = {
-        "launcher": world.environment.launcher, "rank": world.rank, "local_rank": world.local_rank, "size": world.size,
-        "local_size": world.local_size, "num_nodes": world.num_nodes, "total": total, "attempt": attempt,
+        "launcher": world.environment.launcher, "rank": world.rank, "local_rank": world.local_rank,
+        "size": world.world_size,
+        "local_size": world.local_world_size, "num_nodes": world.num_nodes, "total": total, "attempt": attempt,
     }
     Path(folder, f"rank-{world.rank}.json").write_text(json.dumps(seen))
 """

@@ -134,10 +134,10 @@ class Trains:
             optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1)
             data = torch.randn(120, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
             for batch in data.split(12):
-                share = batch.tensor_split(world.size)[world.rank]
+                share = batch.tensor_split(world.world_size)[world.rank]
                 optimizer.zero_grad()
                 loss = (wrapped(share) - share.sum(1, keepdim=True)).square().mean()
-                (loss * len(share) * world.size / len(batch)).backward()
+                (loss * len(share) * world.world_size / len(batch)).backward()
                 optimizer.step()
             flat = torch.cat([p.detach().flatten() for p in model.parameters()])
             digest = hashlib.sha256(flat.numpy().tobytes()).hexdigest()

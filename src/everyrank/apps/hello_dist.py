@@ -26,11 +26,11 @@ class HelloDist:
             EveryrankError: The sum is wrong.
         """
         with join(**cfg.distributed) as world:
-            print(f"[Rank {world.rank}/{world.size}] {cfg.app.message}", flush=True)
-            print(f"[Rank {world.rank}/{world.size}] Local rank: {world.local_rank}", flush=True)
-            print(f"[Rank {world.rank}/{world.size}] Process ID: {os.getpid()}", flush=True)
+            print(f"[Rank {world.rank}/{world.world_size}] {cfg.app.message}", flush=True)
+            print(f"[Rank {world.rank}/{world.world_size}] Local rank: {world.local_rank}", flush=True)
+            print(f"[Rank {world.rank}/{world.world_size}] Process ID: {os.getpid()}", flush=True)
             total = int(reduce_sum(torch.tensor(world.rank, device=world.device)).item())
-            expected = world.size * (world.size - 1) // 2
+            expected = world.world_size * (world.world_size - 1) // 2
             barrier()
             if world.is_main:
                 print(f"[Rank 0] Sum of all ranks: {total}")
@@ -39,5 +39,5 @@ class HelloDist:
                 raise EveryrankError(f"rank {world.rank} got {total} as the sum of all ranks, expected {expected}")
             if world.is_main:
                 print("[Rank 0] ✓ Collective operation successful!")
-                print(f"[Rank 0] All {world.size} processes completed successfully!", flush=True)
-            return {"world_size": world.size, "sum": total}
+                print(f"[Rank 0] All {world.world_size} processes completed successfully!", flush=True)
+            return {"world_size": world.world_size, "sum": total}

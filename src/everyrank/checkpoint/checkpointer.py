@@ -198,7 +198,7 @@ class Checkpointer:
                 groups=self._snapshot.take(groups),
                 state=json.dumps(content, allow_nan=False) if self.world.is_main else "",
                 metric=None if metric is None else float(metric),
-                world_size=self.world.size,
+                world_size=self.world.world_size,
                 token=reports[0].token,
                 partners=tuple(rank for rank, report in enumerate(reports) if rank and report.writes),
             )
@@ -292,7 +292,8 @@ class Checkpointer:
 
         def find() -> CheckpointInfo | None:
             ranked = self.retention.best(list_checkpoints(self.folder, verify=False))
-            return next((info for info in map(_verified, ranked) if info.verified), None)
+            found = (describe(info.path, verify=True) for info in ranked)
+            return next((info for info in found if info.verified), None)
 
         return agree(find, on=0)
 
@@ -361,7 +362,7 @@ class Checkpointer:
             return 0
         loaded = self.load(info)
         put_states(objects, loaded.tensors, loaded.state)
-        if loaded.world_size == self.world.size:
+        if loaded.world_size == self.world.world_size:
             restore_rng(loaded.rank_states[self.world.rank].get("rng", {}))
         logger.info("resuming from %s", info.path)
         return loaded.step
@@ -393,7 +394,3 @@ def _require_whole(path: Path) -> None:
     found = describe(path, verify=True)
     if not found.verified:
         raise CheckpointError(f"The checkpoint {path} cannot be loaded: {found.reason}. Use an earlier one.")
-
-
-def _verified(info: CheckpointInfo) -> CheckpointInfo:
-    return describe(info.path, verify=True)

@@ -11,11 +11,14 @@ import numpy as np
 import torch
 
 
-def capture_rng() -> dict[str, Any]:
+def capture_rng(device: torch.device | None = None) -> dict[str, Any]:
     """Return the state of this process's generators: Python's, numpy's global one, torch's on the CPU and the GPU.
 
     The result is JSON-able, about 10 kB. The GPU's is left out if no GPU has been used, for it has no state yet; only
-    the current device's is taken, for a rank has one device.
+    one device's is taken, for a rank has one device.
+
+    Args:
+        device: The rank's device; the current GPU's state is taken if it is none or no GPU.
     """
     state: dict[str, Any] = {"torch": _pack(torch.get_rng_state())}
     version, internal, gauss_next = random.getstate()
@@ -25,11 +28,11 @@ def capture_rng() -> dict[str, Any]:
     packed = base64.b64encode(np.asarray(keys, dtype="<u4").tobytes()).decode("ascii")
     state["numpy"] = [name, packed, int(position), int(has_gauss), float(cached)]
     if torch.cuda.is_initialized():
-        state["cuda"] = _pack(torch.cuda.get_rng_state())
+        state["cuda"] = _pack(torch.cuda.get_rng_state(_gpu(device)))
     return state
 
 
-def restore_rng(state: Mapping[str, Any]) -> None:
+def restore_rng(state: Mapping[str, Any], device: torch.device | None = None) -> None:
     """Set this process's generators to what ``capture_rng`` returned.
 
     A generator that the state does not hold, such as the GPU's when it was taken without one, is left as it is.
@@ -45,7 +48,11 @@ def restore_rng(state: Mapping[str, Any]) -> None:
         keys = np.frombuffer(base64.b64decode(packed), dtype="<u4").astype(np.uint32)
         np.random.set_state((name, keys, position, has_gauss, cached))
     if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(_unpack(state["cuda"]))
+        torch.cuda.set_rng_state(_unpack(state["cuda"]), _gpu(device))
+
+
+def _gpu(device: torch.device | None) -> torch.device | str:
+    return device if device is not None and device.type == "cuda" else "cuda"
 
 
 def _pack(state: torch.Tensor) -> str:

@@ -43,7 +43,7 @@ def import_object(path: str) -> Any:
             kind = "module" if isinstance(target, ModuleType) else "object"
             raise ConfigError(
                 f"{path!r} was given, but {kind} {owner!r} has no attribute {name!r}."
-                f"{did_you_mean(name, public_names(target))}"
+                f"{did_you_mean(name, [known for known in dir(target) if not known.startswith('_')])}"
             ) from None
     return target
 
@@ -73,11 +73,6 @@ def object_path(target: Any) -> str | None:
     if not isinstance(module, str) or not isinstance(name, str) or "<" in name:
         return None
     return f"{'__main__' if module == '__mp_main__' else module}.{name}"
-
-
-def public_names(target: Any) -> list[str]:
-    """Return the names in ``target`` that somebody may have meant."""
-    return [name for name in dir(target) if not name.startswith("_")]
 
 
 def _main_module(name: str) -> ModuleType:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, TypeVar, dataclass_transform
 
 import pydantic
@@ -70,19 +70,6 @@ def _resolve(value: Any) -> Any:
 ObjectRef = Annotated[Any, pydantic.BeforeValidator(_resolve), "class or function"]
 
 
-@section
-class Component:
-    """An object to build: ``type(*args, **kwargs)``."""
-
-    type: ObjectRef = field(doc="The class (or a function that returns the object).")
-    args: list[Any] = field(factory=list, doc="Positional arguments.")
-    kwargs: dict[str, Any] = field(factory=dict, doc="Keyword arguments.")
-
-    def build(self, *leading: Any) -> Any:
-        """Return ``type(*leading, *args, **kwargs)``."""
-        return self.type(*leading, *self.args, **self.kwargs)
-
-
 def build(
     schema: type[T], values: Any, *, what: str = "configuration", checks: Callable[[T], list[str]] | None = None
 ) -> T:
@@ -130,7 +117,7 @@ def _plain(value: Any) -> Any:
     """Return mappings and sequences of any kind (OmegaConf's too) as dictionaries and lists."""
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, tuple):
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
         return [_plain(item) for item in value]
     return value
 
@@ -179,6 +166,8 @@ def _problems(schema: Any, items: list[Any]) -> list[str]:
     for item in items:
         if item["type"] == "bool_type" and isinstance(item["input"], dict):
             continue  # a section that may also be true or false: what is wrong lies in the section
+        if item["type"] == "too_short" and item["input"]:
+            continue  # a list whose items are all wrong, each of which is told
         location = [str(part) for part in item["loc"] if not _is_union_branch(part)]
         path = ".".join(location) or "(top level)"
         line = _problem(schema, path, location, item)
@@ -238,10 +227,14 @@ def _shown(value: Any) -> str:
 
 def fields_at(schema: Any, path: list[str]) -> list[str]:
     """Return the names of the keys a schema has under ``path``."""
+    is_key = False
     for part in path:
-        if part.isdigit():  # an item of a list of sections
+        if part.isdigit() or is_key:  # an item of a list, or of a mapping, of sections
+            is_key = False
             continue
-        nested = section_at(schema, part)
+        annotation = typing.get_type_hints(schema).get(part)
+        is_key = typing.get_origin(annotation) is dict
+        nested = section_of(typing.get_args(annotation)[1] if is_key else annotation)
         if nested is None:
             return []
         schema = nested
@@ -257,6 +250,6 @@ def section_of(annotation: Any) -> Any:
     """Return the section class within an annotation such as ``Section | None``, or None."""
     if dataclasses.is_dataclass(annotation):
         return annotation
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType, list):
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType, list, tuple):
         return next((found for arg in typing.get_args(annotation) if (found := section_of(arg)) is not None), None)
     return None

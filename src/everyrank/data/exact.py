@@ -59,9 +59,9 @@ class ExactLoader:
         self._given = loader
         self._sampler = GlobalBatchSampler(
             len(loader.dataset),
-            global_batch_size=batch_size if is_global else batch_size * world.size,
+            global_batch_size=batch_size if is_global else batch_size * world.world_size,
             rank=world.rank,
-            world_size=world.size,
+            world_size=world.world_size,
             seed=seed,
             shuffle=_shuffles(sampler),
             drop_last=drop_last,

@@ -112,8 +112,12 @@ def make_loader(
         if fetch is not None:
             return BatchLoader(dataset, batch_sampler, fetch, pin_memory)
         seeded = _seeded(dataset, batch_sampler)
-        fetch = _sample_by_sample(seeded, collate_fn or collate)
-        return BatchLoader(dataset, batch_sampler, fetch, pin_memory, source=seeded)
+        made = collate_fn or collate
+
+        def fetch_each(indices: list[int]) -> Any:
+            return made(seeded.__getitems__(indices))
+
+        return BatchLoader(dataset, batch_sampler, fetch_each, pin_memory, source=seeded)
     return WorkerLoader(
         _seeded(dataset, batch_sampler),
         batch_sampler=batch_sampler,
@@ -144,7 +148,7 @@ def _whole_batches(dataset: Any) -> Callable[[list[int]], Any] | None:
     if type(dataset) is TensorDataset:
         tensors = dataset.tensors
         # A list, because default_collate makes a list of samples that are tuples.
-        return lambda indices: [_select(tensor, indices) for tensor in tensors]
+        return lambda indices: [t.index_select(0, torch.tensor(indices, device=t.device)) for t in tensors]
     if type(dataset) in (Subset, View):
         inner = _whole_batches(dataset.dataset)
         if inner is not None:
@@ -153,18 +157,10 @@ def _whole_batches(dataset: Any) -> Callable[[list[int]], Any] | None:
     return None
 
 
-def _select(tensor: torch.Tensor, indices: list[int]) -> torch.Tensor:
-    return tensor.index_select(0, torch.tensor(indices, device=tensor.device))
-
-
 def _seeded(dataset: Any, batch_sampler: Any) -> SeededDataset:
     if isinstance(dataset, SeededDataset):
         return dataset
     return SeededDataset(dataset, seed=getattr(batch_sampler, "seed", 0))
-
-
-def _sample_by_sample(dataset: SeededDataset, collate_fn: Collate) -> Callable[[list[int]], Any]:
-    return lambda indices: collate_fn(dataset.__getitems__(indices))
 
 
 def _tell_epoch(dataset: Any, batch_sampler: Any) -> None:

@@ -48,7 +48,7 @@ class GlobalSampler(Sampler[int]):
         drop_last: bool = False,
     ) -> None:
         world = current_world()
-        self.num_replicas = world.size if num_replicas is None else num_replicas
+        self.num_replicas = world.world_size if num_replicas is None else num_replicas
         self.rank = world.rank if rank is None else rank
         check_rank(self.rank, self.num_replicas)
         self.permutation = GlobalPermutation(len(dataset), seed=seed, shuffle=shuffle)

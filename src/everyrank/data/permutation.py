@@ -25,7 +25,6 @@ Indices = npt.NDArray[np.int64]
 PERMUTATION_VERSION = 1
 MAX_NUM_SAMPLES = 2**62
 
-_MASK = (1 << 64) - 1
 # Multipliers of the 64-bit finaliser of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014; variant 13 of D. Stafford).
 _MULTIPLIER_1 = 0xBF58476D1CE4E5B9
 _MULTIPLIER_2 = 0x94D049BB133111EB
@@ -77,7 +76,7 @@ class GlobalPermutation:
         return f"GlobalPermutation(num_samples={self.num_samples}, seed={self.seed}, shuffle={self.shuffle})"
 
     def index(self, epoch: int, position: int) -> int:
-        """Return the sample at one position, in pure Python integers.
+        """Return the sample at one position.
 
         Args:
             epoch: Number of the epoch, any integer.
@@ -86,17 +85,10 @@ class GlobalPermutation:
         Raises:
             IndexError: If the position is outside the epoch.
         """
-        _check_positions(self.num_samples, position, position + 1)
-        if not self.shuffle:
-            return int(position)
-        keys = _round_keys(self.num_samples, self.seed, epoch)
-        value = self._encrypt(int(position), keys)
-        while value >= self.num_samples:
-            value = self._encrypt(value, keys)
-        return value
+        return int(self.indices(epoch, position, position + 1)[0])
 
     def indices(self, epoch: int, start: int, stop: int) -> Indices:
-        """Return the samples at positions ``start`` to ``stop`` - 1, the same as ``index`` for each of them.
+        """Return the samples at positions ``start`` to ``stop`` - 1, many at a time.
 
         Args:
             epoch: Number of the epoch, any integer.
@@ -109,45 +101,33 @@ class GlobalPermutation:
         Raises:
             IndexError: If a position is outside the epoch.
         """
-        _check_positions(self.num_samples, start, stop)
+        if not 0 <= start <= stop <= self.num_samples:
+            raise IndexError(f"positions {start} to {stop} are not within an epoch of {self.num_samples} samples")
         if not self.shuffle:
             return np.arange(start, stop, dtype=np.int64)
         keys = _round_keys(self.num_samples, self.seed, epoch)
         out = np.empty(stop - start, dtype=np.int64)
         for begin in range(start, stop, _BLOCK):
             end = min(begin + _BLOCK, stop)
-            values = self._encrypt_block(np.arange(begin, end, dtype=np.uint64), keys)
+            values = self._encrypt(np.arange(begin, end, dtype=np.uint64), keys)
             outside = np.flatnonzero(values >= np.uint64(self.num_samples))
             while outside.size:
-                values[outside] = self._encrypt_block(values[outside], keys)
+                values[outside] = self._encrypt(values[outside], keys)
                 outside = outside[values[outside] >= np.uint64(self.num_samples)]
             out[begin - start : end - start] = values  # below 2**62, so the cast to int64 is exact
         return out
 
-    def _encrypt(self, value: int, keys: tuple[int, ...]) -> int:
-        left, right = divmod(value, self._right_size)
-        for number in range(0, len(keys), 4):
-            left = (left + _mix(right, keys[number], keys[number + 1])) % self._left_size
-            right = (right + _mix(left, keys[number + 2], keys[number + 3])) % self._right_size
-        return left * self._right_size + right
-
-    def _encrypt_block(self, values: npt.NDArray[np.uint64], keys: tuple[int, ...]) -> npt.NDArray[np.uint64]:
+    def _encrypt(self, values: npt.NDArray[np.uint64], keys: tuple[int, ...]) -> npt.NDArray[np.uint64]:
         left_size, right_size = np.uint64(self._left_size), np.uint64(self._right_size)
         left, right = np.divmod(values, right_size)
         for number in range(0, len(keys), 4):
-            left += _mix_block(right, keys[number], keys[number + 1])
+            left += _mix(right, keys[number], keys[number + 1])
             left %= left_size
-            right += _mix_block(left, keys[number + 2], keys[number + 3])
+            right += _mix(left, keys[number + 2], keys[number + 3])
             right %= right_size
         left *= right_size
         left += right
         return left
-
-
-def _check_positions(num_samples: int, start: int, stop: int) -> None:
-    """Raise IndexError unless ``0 <= start <= stop <= num_samples``."""
-    if not 0 <= start <= stop <= num_samples:
-        raise IndexError(f"positions {start} to {stop} are not within an epoch of {num_samples} samples")
 
 
 @functools.lru_cache(maxsize=32)
@@ -159,15 +139,8 @@ def _round_keys(num_samples: int, seed: int, epoch: int) -> tuple[int, ...]:
     return tuple(int.from_bytes(digest[i : i + 8], "little") for i in range(0, len(digest), 8))
 
 
-def _mix(value: int, key: int, key_2: int) -> int:
-    """Hash one half to 63 bits; the sum with the other half then never leaves 64 bits."""
-    value = ((value ^ key) * _MULTIPLIER_1) & _MASK
-    value = ((value ^ (value >> 32) ^ key_2) * _MULTIPLIER_2) & _MASK
-    return (value ^ (value >> 29)) >> 1
-
-
-def _mix_block(values: npt.NDArray[np.uint64], key: int, key_2: int) -> npt.NDArray[np.uint64]:
-    """Do what ``_mix`` does to each element."""
+def _mix(values: npt.NDArray[np.uint64], key: int, key_2: int) -> npt.NDArray[np.uint64]:
+    """Hash each element to 63 bits; the sum with the other half then never leaves 64 bits."""
     mixed = values ^ np.uint64(key)
     mixed *= np.uint64(_MULTIPLIER_1)
     mixed ^= (mixed >> np.uint64(32)) ^ np.uint64(key_2)

@@ -253,5 +253,5 @@ def check_rank(rank: int, world_size: int) -> None:
     if world_size < 1 or not 0 <= rank < world_size:
         raise DataError(
             f"rank={rank} and world_size={world_size} were given; the rank must be between 0 and world_size - 1. "
-            "Take both from the joined world: rank=world.rank, world_size=world.size."
+            "Take both from the joined world: rank=world.rank, world_size=world.world_size."
         )

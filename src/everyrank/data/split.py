@@ -1,16 +1,15 @@
-"""Splits of a dataset, and the shares of an evaluation. Both are pure functions: all ranks get the same answer."""
+"""Splits of a dataset, by pure functions: all ranks get the same answer."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
 import numpy as np
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 
 from everyrank.data.permutation import GlobalPermutation, Indices
-from everyrank.data.sampler import check_rank, split_evenly
 from everyrank.errors import DataError
 
 # Training epochs count from 0, so no epoch's order ever coincides with the one that splits.
@@ -100,42 +99,3 @@ class View(Dataset):
 def split_dataset(dataset: Any, fractions: Sequence[float], seed: int = 0) -> list[View]:
     """Split a dataset at random into views of disjoint samples; see ``split_indices``."""
     return [View(dataset, indices) for indices in split_indices(len(dataset), fractions, seed)]
-
-
-def evaluation_shares(num_samples: int, rank: int, world_size: int) -> range:
-    """Return the samples that this rank evaluates: each sample is some rank's, exactly once, without padding.
-
-    Shares are contiguous and their sizes differ by at most one; with fewer samples than ranks, some are empty. Reduce
-    sums and counts over ranks, never means.
-
-    Raises:
-        DataError: If the rank is not within the world.
-    """
-    check_rank(rank, world_size)
-    return range(*split_evenly(0, num_samples, rank, world_size))
-
-
-class EvaluationBatchSampler(Sampler[list[int]]):
-    """Yields this rank's share of an evaluation in batches, in the dataset's order. Ranks may have unequal numbers.
-
-    Args:
-        num_samples: Number of samples of the dataset.
-        batch_size: Largest number of samples in a batch of this rank.
-        rank: This process's rank.
-        world_size: Number of processes.
-    """
-
-    def __init__(self, num_samples: int, *, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
-        if batch_size < 1:
-            raise DataError(f"batch_size={batch_size} was given for an evaluation; it must be at least 1.")
-        self.samples = evaluation_shares(num_samples, rank, world_size)
-        self.batch_size = batch_size
-
-    def __len__(self) -> int:
-        """Return this rank's number of batches, 0 if it has no sample."""
-        return -(-len(self.samples) // self.batch_size)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        """Yield the batches."""
-        for begin in range(0, len(self.samples), self.batch_size):
-            yield list(self.samples[begin : begin + self.batch_size])

@@ -29,8 +29,7 @@ _MISMATCH = re.compile(
     r"Received data size doesn't match expected size|op\.preamble\.length <= op\.nbytes"
     r"|Detected mismatch between collectives on ranks"
 )
-_TIMEOUT = re.compile(r"Timed out waiting \d+ms|Watchdog caught collective operation timeout")
-_OUT_OF_MEMORY = {"MemoryError", "OutOfMemoryError"}
+OUT_OF_MEMORY = {"MemoryError", "OutOfMemoryError"}
 
 
 def chain(error: BaseException) -> Iterator[BaseException]:
@@ -53,16 +52,6 @@ def is_lost_peer(error: BaseException) -> bool:
 def is_mismatch(text: str) -> bool:
     """Whether these are words of torch's or gloo's about ranks that take part with different things."""
     return bool(_MISMATCH.search(text))
-
-
-def is_timeout(text: str) -> bool:
-    """Whether these are words about a collective that did not end in time."""
-    return bool(_TIMEOUT.search(text))
-
-
-def is_out_of_memory(type_name: str) -> bool:
-    """Whether this is the type of an exception about memory, of the host or of a device."""
-    return type_name in _OUT_OF_MEMORY
 
 
 def named_rank(error: BaseException) -> int | None:

@@ -122,11 +122,6 @@ def to_json(entries: Sequence[Collective]) -> list[dict[str, Any]]:
     return [asdict(entry) for entry in entries]
 
 
-def from_json(rows: Sequence[Mapping[str, Any]]) -> list[Collective]:
-    """From a file."""
-    return [Collective(**row) for row in rows]
-
-
 @dataclass(frozen=True)
 class Departure:
     """Ranks that took part in one collective with different things.

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from everyrank.diagnosis.flight import Collective, from_json
+from everyrank.diagnosis.flight import Collective
 from everyrank.diagnosis.frames import Place, may_wait_in_backward, waits_for_data, waits_in_collective, where
 from everyrank.diagnosis.proc import ProcessFacts, here, look_at
 from everyrank.diagnosis.rank_files import read_json
@@ -162,7 +162,7 @@ def read_reports(folder: str) -> dict[int, Report]:
 
 def _report(row: Mapping[str, Any]) -> Report:
     values = dict(row)
-    values["collectives"] = tuple(from_json(row["collectives"]))
+    values["collectives"] = tuple(Collective(**made) for made in row["collectives"])
     values["stack"], values["workers"] = tuple(row["stack"]), tuple(row["workers"])
     process = look_at(int(row["pid"])) if _is_here(row["here"], row["host"]) else None
     if process is not None and process.started != row["started"]:

@@ -6,9 +6,10 @@ import dataclasses
 import os
 import shlex
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Generic, TypeVar
 
 from everyrank.config.schema import field, section
 from everyrank.config.secrets import shown
@@ -38,6 +39,9 @@ class DriverConfig:
     def shares_folder(self) -> bool:
         """Whether other launching processes, or a job that outlives this one, use the run's folder as well."""
         return self.num_nodes > 1
+
+
+C = TypeVar("C", bound=DriverConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +139,7 @@ class LaunchPlan:
         return "\n".join(lines)
 
 
-class Driver(Protocol):
+class Driver(ABC, Generic[C]):
     """Starts the processes of a run.
 
     Attributes:
@@ -145,16 +149,26 @@ class Driver(Protocol):
     """
 
     name: str
-    is_elsewhere: bool
-    config_type: type[DriverConfig]
+    is_elsewhere = False
+    config_type: type[C]
 
-    def __init__(self, config: Any) -> None: ...
+    def __init__(self, config: C) -> None:
+        self.config = config
 
+    @abstractmethod
     def plan(self, request: LaunchRequest) -> LaunchPlan:
         """Work out the launch; pure."""
 
+    @abstractmethod
     def run(self, plan: LaunchPlan, request: LaunchRequest) -> Outcome:
         """Carry the plan out and wait for its end."""
+
+    def planned(self, request: LaunchRequest, command: tuple[str, ...], nproc: int | None, **more: Any) -> LaunchPlan:
+        """A ``LaunchPlan`` with what every driver's has; ``more`` is the rest, with ``files`` those besides."""
+        files = {request.config_file: request.config_text, **more.pop("files", {})}
+        env = more.pop("env") if "env" in more else rank_variables(request, self.config.threads_per_rank)
+        common: dict[str, Any] = {"driver": self.name, "log_dir": request.log_dir, "num_nodes": self.config.num_nodes}
+        return LaunchPlan(command=command, nproc_per_node=nproc, files=files, env=env, **common, **more)
 
 
 def python_path(request: LaunchRequest) -> dict[str, str]:

@@ -13,7 +13,7 @@ from everyrank.config.secrets import Secret
 from everyrank.diagnosis.outcome import Outcome
 from everyrank.diagnosis.watch_config import WatchConfig
 from everyrank.drivers.cluster import node_command
-from everyrank.drivers.driver import DriverConfig, LaunchPlan, LaunchRequest, rank_variables
+from everyrank.drivers.driver import Driver, DriverConfig, LaunchPlan, LaunchRequest, rank_variables
 from everyrank.errors import DriverError
 
 _CONFIG_FOLDER = "/etc/everyrank"
@@ -49,15 +49,12 @@ class KubernetesConfig(DriverConfig):
         return self.nodes
 
 
-class KubernetesDriver:
+class KubernetesDriver(Driver[KubernetesConfig]):
     """Writes the manifest; applying it is left to kubectl."""
 
     name = "kubernetes"
     is_elsewhere = True
-    config_type: type[DriverConfig] = KubernetesConfig
-
-    def __init__(self, config: KubernetesConfig) -> None:
-        self.config = config
+    config_type = KubernetesConfig
 
     def plan(self, request: LaunchRequest) -> LaunchPlan:
         """Plan the job: its manifest is one of the plan's files."""
@@ -80,15 +77,13 @@ class KubernetesDriver:
             )
         name = _dns_name(os.path.basename(request.run_dir))
         path = f"{request.run_dir}/{name}.yaml"
-        return LaunchPlan(
-            driver=self.name,
-            log_dir=request.log_dir,
-            command=("kubectl", "apply", "--filename", path),
-            nproc_per_node=c.nproc_per_node,
-            num_nodes=c.nodes,
+        return self.planned(
+            request,
+            ("kubectl", "apply", "--filename", path),
+            c.nproc_per_node,
             summary=(f"processes per node: {c.nproc_per_node}", f"nodes: {c.nodes}", f"image: {c.image}"),
             env=_variables(c, request),
-            files={request.config_file: request.config_text, path: manifest(c, request, name)},
+            files={path: manifest(c, request, name)},
         )
 
     def run(self, plan: LaunchPlan, request: LaunchRequest) -> Outcome:

@@ -11,13 +11,13 @@ from everyrank.config.schema import field, section
 from everyrank.diagnosis.outcome import Outcome
 from everyrank.diagnosis.rank_files import clear_errors
 from everyrank.drivers.cluster import recorded_failures
-from everyrank.drivers.driver import DriverConfig, LaunchPlan, LaunchRequest, python_path, rank_variables
+from everyrank.drivers.driver import Driver, DriverConfig, LaunchPlan, LaunchRequest, python_path, rank_variables
+from everyrank.drivers.torchrun_config import check_master, check_node
 from everyrank.elastic.guarded import guarded
 from everyrank.elastic.machine import resolve_nproc
 from everyrank.elastic.process.sweep import MARK
 from everyrank.elastic.process.sweeping import new_mark, swept
 from everyrank.elastic.signals import forwarded, signals_to
-from everyrank.errors import DriverError
 from everyrank.launch_env.process_environment import SUPERVISED
 from everyrank.rendezvous.ports import check_port_is_free
 
@@ -44,36 +44,23 @@ class LegacyLaunchConfig(DriverConfig):
         return self.nnodes
 
 
-class LegacyLaunchDriver:
+class LegacyLaunchDriver(Driver[LegacyLaunchConfig]):
     """Runs torch's legacy launcher as a child and reads what its ranks recorded."""
 
     name = "launch"
-    is_elsewhere = False
-    config_type: type[DriverConfig] = LegacyLaunchConfig
-
-    def __init__(self, config: LegacyLaunchConfig) -> None:
-        self.config = config
+    config_type = LegacyLaunchConfig
 
     def plan(self, request: LaunchRequest) -> LaunchPlan:
         """Plan the one command."""
         c = self.config
         nproc = resolve_nproc(c.nproc_per_node, "driver.nproc_per_node", request.device)
-        if not 0 <= c.node_rank < c.nnodes:
-            raise DriverError(
-                f"driver.node_rank={c.node_rank} was set with driver.nnodes={c.nnodes}: "
-                f"node ranks run from 0 to {c.nnodes - 1}."
-            )
+        check_node(c, c.nnodes)
         flags = [f"--nproc-per-node={nproc}", f"--max-restarts={c.max_restarts}"]
         flags.append(
             f"--log-dir={request.log_dir}/launcher"
         )  # else each launch leaves a folder in the temporary folder
         if c.nnodes > 1:
-            if not (c.master_addr and c.master_port):
-                raise DriverError(
-                    f"driver.nnodes={c.nnodes} was set, but driver.master_addr={c.master_addr} and "
-                    f"driver.master_port={c.master_port}. Every node must name node 0: "
-                    "driver.master_addr=HOST driver.master_port=29500."
-                )
+            check_master(c)
             flags += [f"--nnodes={c.nnodes}", f"--node-rank={c.node_rank}"]
             flags += [f"--master-addr={c.master_addr}", f"--master-port={c.master_port}"]
         else:
@@ -84,15 +71,12 @@ class LegacyLaunchDriver:
         if c.use_env if c.use_env is not None else not wanted:
             flags.append("--use-env")
         launcher = "torch.distributed.launch" if c.nnodes > 1 else "everyrank.elastic.legacy_launcher"
-        return LaunchPlan(
-            driver=self.name,
-            log_dir=request.log_dir,
-            command=(sys.executable, "-m", launcher, *flags, *request.worker),
-            nproc_per_node=nproc,
-            num_nodes=c.nnodes,
+        return self.planned(
+            request,
+            (sys.executable, "-m", launcher, *flags, *request.worker),
+            nproc,
             summary=(f"processes per node: {nproc}", f"nodes: {c.nnodes}"),
             env={**rank_variables(request, c.threads_per_rank), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
-            files={request.config_file: request.config_text},
         )
 
     def run(self, plan: LaunchPlan, request: LaunchRequest) -> Outcome:

@@ -9,7 +9,7 @@ import sys
 
 from everyrank.config.schema import field, section
 from everyrank.diagnosis.outcome import Outcome, RankFailure
-from everyrank.drivers.driver import DriverConfig, LaunchPlan, LaunchRequest, rank_variables
+from everyrank.drivers.driver import Driver, DriverConfig, LaunchPlan, LaunchRequest
 from everyrank.elastic.guarded import guarded
 from everyrank.elastic.signals import forwarded
 
@@ -24,26 +24,19 @@ class LocalConfig(DriverConfig):
     )
 
 
-class LocalDriver:
+class LocalDriver(Driver[LocalConfig]):
     """One process, this one: the easiest to debug."""
 
     name = "local"
-    is_elsewhere = False
-    config_type: type[DriverConfig] = LocalConfig
-
-    def __init__(self, config: LocalConfig) -> None:
-        self.config = config
+    config_type = LocalConfig
 
     def plan(self, request: LaunchRequest) -> LaunchPlan:
         """Plan a run in this process (or of the app's outside program)."""
-        return LaunchPlan(
-            driver=self.name,
-            log_dir=request.log_dir,
-            command=(sys.executable, *request.worker),
-            nproc_per_node=1,
+        return self.planned(
+            request,
+            (sys.executable, *request.worker),
+            1,
             summary=("processes: 1 (this one)" if request.program is None else "processes: 1",),
-            env=rank_variables(request, self.config.threads_per_rank),
-            files={request.config_file: request.config_text},
         )
 
     def run(self, plan: LaunchPlan, request: LaunchRequest) -> Outcome:

@@ -12,7 +12,7 @@ from everyrank.config.schema import field, section
 from everyrank.diagnosis.outcome import Outcome, RankFailure
 from everyrank.diagnosis.rank_files import clear_errors
 from everyrank.drivers.cluster import MPI, LastWords, check_hosts, recorded_failures
-from everyrank.drivers.driver import DriverConfig, LaunchPlan, LaunchRequest, python_path, rank_variables
+from everyrank.drivers.driver import Driver, DriverConfig, LaunchPlan, LaunchRequest, python_path, rank_variables
 from everyrank.elastic.guarded import guarded
 from everyrank.elastic.machine import resolve_nproc
 from everyrank.elastic.process.sweep import MARK
@@ -43,15 +43,11 @@ class MpiConfig(DriverConfig):
         return False
 
 
-class MpiDriver:
+class MpiDriver(Driver[MpiConfig]):
     """Runs mpirun as a child and reads what its ranks recorded."""
 
     name = "mpi"
-    is_elsewhere = False
-    config_type: type[DriverConfig] = MpiConfig
-
-    def __init__(self, config: MpiConfig) -> None:
-        self.config = config
+    config_type = MpiConfig
 
     def plan(self, request: LaunchRequest) -> LaunchPlan:
         """Plan the one command."""
@@ -81,16 +77,13 @@ class MpiDriver:
             flags += ["-x", name]
         # A rank ends with the daemon that started it, also when that is killed.
         program = guarded((sys.executable, *request.worker), parent_pid=0)
-        return LaunchPlan(
-            driver=self.name,
-            log_dir=request.log_dir,
-            command=(c.mpirun, *flags, *c.mpi_args, *program),
-            nproc_per_node=nproc,
-            num_nodes=c.num_nodes,
+        return self.planned(
+            request,
+            (c.mpirun, *flags, *c.mpi_args, *program),
+            nproc,
             num_ranks=num_ranks,
             summary=(f"processes: {num_ranks}", f"hosts: {c.hostfile or ', '.join(c.hosts) or 'this machine'}"),
             env=env,
-            files={request.config_file: request.config_text},
         )
 
     def run(self, plan: LaunchPlan, request: LaunchRequest) -> Outcome:

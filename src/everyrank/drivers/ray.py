@@ -18,7 +18,7 @@ from everyrank.config.schema import field, section
 from everyrank.diagnosis.outcome import Outcome
 from everyrank.diagnosis.rank_files import clear_errors
 from everyrank.drivers.cluster import RAY, recorded_failures, secrets_of
-from everyrank.drivers.driver import DriverConfig, LaunchPlan, LaunchRequest, python_path, rank_variables
+from everyrank.drivers.driver import Driver, DriverConfig, LaunchPlan, LaunchRequest, python_path
 from everyrank.elastic.signals import forwarded
 from everyrank.errors import EXIT_BAD_INPUT, DriverError
 from everyrank.rendezvous.interfaces import why_unreachable
@@ -42,28 +42,21 @@ class RayConfig(DriverConfig):
     max_failures: int = field(default=0, ge=-1, doc="How often Ray starts the ranks again; -1: without end.")
 
 
-class RayDriver:
+class RayDriver(Driver[RayConfig]):
     """Runs the app as the training loop of a ``TorchTrainer``."""
 
     name = "ray"
-    is_elsewhere = False
-    config_type: type[DriverConfig] = RayConfig
-
-    def __init__(self, config: RayConfig) -> None:
-        self.config = config
+    config_type = RayConfig
 
     def plan(self, request: LaunchRequest) -> LaunchPlan:
         """Plan the trainer."""
         c = self.config
         where = f"the cluster at {c.address}" if c.address else "a local Ray, started for this run"
-        return LaunchPlan(
-            driver=self.name,
-            log_dir=request.log_dir,
-            command=(sys.executable, *request.worker),
-            nproc_per_node=c.num_workers,
+        return self.planned(
+            request,
+            (sys.executable, *request.worker),
+            c.num_workers,
             summary=(f"workers: {c.num_workers}, by Ray Train on {where}", f"a GPU for each: {c.use_gpu}"),
-            env=rank_variables(request, c.threads_per_rank),
-            files={request.config_file: request.config_text},
         )
 
     def run(self, plan: LaunchPlan, request: LaunchRequest) -> Outcome:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from everyrank.diagnosis.outcome import Outcome, RankFailure
 from everyrank.diagnosis.rank_files import clear_errors, existing, log_file
 from everyrank.drivers.cluster import SLURM, recorded_failures, secrets_of
-from everyrank.drivers.driver import DriverConfig, LaunchPlan, LaunchRequest, rank_variables
+from everyrank.drivers.driver import Driver, LaunchPlan, LaunchRequest, rank_variables
 from everyrank.drivers.slurm_script import SlurmConfig, batch_script
 from everyrank.elastic.signals import forwarded
 from everyrank.errors import EXIT_FAILURE, EXIT_PREEMPTED, DriverError, did_you_mean
@@ -27,15 +27,11 @@ _ENDED = {
 _PATIENCE_S = 60.0  # a controller that is restarted answers again by then
 
 
-class SlurmDriver:
+class SlurmDriver(Driver[SlurmConfig]):
     """Writes a batch script, submits it, and follows the job."""
 
     name = "slurm"
-    is_elsewhere = False
-    config_type: type[DriverConfig] = SlurmConfig
-
-    def __init__(self, config: SlurmConfig) -> None:
-        self.config = config
+    config_type = SlurmConfig
 
     def plan(self, request: LaunchRequest) -> LaunchPlan:
         """Plan the job: its script is one of the plan's files."""
@@ -44,19 +40,16 @@ class SlurmDriver:
         name = c.job_name or os.path.basename(request.run_dir)
         script = f"{request.run_dir}/job.sh"
         tasks = "a node, running torch's engine" if c.task_per == "node" else "a rank"
-        return LaunchPlan(
-            driver=self.name,
-            log_dir=request.log_dir,
-            command=("sbatch", "--parsable", script),
-            nproc_per_node=c.nproc_per_node,
-            num_nodes=c.nodes,
+        return self.planned(
+            request,
+            ("sbatch", "--parsable", script),
+            c.nproc_per_node,
             summary=(
                 f"processes per node: {c.nproc_per_node} (one Slurm task {tasks})",
                 f"nodes: {c.nodes}",
                 f"partition: {c.partition or 'the default'}",
             ),
-            env=env,
-            files={request.config_file: request.config_text, script: batch_script(c, request, dict(env), name)},
+            files={script: batch_script(c, request, dict(env), name)},
         )
 
     def run(self, plan: LaunchPlan, request: LaunchRequest) -> Outcome:

@@ -11,7 +11,7 @@ from typing import Any
 from everyrank.config.schema import field, section
 from everyrank.diagnosis.outcome import Outcome, RankFailure
 from everyrank.diagnosis.rank_files import clear_errors, error_file, existing, log_file, read_error
-from everyrank.drivers.driver import DriverConfig, LaunchPlan, LaunchRequest, rank_variables
+from everyrank.drivers.driver import Driver, DriverConfig, LaunchPlan, LaunchRequest
 from everyrank.elastic.entry import call_entry
 from everyrank.elastic.lifetime import die_with_parent
 from everyrank.elastic.machine import resolve_nproc
@@ -35,31 +35,24 @@ class SpawnConfig(DriverConfig):
     master_port: int | None = field(default=None, doc="A port for the store; null finds a free one.")
 
 
-class SpawnDriver:
+class SpawnDriver(Driver[SpawnConfig]):
     """Fresh interpreters started by ``torch.multiprocessing``, as in PyTorch's tutorials."""
 
     name = "spawn"
-    is_elsewhere = False
-    config_type: type[DriverConfig] = SpawnConfig
-
-    def __init__(self, config: SpawnConfig) -> None:
-        self.config = config
+    config_type = SpawnConfig
 
     def plan(self, request: LaunchRequest) -> LaunchPlan:
         """Plan the processes and their variables."""
         nproc = resolve_nproc(self.config.nproc_per_node, "driver.nproc_per_node", request.device)
         port = self.config.master_port
-        return LaunchPlan(
-            driver=self.name,
-            log_dir=request.log_dir,
-            command=("python", *request.worker),
-            nproc_per_node=nproc,
+        return self.planned(
+            request,
+            ("python", *request.worker),
+            nproc,
             summary=(
                 f"processes: {nproc}, each a fresh interpreter (torch.multiprocessing)",
                 f"master: 127.0.0.1:{port}" if port else "master: 127.0.0.1, any free port",
             ),
-            env=rank_variables(request, self.config.threads_per_rank),
-            files={request.config_file: request.config_text},
         )
 
     def run(self, plan: LaunchPlan, request: LaunchRequest) -> Outcome:

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from everyrank.diagnosis.outcome import Outcome, RankFailure
 from everyrank.diagnosis.rank_files import clear_errors
 from everyrank.drivers.cluster import SSH, check_hosts, exports, node_command, recorded_failures, secrets_of
-from everyrank.drivers.driver import DriverConfig, LaunchPlan, LaunchRequest, rank_variables
+from everyrank.drivers.driver import Driver, LaunchPlan, LaunchRequest, rank_variables
 from everyrank.drivers.torchrun_config import TorchrunConfig
 from everyrank.elastic.guarded import guarded
 from everyrank.elastic.signals import forwarded
@@ -28,15 +28,11 @@ _SSH_FAILED = 255
 _FAREWELL_S = 20.0  # how long the other nodes have to end by themselves after one has failed
 
 
-class SshDriver:
+class SshDriver(Driver[TorchrunConfig]):
     """Starts a node on each host and holds the other end of its standard input."""
 
     name = "torchrun"
-    is_elsewhere = False
-    config_type: type[DriverConfig] = TorchrunConfig
-
-    def __init__(self, config: TorchrunConfig) -> None:
-        self.config = config
+    config_type = TorchrunConfig
 
     def plan(self, request: LaunchRequest) -> LaunchPlan:
         """Plan one command for each host.
@@ -53,19 +49,16 @@ class SshDriver:
         check_hosts(c.hosts)
         env = rank_variables(request, c.threads_per_rank)
         commands = [self._command(request, env, rank) for rank in range(len(c.hosts))]
-        return LaunchPlan(
-            driver=self.name,
-            log_dir=request.log_dir,
-            command=commands[0],
-            nproc_per_node=c.nproc_per_node if isinstance(c.nproc_per_node, int) else None,
-            num_nodes=c.num_nodes,
+        return self.planned(
+            request,
+            commands[0],
+            c.nproc_per_node if isinstance(c.nproc_per_node, int) else None,
             summary=(
                 *(f"command: {shlex.join(command)}" for command in commands[1:]),
                 f"processes per node: {c.nproc_per_node}",
                 f"nodes: {len(c.hosts)} (over ssh: {', '.join(c.hosts)})",
             ),
             env=env,
-            files={request.config_file: request.config_text},
         )
 
     def _command(self, request: LaunchRequest, env: dict[str, str], node_rank: int) -> tuple[str, ...]:

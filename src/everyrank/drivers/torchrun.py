@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 
 from everyrank.diagnosis.outcome import Outcome
-from everyrank.drivers.driver import DriverConfig, LaunchPlan, LaunchRequest, rank_variables
+from everyrank.drivers.driver import Driver, LaunchPlan, LaunchRequest, rank_variables
 from everyrank.drivers.ssh import SshDriver
-from everyrank.drivers.torchrun_config import TorchrunConfig
+from everyrank.drivers.torchrun_config import TorchrunConfig, check_master, check_node
 from everyrank.elastic import engine_pool
 from everyrank.elastic.machine import resolve_nproc
 from everyrank.elastic.spec import EngineRun, RankFunction, Rendezvous
@@ -19,15 +19,11 @@ from everyrank.rendezvous.ports import check_port_is_free, split_endpoint
 _BACKENDS = ("static", "c10d", "etcd", "etcd-v2")
 
 
-class TorchrunDriver:
+class TorchrunDriver(Driver[TorchrunConfig]):
     """What ``torchrun`` does, by the same engine, with the ranks forked from one import of torch."""
 
     name = "torchrun"
-    is_elsewhere = False
-    config_type: type[DriverConfig] = TorchrunConfig
-
-    def __init__(self, config: TorchrunConfig) -> None:
-        self.config = config
+    config_type = TorchrunConfig
 
     def plan(self, request: LaunchRequest) -> LaunchPlan:
         """Check the settings against each other and work the launch out.
@@ -71,21 +67,18 @@ class TorchrunDriver:
             failure_grace_s=c.failure_grace_s,
             preload=request.preload,
         )
-        return LaunchPlan(
-            driver=self.name,
-            log_dir=request.log_dir,
-            command=command,
-            nproc_per_node=nproc,
+        return self.planned(
+            request,
+            command,
+            nproc,
             summary=(
                 f"processes per node: {nproc} (start method {start_method})",
                 f"nodes: {nodes}" + (f" (this is node {c.node_rank})" if rendezvous.backend == "static" else ""),
                 f"master: {master} (rendezvous {rendezvous.backend})",
             ),
             env=env,
-            files={request.config_file: request.config_text},
             notices=notices,
             engine=engine,
-            num_nodes=max_nodes,
         )
 
     def run(self, plan: LaunchPlan, request: LaunchRequest) -> Outcome:
@@ -106,11 +99,7 @@ class TorchrunDriver:
                 f"driver.min_nodes={min_nodes} is larger than driver.max_nodes={max_nodes}. "
                 f"Set driver.max_nodes={min_nodes} or more, or driver.min_nodes={max_nodes} or fewer."
             )
-        if not 0 <= c.node_rank < max_nodes:
-            raise DriverError(
-                f"driver.node_rank={c.node_rank} was set with driver.nnodes={max_nodes}: "
-                f"node ranks run from 0 to {max_nodes - 1}."
-            )
+        check_node(c, max_nodes)
         if c.master_port is not None and not 0 < c.master_port < 65536:
             raise DriverError(
                 f"driver.master_port={c.master_port} was set; a port lies between 1 and 65535. "
@@ -136,12 +125,8 @@ class TorchrunDriver:
             notices = (f"driver.standalone yields because {reason}",)
         backend = c.rdzv_backend or ("c10d" if c.rdzv_endpoint or min_nodes != max_nodes else "static")
         if backend == "static":
-            if max_nodes > 1 and not (c.master_addr and c.master_port):
-                raise DriverError(
-                    f"driver.nnodes={max_nodes} was set, but driver.master_addr={c.master_addr} and "
-                    f"driver.master_port={c.master_port}. Every node must name node 0: "
-                    "driver.master_addr=HOST driver.master_port=29500."
-                )
+            if max_nodes > 1:
+                check_master(c)
             endpoint = f"{c.master_addr or '127.0.0.1'}:{c.master_port or 29500}"
             split_endpoint(endpoint, "driver.master_addr:driver.master_port")
             config = {"timeout_s": c.rdzv_timeout_s}

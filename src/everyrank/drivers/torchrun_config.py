@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from everyrank.config.schema import field, section
 from everyrank.drivers.driver import DriverConfig
 from everyrank.elastic.machine import default_start_method
@@ -76,3 +78,22 @@ class TorchrunConfig(DriverConfig):
                 f"{did_you_mean(method, methods)}"
             )
         return method
+
+
+def check_node(config: Any, num_nodes: int) -> None:
+    """Raise DriverError if ``node_rank`` is none of so many nodes."""
+    if not 0 <= config.node_rank < num_nodes:
+        raise DriverError(
+            f"driver.node_rank={config.node_rank} was set with driver.nnodes={num_nodes}: "
+            f"node ranks run from 0 to {num_nodes - 1}."
+        )
+
+
+def check_master(config: Any) -> None:
+    """Raise DriverError if several nodes are to find node 0, but nobody says where it is."""
+    if not (config.master_addr and config.master_port):
+        raise DriverError(
+            f"driver.nnodes={config.num_nodes} was set, but driver.master_addr={config.master_addr} and "
+            f"driver.master_port={config.master_port}. Every node must name node 0: "
+            "driver.master_addr=HOST driver.master_port=29500."
+        )

@@ -215,10 +215,10 @@ class RankAgent(LocalElasticAgent):
         return getattr(spec.rdzv_handler, "attempt", spec.max_restarts - self._remaining_restarts)
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
-        meeting = worker_group.spec.rdzv_handler
-        if hasattr(meeting, "check_contact"):
+        rendezvous = worker_group.spec.rdzv_handler
+        if hasattr(rendezvous, "check_contact"):
             try:
-                meeting.check_contact()
+                rendezvous.check_contact()
             except ProcessGroupError:
                 self._shutdown_timeout = self._short_patience_s  # the other nodes may go on without this one already
                 raise
@@ -240,8 +240,8 @@ class RankAgent(LocalElasticAgent):
         Then they lost a peer, were aborted by NCCL's watchdog, or left with a checkpoint because a rank elsewhere was
         told to.
         """
-        meeting = self._worker_group.spec.rdzv_handler
-        if not hasattr(meeting, "changed") or self._worker_group.group_world_size == 1:
+        rendezvous = self._worker_group.spec.rdzv_handler
+        if not hasattr(rendezvous, "changed") or self._worker_group.group_world_size == 1:
             return False
         elastic = self._run.min_nodes != self._run.max_nodes
         if not elastic and not self._run.max_restarts:
@@ -251,7 +251,7 @@ class RankAgent(LocalElasticAgent):
         if own or not codes <= {EXIT_PREEMPTED, EXIT_FAILURE, -signal.SIGABRT, -signal.SIGTERM}:
             return False
         try:
-            return meeting.changed(SETTLE_S)
+            return rendezvous.changed(SETTLE_S)
         except ProcessGroupError:
             if codes <= {EXIT_PREEMPTED}:
                 return False  # the node that served the store has left, with a checkpoint, and so do we

@@ -124,21 +124,21 @@ def _enter_environment(run: EngineRun, stdio: tuple[int, int]) -> None:
 
 
 def _rendezvous(run: EngineRun) -> RendezvousHandler:
-    meeting = run.rendezvous
-    if meeting.backend == "loopback":
-        return LoopbackRendezvous(meeting.run_id or run.env.get(MARK, "everyrank"), run.master_port)
-    config = dict(meeting.config)
-    if meeting.backend in ("static", "c10d"):
-        host, port = split_endpoint(meeting.endpoint, "driver.rdzv_endpoint")
+    rendezvous = run.rendezvous
+    if rendezvous.backend == "loopback":
+        return LoopbackRendezvous(rendezvous.run_id or run.env.get(MARK, "everyrank"), run.master_port)
+    config = dict(rendezvous.config)
+    if rendezvous.backend in ("static", "c10d"):
+        host, port = split_endpoint(rendezvous.endpoint, "driver.rdzv_endpoint")
         timeout_s = float(config["timeout_s"])
-        if meeting.backend == "static":
-            return StaticRendezvous(host, port, meeting.node_rank, run.max_nodes, meeting.run_id, timeout_s)
-        return ElasticRendezvous(host, port, meeting.run_id, run.min_nodes, run.max_nodes, timeout_s)
+        if rendezvous.backend == "static":
+            return StaticRendezvous(host, port, rendezvous.node_rank, run.max_nodes, rendezvous.run_id, timeout_s)
+        return ElasticRendezvous(host, port, rendezvous.run_id, run.min_nodes, run.max_nodes, timeout_s)
     return get_rendezvous_handler(
         RendezvousParameters(
-            backend=meeting.backend,
-            endpoint=meeting.endpoint,
-            run_id=meeting.run_id,
+            backend=rendezvous.backend,
+            endpoint=rendezvous.endpoint,
+            run_id=rendezvous.run_id,
             min_nodes=run.min_nodes,
             max_nodes=run.max_nodes,
             **config,

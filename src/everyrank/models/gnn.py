@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from everyrank.config.schema import as_mapping
 from everyrank.errors import DataError
 from everyrank.models.blocks import GNNBlock, make_head
 from everyrank.models.gnn_config import GNNConfig, read_config
@@ -52,7 +53,7 @@ class GNNModel(nn.Module):
     def __init__(self, config: Mapping[str, Any] | GNNConfig, *, path: str = "model") -> None:
         super().__init__()
         checked = read_config(config, path=path)
-        self.config = checked.to_json()
+        self.config = as_mapping(checked)
         self.graph_dim = checked.graph_dim
         self._pools = [getattr(pyg_nn(), _POOLS[name]) for name in checked.pooling]
         self.blocks = nn.ModuleList()
@@ -61,7 +62,7 @@ class GNNModel(nn.Module):
             for copy in range(block.repeat):
                 # Only the first of a row of equal blocks may change the width.
                 in_dim = width if copy else block.in_dim or width
-                self.blocks.append(GNNBlock(block, in_dim, width, path=f"{path}.blocks[{index}]"))
+                self.blocks.append(GNNBlock(block, in_dim, width, path=f"{path}.blocks.{index}"))
                 width = block.out_dim
         width = width * len(self._pools) + self.graph_dim
         self.heads = nn.ModuleDict(

@@ -82,11 +82,6 @@ def interface_with(address: str) -> str | None:
     return next((name for name, addresses in interfaces().items() if wanted in addresses), None)
 
 
-def addresses_on(name: str) -> list[str]:
-    """Return the addresses of an interface, IPv4 first; empty if it has none, is not there, or not on Linux."""
-    return interfaces().get(name, [])
-
-
 def is_loopback_address(address: str) -> bool:
     """Tell whether an IP address is the loopback's."""
     return address.startswith("127.") or address == "::1"
@@ -186,7 +181,7 @@ def _source_address(target: str) -> str | None:
 
 
 def interfaces() -> dict[str, list[str]]:
-    """The interfaces of this machine and their addresses; empty where they cannot be asked (not Linux)."""
+    """The interfaces of this machine and their addresses, IPv4 first; empty where they cannot be asked (not Linux)."""
     if not sys.platform.startswith("linux"):
         return {}
     import fcntl

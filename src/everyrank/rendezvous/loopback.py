@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
-
 from torch.distributed import TCPStore
 from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousInfo, RendezvousStoreInfo
 
 from everyrank.rendezvous.ports import LOOPBACK, listen
+from everyrank.rendezvous.stores import host_store
 
 
 class FixedRendezvous(RendezvousHandler):
@@ -58,14 +57,7 @@ class LoopbackRendezvous(FixedRendezvous):
         # The agent still holds the last round's store, so a port that was asked for serves the first round only.
         self._port = 0
         port = listener.getsockname()[1]
-        self._store = TCPStore(
-            host_name=LOOPBACK,
-            port=port,
-            is_master=True,
-            timeout=timedelta(seconds=60),
-            wait_for_workers=False,
-            master_listen_fd=listener.detach(),
-        )
+        self._store = host_store(listener)
         return RendezvousInfo(self._store, 0, 1, RendezvousStoreInfo(LOOPBACK, port))
 
     def num_nodes_waiting(self) -> int:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch.distributed as dist
 
 from everyrank.errors import RendezvousError
-from everyrank.rendezvous.interfaces import addresses_on, why_unreachable
+from everyrank.rendezvous.interfaces import interfaces, why_unreachable
 
 _PATIENCE_S = 5.0
 _READERS_S = 5.0
@@ -36,7 +36,7 @@ def check_paths(store: dist.Store, rank: int, places: Sequence[str], delegates: 
     """
     if len(delegates) < 2:
         return
-    address = next((a for a in addresses_on(interface) if not a.startswith("fe80:")), "")  # these need a zone
+    address = next((a for a in interfaces().get(interface, []) if not a.startswith("fe80:")), "")  # these need a zone
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as listener:
         if rank in delegates:

@@ -23,6 +23,7 @@ from torch.distributed import DistError, Store, TCPStore
 from everyrank import __version__
 from everyrank.errors import RendezvousError
 from everyrank.rendezvous.interfaces import address_towards, is_loopback_address, why_unreachable, wrong_interface
+from everyrank.rendezvous.ports import LOOPBACK
 
 T = TypeVar("T")
 
@@ -132,7 +133,7 @@ def host_store(listener: socket.socket) -> TCPStore:
     """A store served by this process on a listening socket, which it takes over."""
     port = listener.getsockname()[1]
     return TCPStore(
-        "localhost",
+        LOOPBACK,  # all that a socket on loopback hears, and one on all addresses as well
         port,
         is_master=True,
         timeout=timedelta(seconds=_ANSWER_S),

@@ -17,9 +17,8 @@ from everyrank.reporting.style import STYLE
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 _SHARES = ("data", "compute", "waiting")
 _MAX_EPOCHS = 100
-_X_NAMES = ("step", "iteration")
 _BASELINE = "val_bicubic_"  # video restoration's baseline, to be seen beside the network
-_NOT_DRAWN = {*_X_NAMES, "epoch", "num_samples", "val_num_samples", "seconds", "num_skipped"}
+_NOT_DRAWN = {"step", "epoch", "num_samples", "val_num_samples", "seconds", "num_skipped"}
 
 
 def render(facts: RunFacts) -> str:
@@ -54,7 +53,7 @@ def _section(title: str, body: str) -> str:
 
 def _heading(facts: RunFacts) -> str:
     epochs = _of_kind(facts, "epoch")
-    steps = [row[name] for row in facts.rows for name in _X_NAMES if is_number(row.get(name))]
+    steps = [row["step"] for row in facts.rows if is_number(row.get("step"))]
     sound = sum(info.verified is True for info in facts.checkpoints)
     damaged = len(facts.checkpoints) - sound
     cards = [("optimizer steps", f"{int(max(steps)):,}" if steps else "none yet")]
@@ -149,12 +148,11 @@ def _curves(facts: RunFacts) -> str:
 
 
 def _points(rows: Sequence[Mapping[str, Any]], name: str) -> list[tuple[float, float]]:
-    points = []
-    for row in rows:
-        x = next((row[key] for key in _X_NAMES if is_number(row.get(key))), None)
-        if x is not None and is_number(row.get(name)):
-            points.append((float(x), float(row[name])))
-    return points
+    return [
+        (float(row["step"]), float(row[name]))
+        for row in rows
+        if is_number(row.get("step")) and is_number(row.get(name))
+    ]
 
 
 def _figures(facts: RunFacts) -> str:

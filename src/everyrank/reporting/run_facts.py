@@ -105,7 +105,8 @@ def read_run(folder: Path, num_log_lines: int = 40) -> RunFacts:
         )
     problems: list[str] = []
     watch = watch_dir(str(folder))
-    rows = _read_rows(folder / "history.jsonl", problems)
+    history = folder / "history.jsonl"
+    rows = _json_lines(history, problems) if history.is_file() else []
     checkpoints, versions = _read_checkpoints(folder / "checkpoints")
     return RunFacts(
         folder=folder,
@@ -143,19 +144,6 @@ def _json_lines(path: Path, problems: list[str]) -> list[Row]:
         if isinstance(row, dict):
             rows.append(row)
     return rows
-
-
-def _read_rows(path: Path, problems: list[str]) -> list[Row]:
-    return [_flat(row) for row in _json_lines(path, problems)] if path.is_file() else []
-
-
-def _flat(row: Row) -> Row:
-    """Bring a nested ``validation`` mapping, as video restoration records it, to the names of the trainer's rows."""
-    nested = row.get("validation")
-    if not isinstance(nested, dict):
-        return row
-    rest = {name: value for name, value in row.items() if name != "validation"}
-    return {"kind": "validation", **rest, **{f"val_{name}": value for name, value in nested.items()}}
 
 
 def _read_result(path: Path, problems: list[str]) -> Any:

@@ -19,10 +19,6 @@ h3 { font-size: 14px; margin: 14px 0 4px; color: var(--soft); font-weight: 600; 
 .chart { background: var(--card); border: 1px solid var(--edge); border-radius: 8px; padding: 10px 12px; }
 .chart svg { width: 100%; max-width: 640px; height: auto; display: block; margin: 0 auto; }
 .chart h3 { margin: 0 0 2px; color: var(--ink); }
-.grid { stroke: var(--edge); } .tick { fill: var(--soft); font: 11px system-ui, sans-serif; }
-.line { fill: none; stroke-width: 1.8; stroke-linejoin: round; } .line.train { stroke: var(--train); }
-.line.held-out { stroke: var(--held); } .line.faint { stroke: var(--train); stroke-width: 1; opacity: .3; }
-.dot.train { fill: var(--train); } .dot.held-out { fill: var(--held); }
 .key { font-size: 12.5px; color: var(--soft); margin-right: 14px; white-space: nowrap; display: inline-block; }
 .key::before { content: ""; display: inline-block; width: 14px; height: 3px; margin-right: 6px; vertical-align: middle;
   background: var(--train); }

@@ -196,8 +196,8 @@ def all_here(name: str, world: World) -> None:
         monitored_barrier(membership.timeout_s, name=name)
     elif world.is_distributed and not dist.is_initialized():
         raise ProcessGroupError(
-            f"{name} needs all {world.size} ranks, but rank {world.rank} has left the process group. Fix: call it "
-            "before cleanup_ddp(), on every rank."
+            f"{name} needs all {world.world_size} ranks, but rank {world.rank} has left the process group. Fix: call "
+            "it before cleanup_ddp(), on every rank."
         )
 
 

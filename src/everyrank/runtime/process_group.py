@@ -106,20 +106,20 @@ def join(
 
 def initialize_ddp(
     rank: int,
-    worldsize: int,
+    world_size: int,
     master_addr: str = "localhost",
     master_port: int | str = "12355",
     backend: str | None = None,
     timeout_s: float = 600.0,
 ) -> World:
-    """Join a process group as ``rank`` of ``worldsize``; :func:`cleanup_ddp` leaves it.
+    """Join a process group as ``rank`` of ``world_size``; :func:`cleanup_ddp` leaves it.
 
     On one machine nothing else is needed. Where MASTER_ADDR and MASTER_PORT are set (torchrun) and both arguments
     were left at their defaults, the variables win, so that the launcher's rendezvous is used.
 
     Args:
         rank: This process's rank.
-        worldsize: Number of processes.
+        world_size: Number of processes.
         master_addr: Host of rank 0.
         master_port: Port on that host.
         backend: ``gloo``, ``nccl``, ``mpi``, or None for nccl on CUDA and gloo elsewhere.
@@ -138,7 +138,7 @@ def initialize_ddp(
             os.environ,
             sys.argv,
             rank=rank,
-            world_size=worldsize,
+            world_size=world_size,
             master_addr=None if left_default else master_addr,
             master_port=None if left_default else master_port,
         )
@@ -211,7 +211,15 @@ def _enter(
     )
     _log.info(
         "joined as rank %d of %d at %s (launcher %s by %s, backend %s, device %s)",
-        *(world.rank, world.size, rendezvous.endpoint, environment.launcher, environment.detected_by, chosen, bound),
+        *(
+            world.rank,
+            world.world_size,
+            rendezvous.endpoint,
+            environment.launcher,
+            environment.detected_by,
+            chosen,
+            bound,
+        ),
     )
     return world
 
@@ -308,7 +316,7 @@ def _say_goodbye(membership: Membership) -> None:
             # A host that is gone needs no goodbye, and asking first spares the reader torch's stack trace about it.
             socket.create_connection(host, timeout=_PROBE_S).close()
         membership.store.set(f"left/{membership.world.rank}", "1")  # what monitored_barrier looks at
-        if membership.store.add("left", 1) == membership.world.size:
+        if membership.store.add("left", 1) == membership.world.world_size:
             membership.store.set("all_left", "1")
         elif is_host:
             membership.store.wait(["all_left"], timedelta(seconds=min(membership.timeout_s, _FAREWELL_S)))

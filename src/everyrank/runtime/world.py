@@ -34,12 +34,12 @@ class World:
         return self.environment.local_rank
 
     @property
-    def size(self) -> int:
+    def world_size(self) -> int:
         """Number of processes."""
         return self.environment.world_size
 
     @property
-    def local_size(self) -> int:
+    def local_world_size(self) -> int:
         """Number of processes on this node."""
         return self.environment.local_world_size
 
@@ -66,4 +66,4 @@ class World:
     @property
     def is_distributed(self) -> bool:
         """Whether there is more than one process."""
-        return self.size > 1
+        return self.world_size > 1

@@ -14,14 +14,42 @@ from everyrank.runtime.world import World
 from everyrank.training.config import CompileConfig, SchedulerConfig, TrainerConfig, TrainingConfig
 from everyrank.training.config_data import EvaluatorConfig
 from everyrank.training.decisions.early_stopping import DefaultEarlyStopping
+from everyrank.training.ema import WeightAverage
 from everyrank.training.evaluation.evaluators import DefaultTester, DefaultValidator
-from everyrank.training.parallel.wrapping import prepare_module
-from everyrank.training.parameter_groups import optimizer_groups
+from everyrank.training.parallel.local_updates import make_local_updates
+from everyrank.training.parallel.wrapping import powersgd_of, prepare_module, wrap
+from everyrank.training.parameter_groups import Frozen, optimizer_groups
+from everyrank.training.parts import Parts
 from everyrank.training.placement import resolve_device
 from everyrank.training.seeding import seed_everywhere
 from everyrank.training.step import AUTOCAST, DTYPES
 
 E = TypeVar("E", bound=DefaultValidator)
+
+
+def build_parts(config: TrainerConfig, world: World, device: torch.device) -> Parts:
+    """Return the parts of a run, alike on every rank. Collective where there are several.
+
+    Raises:
+        ConfigError: A part cannot be made as configured, or does not fit the device.
+    """
+    training = config.training
+    module = build_model(config, world, device)
+    model = wrap(module, config.parallel, world, device)
+    optimizer = build_optimizer(module, training)
+    ema = WeightAverage(module, training.ema) if training.ema else None
+    return Parts(
+        module=module,
+        model=model,
+        optimizer=optimizer,
+        scheduler=build_scheduler(optimizer, training.scheduler),
+        steps_scheduler=training.scheduler is not None and training.scheduler.interval == "step",
+        scaler=torch.amp.GradScaler(device.type) if training.mixed_precision == "fp16" else None,
+        ema=ema,
+        powersgd=powersgd_of(model),
+        local=make_local_updates(module, config.parallel, world, ema),
+        frozen=Frozen(module, training.frozen) if training.frozen else None,
+    )
 
 
 def build_model(config: TrainerConfig, world: World, device: torch.device) -> nn.Module:

@@ -11,7 +11,13 @@ import pydantic
 from everyrank.config.resolve import import_object
 from everyrank.config.schema import Bool, Float, Int, ObjectRef, as_mapping, build, field, section
 from everyrank.errors import did_you_mean
-from everyrank.training.config_data import DataConfig, EarlyStoppingConfig, TestingConfig, ValidationConfig
+from everyrank.training.config_data import (
+    DataConfig,
+    EarlyStoppingConfig,
+    LoaderConfig,
+    TestingConfig,
+    ValidationConfig,
+)
 from everyrank.training.parallel.config import ParallelConfig
 from everyrank.training.parameter_groups import FrozenConfig, ParameterGroupConfig
 
@@ -61,7 +67,7 @@ class TrackingConfig:
 
 
 @section
-class TrainingConfig:
+class TrainingConfig(LoaderConfig):
     """The training itself."""
 
     path: str = field(doc="The run's folder: configuration, logs, history, checkpoints and figures go here.")
@@ -114,12 +120,6 @@ class TrainingConfig:
     )
     ema: EMAConfig | None = field(default=None, doc="Keep a moving average of the weights; null: none.")
     shuffle: Bool = field(default=True, doc="A new order of the samples each epoch, the same whatever the world size.")
-    drop_last: Bool = field(default=False, doc="Leave out the last global batch of an epoch if it is short.")
-    num_workers: Int = field(default=0, ge=0, doc="Loader processes per rank.")
-    pin_memory: Bool = field(default=False, doc="Load into page-locked memory (has an effect with CUDA only).")
-    prefetch_factor: Int | None = field(
-        default=None, ge=1, doc="Batches each loader process reads ahead; null is PyTorch's 2."
-    )
     nan_policy: Literal["stop", "skip", "continue"] = field(
         default="stop",
         doc="When a loss is not finite: `stop` the run, `skip` the optimizer step (looks at every step's gradients), "
@@ -269,7 +269,8 @@ def plain_config(config: TrainerConfig) -> dict[str, Any]:
 
 def _contradictions(config: TrainerConfig) -> list[str]:
     """Return the problems that lie between several keys."""
-    training, parallel = config.training, config.parallel
+    training, parallel = config.training, config.parallel or ParallelConfig()
+    fsdp2 = parallel.strategy == "fsdp2"
     rules = [
         (
             (training.batch_size is None) == (training.global_batch_size is None),
@@ -294,21 +295,21 @@ def _contradictions(config: TrainerConfig) -> list[str]:
         ),
         *(
             (
-                parallel is not None and parallel.strategy == "fsdp2" and section.on == "rank0",
+                fsdp2 and section.on == "rank0",
                 f"{name}.on: found 'rank0', but with parallel.strategy fsdp2 no rank holds the whole model; use 'all'.",
             )
             for name, section in (("validation", config.validation), ("testing", config.testing))
         ),
         (
-            parallel is not None and parallel.strategy == "fsdp2" and training.mixed_precision == "fp16",
+            fsdp2 and training.mixed_precision == "fp16",
             "training.mixed_precision: found 'fp16', which parallel.strategy fsdp2 does not scale; use 'bf16'.",
         ),
         (
-            parallel is not None and parallel.strategy == "fsdp2" and parallel.comm_hook is not None,
+            fsdp2 and parallel.comm_hook is not None,
             "parallel.comm_hook: it compresses DDP's gradients; with parallel.strategy fsdp2 leave it null.",
         ),
         (
-            parallel is not None and parallel.strategy == "fsdp2" and parallel.sync_batchnorm,
+            fsdp2 and parallel.sync_batchnorm,
             "parallel.sync_batchnorm: only with parallel.strategy ddp; with fsdp2 use layers without batch statistics.",
         ),
         (
@@ -329,9 +330,9 @@ def _contradictions(config: TrainerConfig) -> list[str]:
     return [message for broken, message in rules if broken] + config.model.problems()
 
 
-def _against_local_updates(parallel: ParallelConfig | None) -> list[tuple[bool, str]]:
+def _against_local_updates(parallel: ParallelConfig) -> list[tuple[bool, str]]:
     """Return what does not go with ``parallel.local_updates``: what would send something in each step."""
-    if parallel is None or parallel.local_updates is None:
+    if parallel.local_updates is None:
         return []
     return [
         (

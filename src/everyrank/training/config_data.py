@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 
 from everyrank.config.resolve import import_object
-from everyrank.config.schema import Bool, Component, Int, ObjectRef, field, section
+from everyrank.config.schema import Bool, Int, ObjectRef, field, section
 from everyrank.errors import ConfigError
 
 
@@ -86,10 +86,9 @@ class EvaluatorConfig:
 
 
 @section
-class ValidationConfig:
-    """Validation after an epoch."""
+class LoaderConfig:
+    """What the sections ``training``, ``validation`` and ``testing`` say of a loader."""
 
-    batch_size: Int | None = field(default=None, ge=1, doc="Samples per rank and batch; null is `training.batch_size`.")
     num_workers: Int = field(default=0, ge=0, doc="Loader processes per rank.")
     pin_memory: Bool = field(default=False, doc="Load into page-locked memory (has an effect with CUDA only).")
     drop_last: Bool = field(
@@ -98,6 +97,13 @@ class ValidationConfig:
     prefetch_factor: Int | None = field(
         default=None, ge=1, doc="Batches each loader process reads ahead; null is PyTorch's 2."
     )
+
+
+@section
+class ValidationConfig(LoaderConfig):
+    """Validation after an epoch."""
+
+    batch_size: Int | None = field(default=None, ge=1, doc="Samples per rank and batch; null is `training.batch_size`.")
     every: Int = field(default=1, ge=1, doc="Validate after every n-th epoch (and the last).")
     every_n_steps: Int | None = field(
         default=None, ge=1, doc="Validate after every n-th optimizer step, and at the end, instead of after epochs."
@@ -111,20 +117,12 @@ class ValidationConfig:
 
 
 @section
-class TestingConfig:
+class TestingConfig(LoaderConfig):
     """The test after training."""
 
     __test__ = False  # pytest would take it for a test class
 
     batch_size: Int | None = field(default=None, ge=1, doc="Samples per rank and batch; null is `training.batch_size`.")
-    num_workers: Int = field(default=0, ge=0, doc="Loader processes per rank.")
-    pin_memory: Bool = field(default=False, doc="Load into page-locked memory (has an effect with CUDA only).")
-    drop_last: Bool = field(
-        default=False, doc="Leave out the last global batch if it is short; otherwise each sample counts."
-    )
-    prefetch_factor: Int | None = field(
-        default=None, ge=1, doc="Batches each loader process reads ahead; null is PyTorch's 2."
-    )
     on: Literal["rank0", "all"] | None = field(
         default=None,
         doc="`rank0`: rank 0 evaluates everything, alone; other ranks need not be there, and get its result if they "
@@ -147,14 +145,3 @@ class EarlyStoppingConfig:
     kwargs: dict[str, Any] = field(
         factory=dict, doc="`patience`, `delta`, `window`, `metric`, `mode`, `grace_period`, `combine`."
     )
-
-
-__all__ = [
-    "Component",
-    "DataConfig",
-    "EarlyStoppingConfig",
-    "EvaluatorConfig",
-    "MetricConfig",
-    "TestingConfig",
-    "ValidationConfig",
-]

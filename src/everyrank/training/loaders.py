@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -17,29 +17,14 @@ from everyrank.errors import DataError
 from everyrank.runtime.logs import get_logger
 from everyrank.runtime.world import World
 from everyrank.training.config import TrainerConfig
+from everyrank.training.config_data import LoaderConfig
 
 logger = get_logger("training")
 
 
-class LoaderOptions(Protocol):
-    """What the sections ``training``, ``validation`` and ``testing`` say of a loader."""
-
-    @property
-    def num_workers(self) -> int: ...
-
-    @property
-    def pin_memory(self) -> bool: ...
-
-    @property
-    def drop_last(self) -> bool: ...
-
-    @property
-    def prefetch_factor(self) -> int | None: ...
-
-
 def build_loader(
     dataset: Any,
-    options: LoaderOptions,
+    options: LoaderConfig,
     *,
     global_batch_size: int,
     rank: int,
@@ -196,15 +181,15 @@ def prepare_loaders(
         )
     training = config.training
     # Where rank 0 evaluates alone, it takes whole global batches.
-    validators = 1 if config.validation.on == "rank0" else world.size
-    testers = 1 if config.test_on == "rank0" else world.size
+    validators = 1 if config.validation.on == "rank0" else world.world_size
+    testers = 1 if config.test_on == "rank0" else world.world_size
 
     def evaluation_size(per_rank: int | None, evaluators: int) -> int:
         size = per_rank or training.batch_size
         return size * evaluators if size is not None else global_batch_size
 
-    plans: tuple[tuple[str, LoaderOptions, int, int], ...] = (
-        ("Training", training, global_batch_size, world.size),
+    plans: tuple[tuple[str, LoaderConfig, int, int], ...] = (
+        ("Training", training, global_batch_size, world.world_size),
         ("Validation", config.validation, evaluation_size(config.validation.batch_size, validators), validators),
         ("Test", config.testing, evaluation_size(config.testing.batch_size, testers), testers),
     )

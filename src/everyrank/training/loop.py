@@ -2,8 +2,8 @@
 
 A step itself does nothing but train. What costs a collective, a wait for the device or a file (losses of all ranks,
 finiteness, history, progress, the cursor, signals) happens at *sync points*: every half second or so, and wherever a
-checkpoint or a validation is due; with local updates, where the ranks meet. Rank 0 measures how long steps take; its
-measurement travels with the losses, so that all ranks place the next sync point at the same step.
+checkpoint or a validation is due; with local updates, where the ranks synchronize. Rank 0 measures how long steps take;
+its measurement travels with the losses, so that all ranks place the next sync point at the same step.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -74,10 +74,11 @@ class _Step:
     lr: float | None
 
 
+@dataclass(kw_only=True)
 class EpochLoop:
     """Trains epoch by epoch.
 
-    Args:
+    Attributes:
         step: Takes one optimizer step.
         world: The joined world.
         config: The ``training`` section.
@@ -85,27 +86,22 @@ class EpochLoop:
         history: Where losses are recorded.
         ledger: Where samples are recorded, or None.
         stops: Each n-th step of these is a sync point.
+        sync_every: Steps from one sync point to the next.
     """
 
-    def __init__(
-        self,
-        *,
-        step: TrainStep,
-        world: World,
-        config: TrainingConfig,
-        position: Position,
-        history: History,
-        ledger: Ledger | None,
-        stops: Sequence[int],
-    ) -> None:
-        self.step, self.world, self.config = step, world, config
-        self.position, self.history, self.ledger = position, history, ledger
-        self.sync_every = 1
-        self._stops = stops
-        self._losses: list[torch.Tensor] = []
-        self._steps: list[_Step] = []
-        self._since_s, self._trained_s = 0.0, 0.0
-        self._timed: TimedBatches | None = None
+    step: TrainStep
+    world: World
+    config: TrainingConfig
+    position: Position
+    history: History
+    ledger: Ledger | None
+    stops: Sequence[int]
+    sync_every: int = 1
+    _losses: list[torch.Tensor] = field(default_factory=list, init=False)
+    _steps: list[_Step] = field(default_factory=list, init=False)
+    _since_s: float = field(default=0.0, init=False)
+    _trained_s: float = field(default=0.0, init=False)
+    _timed: TimedBatches | None = field(default=None, init=False)
 
     def run(self, loader: Any) -> Iterator[list[LossRow]]:
         """Train from the sampler's cursor to the end of its epoch, or to the run's last step.
@@ -133,7 +129,7 @@ class EpochLoop:
         left = num_batches if self.config.num_steps is None else every * (self.config.num_steps - position.step)
         end = min(num_batches, batch + left)
         iterator = iter(loader)
-        if self.world.size > 1:
+        if self.world.world_size > 1:
             iterator = self._timed = TimedBatches(iterator)
         self._since_s, self._trained_s, next_sync = time.monotonic(), 0.0, self._next_sync()
         while batch < end:
@@ -168,7 +164,7 @@ class EpochLoop:
         skips = [float(step.skipped) for step in steps] if self.step.local is not None else []
         flag = self.step.finite.flag().reshape(1).to(losses.device)
         shared = reduce_sum(torch.cat([losses, losses.new_tensor([elapsed_s, *skips]), flag])).tolist()
-        means = [total / self.world.size for total in shared[: len(steps)]]
+        means = [total / self.world.world_size for total in shared[: len(steps)]]
         if not all(math.isfinite(mean) for mean in means):
             self._not_finite(sampler, losses.tolist(), means)
         if shared.pop():
@@ -225,7 +221,7 @@ class EpochLoop:
         wanted = step + self.sync_every
         if self.step.local is not None:
             wanted = self.step.local.next_sync(step, wanted)
-        return min([wanted, *(step - step % every + every for every in self._stops)])
+        return min([wanted, *(step - step % every + every for every in self.stops)])
 
     def _place_next(self, step_s: float) -> None:
         wanted = int(_SYNC_EVERY_S / max(step_s, 1e-9))

@@ -39,11 +39,11 @@ def resolve_world(rank: int | None, world: World | None, config: TrainerConfig) 
     if rank is not None and rank != world.rank:
         mend = "Leave rank out, or pass world.rank." if joined else "Call initialize_ddp(rank, world_size) first."
         raise LaunchEnvironmentError(
-            f"TrainerDDP was given rank={rank}, but this process is rank {world.rank} of {world.size}. {mend}"
+            f"TrainerDDP was given rank={rank}, but this process is rank {world.rank} of {world.world_size}. {mend}"
         )
     if world.is_distributed and config.parallel is None:
         raise ConfigError(
-            f"The run has {world.size} processes, but the configuration has no `parallel` section. Add one; "
+            f"The run has {world.world_size} processes, but the configuration has no `parallel` section. Add one; "
             "`parallel: {}` takes all defaults."
         )
     return world
@@ -54,7 +54,7 @@ def notice_differences(config: TrainerConfig, world: World) -> None:
     if config.parallel is None:
         return
     for name, written, real in (
-        ("world_size", config.parallel.world_size, world.size),
+        ("world_size", config.parallel.world_size, world.world_size),
         ("rank", config.parallel.rank, world.rank),
     ):
         if written is not None and written != real and (name == "rank" or world.is_main):

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal, NoReturn
 
 from everyrank.data.sampler import GlobalBatchSampler
@@ -15,11 +18,11 @@ from everyrank.training.config import TrainerConfig
 from everyrank.training.decisions.agenda import Agenda
 from everyrank.training.decisions.judge import Judge
 from everyrank.training.evaluation.evaluators import DefaultValidator, EvaluationResult
+from everyrank.training.evaluation.shared_model import Evaluation
 from everyrank.training.failures import SignalNoticed
 from everyrank.training.loaders import sampler_of
 from everyrank.training.loop import EpochLoop, Position
 from everyrank.training.saving.ledger import Ledger
-from everyrank.training.shared_model import Evaluation
 from everyrank.training.step import TrainStep, step_by_results
 from everyrank.training.tracking.history import History, Row
 from everyrank.training.tracking.observers import Observers
@@ -27,10 +30,11 @@ from everyrank.training.tracking.observers import Observers
 logger = get_logger("training")
 
 
+@dataclass(kw_only=True)
 class RunLoop:
     """Trains epoch after epoch, and does what is due between the steps.
 
-    Args:
+    Attributes:
         config: The whole configuration.
         world: The joined world.
         position: Where the run is; kept up to date.
@@ -41,48 +45,37 @@ class RunLoop:
         evaluation: Evaluates the model.
         validator: How it is evaluated.
         save: Called, on all ranks, where a checkpoint is due, with the value that it is ranked by or None.
-
-    Attributes:
         stopped_early: Whether early stopping has ended the run.
         watch: Notices signals; None: they are not looked for.
         until_step: Save after this step and end the program; None: go on to the end.
     """
 
-    def __init__(
-        self,
-        *,
-        config: TrainerConfig,
-        world: World,
-        position: Position,
-        history: History,
-        step: TrainStep,
-        scheduler: Any,
-        judge: Judge,
-        evaluation: Evaluation,
-        validator: DefaultValidator,
-        save: Callable[[float | None], None],
-    ) -> None:
-        self.config, self.world, self.position, self.history = config, world, position, history
-        self.judge, self.stopped_early = judge, False
-        self.watch: PreemptionWatch | None = None
-        self.until_step: int | None = None
-        self._step, self._scheduler, self._save = step, scheduler, save
-        self._evaluation, self._validator = evaluation, validator
-        self._agenda = Agenda(config)
-        self._failure = ""
-        self._sync_every = 1
+    config: TrainerConfig
+    world: World
+    position: Position
+    history: History
+    step: TrainStep
+    scheduler: Any
+    judge: Judge
+    evaluation: Evaluation
+    validator: DefaultValidator
+    save: Callable[[float | None], None]
+    stopped_early: bool = False
+    watch: PreemptionWatch | None = None
+    until_step: int | None = None
+    _failure: str = field(default="", init=False)
+    _sync_every: int = field(default=1, init=False)
+
+    @cached_property
+    def _agenda(self) -> Agenda:
+        return Agenda(self.config)
 
     def is_over(self, *, epoch_is_open: bool) -> bool:
         """Return whether there is nothing more to do; ``epoch_is_open`` if the current epoch is not concluded."""
         return self.stopped_early or self._agenda.is_over(self.position, epoch_is_open=epoch_is_open)
 
     def run(
-        self,
-        train_loader: Any,
-        val_loader: Any,
-        ledger: Ledger | None,
-        observers: Observers,
-        until_epoch: int | None,
+        self, train_loader: Any, val_loader: Any, ledger: Ledger | None, observers: Observers, until_epoch: int | None
     ) -> Iterator[Row]:
         """Train to the end; yield the row of each epoch and validation when all is decided and saved.
 
@@ -90,8 +83,48 @@ class RunLoop:
             UserError: An earlier call failed in the middle of a step.
         """
         self.check_whole()
+        with self._noting_failure():
+            position, agenda = self.position, self._agenda
+            sampler = sampler_of(train_loader, "the training loader")
+            loop = EpochLoop(
+                step=self.step,
+                world=self.world,
+                config=self.config.training,
+                position=position,
+                history=self.history,
+                ledger=ledger,
+                stops=(*agenda.stops, *([self.until_step] if self.until_step else [])),
+                sync_every=self._sync_every,  # what an earlier call has found
+            )
+            if val_loader is not None and self._owes_a_validation(sampler):
+                yield self._conclude("validation", self._validate(val_loader), time.monotonic(), sampler)
+            while not self.is_over(epoch_is_open=self._epoch_is_open(sampler)):
+                if until_epoch is not None and position.epoch >= until_epoch:
+                    return
+                started = time.monotonic()
+                for losses in loop.run(train_loader):
+                    self._sync_every = loop.sync_every
+                    observers.steps(position, losses)
+                    ends = agenda.ends_here(position, epoch_is_trained=_is_trained(sampler))
+                    if val_loader is not None and agenda.validates_at_step(position.step) and not ends:
+                        yield self._conclude("validation", self._validate(val_loader), started, sampler)
+                    elif agenda.saves_at_step(position.step):
+                        self.save(None)
+                    self._stop_if_signalled()
+                    if position.step == self.until_step and not _is_trained(sampler):
+                        self._save_and_exit()
+                    if self.stopped_early:
+                        return
+                shares = loop.rank_seconds()
+                result = self._validate(val_loader) if agenda.validates_after(position) else None
+                yield self._conclude("epoch", result, started, sampler, shares)
+                if position.step == self.until_step:
+                    self._save_and_exit()
+
+    @contextmanager
+    def _noting_failure(self) -> Iterator[None]:
         try:
-            yield from self._run(train_loader, val_loader, ledger, observers, until_epoch)
+            yield
         except (SignalNoticed, GeneratorExit):
             raise
         except BaseException as error:
@@ -111,53 +144,8 @@ class RunLoop:
                 "the newest checkpoint."
             )
 
-    def _run(
-        self,
-        train_loader: Any,
-        val_loader: Any,
-        ledger: Ledger | None,
-        observers: Observers,
-        until_epoch: int | None,
-    ) -> Iterator[Row]:
-        position, agenda = self.position, self._agenda
-        sampler = sampler_of(train_loader, "the training loader")
-        loop = EpochLoop(
-            step=self._step,
-            world=self.world,
-            config=self.config.training,
-            position=position,
-            history=self.history,
-            ledger=ledger,
-            stops=(*agenda.stops, *([self.until_step] if self.until_step else [])),
-        )
-        loop.sync_every = self._sync_every  # what an earlier call has found
-        if val_loader is not None and self._owes_a_validation(sampler):
-            yield self._conclude("validation", self._validate(val_loader), time.monotonic(), sampler)
-        while not self.is_over(epoch_is_open=self._epoch_is_open(sampler)):
-            if until_epoch is not None and position.epoch >= until_epoch:
-                return
-            started = time.monotonic()
-            for losses in loop.run(train_loader):
-                self._sync_every = loop.sync_every
-                observers.steps(position, losses)
-                ends = agenda.ends_here(position, epoch_is_trained=_is_trained(sampler))
-                if val_loader is not None and agenda.validates_at_step(position.step) and not ends:
-                    yield self._conclude("validation", self._validate(val_loader), started, sampler)
-                elif agenda.saves_at_step(position.step):
-                    self._save(None)
-                self._stop_if_signalled()
-                if position.step == self.until_step and not _is_trained(sampler):
-                    self._save_and_exit()
-                if self.stopped_early:
-                    return
-            shares = loop.rank_seconds()
-            result = self._validate(val_loader) if agenda.validates_after(position) else None
-            yield self._conclude("epoch", result, started, sampler, shares)
-            if position.step == self.until_step:
-                self._save_and_exit()
-
     def _save_and_exit(self) -> NoReturn:
-        self._save(None)
+        self.save(None)
         raise SystemExit(EXIT_OK)
 
     def _epoch_is_open(self, sampler: GlobalBatchSampler) -> bool:
@@ -177,13 +165,13 @@ class RunLoop:
             return None
 
         def look_up() -> None:
-            if (self._validator.batch + 1) % self._sync_every == 0:
+            if (self.validator.batch + 1) % self._sync_every == 0:
                 self._stop_if_signalled()
 
         between_batches = look_up if self.config.validation.on == "all" else None
-        result = self._evaluation.evaluate(self._validator, val_loader, self.position, between_batches)
+        result = self.evaluation.evaluate(self.validator, val_loader, self.position, between_batches)
         self._stop_if_signalled()
-        self._validator.report(result)
+        self.validator.report(result)
         return result
 
     def _conclude(
@@ -200,12 +188,12 @@ class RunLoop:
         if result is not None:
             values.update({f"val_{name}": value for name, value in result.as_dict().items()})
         row: Row = {"epoch": position.epoch, "step": position.step, **values}
-        row.update(lr=float(self._step.optimizer.param_groups[0]["lr"]), seconds=time.monotonic() - started)
+        row.update(lr=float(self.step.optimizer.param_groups[0]["lr"]), seconds=time.monotonic() - started)
         if shares is not None:
             row["rank_seconds"] = shares
         verdict = self.judge.decide(position.epoch, values, validated=result is not None)
         moves_on = kind == "epoch" and _is_trained(sampler)
-        step_by_results(self._scheduler, self.config, values, epoch_ended=moves_on)
+        step_by_results(self.scheduler, self.config, values, epoch_ended=moves_on)
         if kind == "epoch":
             is_due = self._agenda.saves_after(position)
             if self.world.is_main:
@@ -222,12 +210,12 @@ class RunLoop:
             sampler.set_epoch(position.epoch)
         self.stopped_early = verdict.stop
         if is_due or verdict.improved or verdict.stop:
-            self._save(values.get(training.best_metric))
+            self.save(values.get(training.best_metric))
         return row
 
     def _stop_if_signalled(self) -> None:
-        if self._step.local is not None and self._step.local.num_apart:
-            return  # a checkpoint here would be a meeting that the uninterrupted run does not have
+        if self.step.local is not None and self.step.local.num_apart:
+            return  # a checkpoint here would be a sync that the uninterrupted run does not have
         if self.watch is not None and (signal_name := self.watch.agreed()) is not None:
             raise SignalNoticed(signal_name)
 

@@ -1,10 +1,8 @@
-"""Random numbers: the same initial weights everywhere, each rank's own randomness afterwards, and their state."""
+"""Random numbers: the same initial weights everywhere, each rank's own randomness afterwards."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import torch
@@ -29,24 +27,3 @@ def seed_rank(seed: int, rank: int, step: int = 0) -> None:
     """
     mixed = (seed * 1_000_003 + (rank + 1) * _STREAM + step * 0xD1B54A32D192ED03) % 2**63
     seed_everywhere(mixed)
-
-
-def capture_rng(device: torch.device) -> dict[str, Any]:
-    """Return the state of this rank's generators as plain values and arrays."""
-    state: dict[str, Any] = {
-        "python": random.getstate(),
-        "numpy": np.random.get_state(legacy=True),
-        "torch": torch.get_rng_state().numpy(),
-    }
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device).numpy()
-    return state
-
-
-def restore_rng(state: Mapping[str, Any], device: torch.device) -> None:
-    """Go on with the generators that ``capture_rng`` saved."""
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(torch.from_numpy(state["torch"]))
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(torch.from_numpy(state["cuda"]), device)

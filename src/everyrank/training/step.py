@@ -14,16 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from everyrank.checkpoint.rng import capture_rng, restore_rng
 from everyrank.errors import ConfigError
 from everyrank.training.batch import make_apply, make_mover
-from everyrank.training.config import TrainerConfig, TrainingConfig
+from everyrank.training.config import TrainerConfig
 from everyrank.training.decisions.criterion import look_at_criterion
-from everyrank.training.ema import WeightAverage
-from everyrank.training.parallel.local_updates import LocalUpdates
 from everyrank.training.parallel.wrapping import records_its_graph, without_sync
-from everyrank.training.parameter_groups import Frozen
+from everyrank.training.parts import Parts
 from everyrank.training.saving.finite import FiniteWeights
-from everyrank.training.seeding import capture_rng, restore_rng
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
@@ -33,54 +31,37 @@ class TrainStep:
     """Takes optimizer steps.
 
     Args:
-        model: The wrapped model.
-        module: The bare model within.
-        optimizer: The optimizer of the bare model's parameters.
+        parts: What the run is made of.
         criterion: ``(output, data)`` to the mean loss over the samples of the batch.
-        apply_model: ``(model, data)`` to the output, or None.
-        config: The ``training`` section.
+        config: The whole configuration.
         device: Where the model is.
-        scheduler: A scheduler to step after each optimizer step, or None.
-        ema: A weight average to update after each optimizer step, or None.
-        local: Local updates, or None.
-        frozen: Parts that are frozen at first, or None.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        module: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        criterion: Callable[[Any, Any], Tensor],
-        apply_model: Callable[[nn.Module, Any], Any] | None,
-        config: TrainingConfig,
-        device: torch.device,
-        scheduler: Any = None,
-        ema: WeightAverage | None = None,
-        local: LocalUpdates | None = None,
-        frozen: Frozen | None = None,
+        self, parts: Parts, criterion: Callable[[Any, Any], Tensor], config: TrainerConfig, device: torch.device
     ) -> None:
-        self.local, self.frozen = local, frozen
-        self.model, self.module, self.optimizer = model, module, optimizer
-        self.criterion, self.apply_model = criterion, apply_model
-        self.config, self.device, self.scheduler, self.ema = config, device, scheduler, ema
-        self.scaler = torch.amp.GradScaler(device.type) if config.mixed_precision == "fp16" else None
+        self.local, self.frozen, self.ema, self.scaler = parts.local, parts.frozen, parts.ema, parts.scaler
+        self.model, self.module, self.optimizer = parts.model, parts.module, parts.optimizer
+        self.scheduler = parts.scheduler if parts.steps_scheduler else None
+        training = config.training
+        self.criterion, self.apply_model, self.config, self.device = criterion, config.apply_model, training, device
         self._num_steps = 0  # that the optimizer was told to take; counted with a scaler only
         if self.scaler is not None:
-            optimizer.register_step_post_hook(self._count_step)
+            self.optimizer.register_step_post_hook(self._count_step)
         self.skipped = False  # whether the last step left the weights as they were
-        self.finite = FiniteWeights(module, ema, config.nan_policy)
+        self.finite = FiniteWeights(self.module, self.ema, training.nan_policy)
         self._statistics: list[tuple[Tensor, Tensor]] = []  # what to put back if the step is skipped
         # optimizer.zero_grad() is a loop over the parameters inside several microseconds of profiling.
         self._zero_grad = (
             self._drop_gradients
-            if type(optimizer).zero_grad is torch.optim.Optimizer.zero_grad
-            else optimizer.zero_grad
+            if type(self.optimizer).zero_grad is torch.optim.Optimizer.zero_grad
+            else self.optimizer.zero_grad
         )
-        self._move = make_mover(device, DTYPES[config.dtype] if config.dtype else None)
-        self._autocast = AUTOCAST[config.mixed_precision] if config.mixed_precision else None
-        own_ways = (config.mixed_precision, config.clip_grad_norm, config.clip_grad_value, config.nan_policy == "skip")
-        self._is_plain = not any((*own_ways, scheduler, ema, self._move, local, frozen))
+        self._move = make_mover(device, DTYPES[training.dtype] if training.dtype else None)
+        self._autocast = AUTOCAST[training.mixed_precision] if training.mixed_precision else None
+        clips = training.clip_grad_norm or training.clip_grad_value
+        own_ways = (training.mixed_precision, clips, training.nan_policy == "skip")
+        self._is_plain = not any((*own_ways, self.scheduler, self.ema, self._move, self.local, self.frozen))
         self._checked = self._looked = False
 
     def __call__(self, batches: Iterator[Any], weights: Sequence[float]) -> Tensor:

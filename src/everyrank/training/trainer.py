@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from everyrank.checkpoint.checkpointer import LoadedCheckpoint
+from everyrank.checkpoint.rng import restore_rng
 from everyrank.errors import DataError, Preempted
 from everyrank.runtime.collectives import all_here
 from everyrank.runtime.logs import get_logger
@@ -17,15 +18,12 @@ from everyrank.training import build
 from everyrank.training.config import TrainerConfig, read_config
 from everyrank.training.decisions.judge import Judge
 from everyrank.training.decisions.pruning import has_trial, report_and_prune
-from everyrank.training.ema import WeightAverage
 from everyrank.training.evaluation.evaluators import EvaluationResult
+from everyrank.training.evaluation.shared_model import Evaluation
 from everyrank.training.failures import SignalNoticed
 from everyrank.training.loaders import build_loader, prepare_loaders, sampler_of, three_parts
 from everyrank.training.loop import Position
-from everyrank.training.parallel.local_updates import make_local_updates
 from everyrank.training.parallel.own_state import pack_own
-from everyrank.training.parallel.wrapping import powersgd_of, wrap
-from everyrank.training.parameter_groups import Frozen
 from everyrank.training.placement import notice_differences, resolve_device, resolve_world, run_folder
 from everyrank.training.run_loop import RunLoop
 from everyrank.training.saving.changes import apply_changes, hyperparameters
@@ -33,8 +31,7 @@ from everyrank.training.saving.persistence import Persistence
 from everyrank.training.saving.reload import load_model
 from everyrank.training.saving.replay import replay_if_asked
 from everyrank.training.saving.state import pack, put_foreign, unpack
-from everyrank.training.seeding import restore_rng, seed_rank
-from everyrank.training.shared_model import Evaluation
+from everyrank.training.seeding import seed_rank
 from everyrank.training.step import TrainStep
 from everyrank.training.tracking.history import History, Row
 from everyrank.training.tracking.observers import Observers
@@ -87,30 +84,13 @@ class TrainerDDP:
         self.early_stopping = build.build_early_stopping(self.config)
         self.validator = build.build_validator(self.config, self.world, self.device)
         self.tester = build.build_tester(self.config, self.world, self.device)
-        self.module = build.build_model(self.config, self.world, self.device)
-        self.model = wrap(self.module, self.config.parallel, self.world, self.device)
-        self.optimizer = build.build_optimizer(self.module, training)
-        self.scheduler = build.build_scheduler(self.optimizer, training.scheduler)
-        self.ema = WeightAverage(self.module, training.ema) if training.ema else None
-        self._local = make_local_updates(self.module, self.config.parallel, self.world, self.ema)
-        self._frozen = Frozen(self.module, training.frozen) if training.frozen else None
+        self._parts = parts = build.build_parts(self.config, self.world, self.device)
+        self.module, self.model, self.optimizer = parts.module, parts.model, parts.optimizer
+        self.scheduler, self.ema = parts.scheduler, parts.ema
         self.run, self.history = run_folder(self.config), History(None)
         self._persistence = Persistence(self.run, self.config, self.world, self.device)
-        by_step = training.scheduler is not None and training.scheduler.interval == "step"
-        self._step = TrainStep(
-            self.model,
-            self.module,
-            self.optimizer,
-            build.make_criterion(self.config),
-            self.config.apply_model,
-            training,
-            self.device,
-            scheduler=self.scheduler if by_step else None,
-            ema=self.ema,
-            local=self._local,
-            frozen=self._frozen,
-        )
-        self._evaluation = Evaluation(self.module, self.world, self.ema, self._local)
+        self._step = TrainStep(parts, build.make_criterion(self.config), self.config, self.device)
+        self._evaluation = Evaluation(parts, self.world)
         self._position = Position()
         self._loop = RunLoop(
             config=self.config,
@@ -126,7 +106,7 @@ class TrainerDDP:
         )
         self._train_loader: Any = None
         self._loaders: tuple[Any, Any, Any] | None = None
-        self.global_batch_size = training.global_batch_size or (training.batch_size or 0) * self.world.size
+        self.global_batch_size = training.global_batch_size or (training.batch_size or 0) * self.world.world_size
         self._is_foreign, self._resume_from = False, self._persistence.loaded
         if self._resume_from is not None:
             self._restore(self._resume_from)
@@ -219,8 +199,8 @@ class TrainerDDP:
             except SignalNoticed as noticed:
                 signal_name = str(noticed)
                 self._save(None)
-            if self._local is not None:
-                self._local.synchronize()
+            if self._parts.local is not None:
+                self._parts.local.synchronize()
             self._persistence.finish()
         if signal_name is not None:
             raise Preempted(
@@ -272,9 +252,9 @@ class TrainerDDP:
         loader = build_loader(
             dataset,
             self.config.testing,
-            global_batch_size=batch_size * self.world.size,
+            global_batch_size=batch_size * self.world.world_size,
             rank=self.world.rank,
-            world_size=self.world.size,
+            world_size=self.world.world_size,
             seed=self.config.training.seed,
             shuffle=False,
             drop_last=False,
@@ -302,12 +282,11 @@ class TrainerDDP:
         Raises:
             CheckpointError: If they do not fit.
         """
-        parts: dict[str, Any] = {"module": self.module, "ema": self.ema, "optimizer": self.optimizer}
-        put_foreign(step, model, average, optimizer, **parts, scheduler=self._step.scheduler)
+        put_foreign(self._parts, step, model, average, optimizer)
         self._position.step = step
         self._resume_from, self._is_foreign = None, True
-        if self._frozen is not None:
-            self._frozen.num_steps = step
+        if self._parts.frozen is not None:
+            self._parts.frozen.num_steps = step
 
     def save_checkpoint(self) -> Path:
         """Save a checkpoint of this moment and return its folder when it is on disk. Collective.
@@ -350,34 +329,22 @@ class TrainerDDP:
             return
         sampler.load_state_dict(saved.state["sampler"])
         self._persistence.say_what_changed(sampler.global_batch_size)
-        if saved.world_size == self.world.size:
+        if saved.world_size == self.world.world_size:
             restore_rng(saved.rank_states[self.world.rank]["rng"], self.device)
         else:
             seed_rank(self.config.training.seed, self.world.rank, self.step)
 
-    def _parts(self) -> dict[str, Any]:
-        """Return what a checkpoint is made of, besides numbers."""
-        return {
-            "module": self.module,
-            "optimizer": self.optimizer,
-            "scheduler": self.scheduler,
-            "scaler": self._step.scaler,
-            "ema": self.ema,
-            "powersgd": powersgd_of(self.model),
-            "local": self._local,
-        }
-
     def _save(self, metric: float | None) -> None:
         self._loop.check_whole()
-        if self._local is not None:
-            self._local.synchronize()
+        if self._parts.local is not None:
+            self._parts.local.synchronize()
         self._step.finite.check(self.epoch, self.step)
         self.history.flush()
         stopping = self.early_stopping
         tensors, state = pack(
-            **self._parts(),
-            position=self._position,
-            extra={
+            self._parts,
+            self._position,
+            {
                 "sampler": sampler_of(self._train_loader, "the training loader").state_dict(),
                 "history": self.history.state_dict(),
                 "best": self._loop.judge.best,
@@ -385,20 +352,20 @@ class TrainerDDP:
                 "early_stopping": stopping.state_dict() if stopping is not None else None,
             },
         )
-        own = pack_own(self.world.rank, **self._parts())
+        own = pack_own(self.world.rank, self._parts)
         self._persistence.save(self.step, tensors, state, metric, own)
 
     def _restore(self, saved: LoadedCheckpoint) -> None:
         """Go back to the checkpoint, all but the cursor and the randomness, which wait for the start of training."""
         configured, changed = hyperparameters(self.optimizer), [change.key for change in self._persistence.changes]
-        vars(self._position).update(vars(unpack(saved, world=self.world, **self._parts())))
+        vars(self._position).update(vars(unpack(saved, self._parts, self.world)))
         apply_changes(self._persistence.changes, self.optimizer, configured)
         if not any(key.startswith("training.best_") for key in changed):
             self._loop.judge.best = saved.state["best"]
         self._loop.stopped_early = saved.state["stopped_early"] and not any("early_stopping" in key for key in changed)
         self.global_batch_size = int(saved.state["sampler"]["global_batch_size"])
-        if self._frozen is not None:
-            self._frozen.num_steps = self.step
+        if self._parts.frozen is not None:
+            self._parts.frozen.num_steps = self.step
         current = None if self._loop.is_over(epoch_is_open=False) else self.epoch
         self.history.load_state_dict(saved.state["history"], current_epoch=current)
         if self.early_stopping is not None and saved.state["early_stopping"] is not None:

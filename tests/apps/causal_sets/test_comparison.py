@@ -110,7 +110,7 @@ def test_every_sample_is_asked_about_once_at_every_world_size(tmp_path: Path) ->
                 "criterion": compute_loss,
                 "model": {"type": "GNNModel", **MODEL},
                 "training": {
-                    "path": str(tmp_path / f"run{world.size}"),
+                    "path": str(tmp_path / f"run{world.world_size}"),
                     "num_epochs": 0,
                     "batch_size": 1,
                     "dtype": "float64",

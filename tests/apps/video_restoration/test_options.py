@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import json
 import subprocess
 import sys
@@ -15,7 +14,6 @@ import pytest
 from everyrank import ConfigError, schema
 from everyrank.apps.video_restoration import load_options
 from everyrank.apps.video_restoration.options.keys import NetworkOptions, TrainOptions
-from everyrank.apps.video_restoration.options.reference import page
 
 ROOT = Path(__file__).resolve().parents[3]
 LEAST = {
@@ -285,21 +283,6 @@ def test_a_missing_file_is_answered_with_its_neighbour(tmp_path: Path) -> None:
         load_options(tmp_path / "trian_vrt.json")
     with pytest.raises(ConfigError, match="cannot be read"):
         load_options(tmp_path / "nowhere" / "x.json")
-
-
-def test_the_reference_page_is_that_of_the_tables() -> None:
-    assert (ROOT / "docs" / "video_restoration_options.md").read_text() == page()
-
-
-def test_the_defaults_of_the_network_are_written_once_more_and_agree() -> None:
-    """Options are read without torch, so they cannot ask the network."""
-    pytest.importorskip("torch")
-    from everyrank.apps.video_restoration import VRT
-
-    options = schema.as_mapping(NetworkOptions())
-    for name, parameter in inspect.signature(VRT).parameters.items():
-        default = list(parameter.default) if isinstance(parameter.default, tuple) else parameter.default
-        assert options[name] == default or name == "upscale"
 
 
 def test_options_are_read_without_torch() -> None:

@@ -43,7 +43,7 @@ def saving(world: World, folder: Path) -> dict[str, Any]:
     latest = checkpointer.latest()
     assert latest is not None
     # a rank's state that cannot be written is an error on all of them
-    bad = {"odd": object()} if world.rank == world.size - 1 else {}
+    bad = {"odd": object()} if world.rank == world.world_size - 1 else {}
     refused = error_of(lambda: save_all(world, checkpointer, 3, **bad))
     # the writer's error reaches all of them at the next save; or at once, in the foreground
     hidden = folder.with_name("hidden")
@@ -104,7 +104,7 @@ def spread(world: World, folder: Path) -> dict[str, Any]:
         checkpointer.wait()
         gather_objects(None)
     blocking = Checkpointer(folder / "failed", world=world, sharded=True, background=False)
-    if world.rank == world.size - 1:  # this rank's disk is full
+    if world.rank == world.world_size - 1:  # this rank's disk is full
         patch("everyrank.checkpoint.writer.write_file", side_effect=OSError("no room")).start()
     failed = error_of(lambda: blocking.save(1, tensors=tensors, state={}, rank_state={}))
     return {"failed": "could not be written" in failed, "left": os.listdir(folder / "failed")}

@@ -13,7 +13,7 @@ from conftest import RunCli
 from everyrank.cli.commands import report
 from everyrank.errors import DataError
 
-_VOID = {"meta", "img", "line", "circle", "polyline"}
+_VOID = {"meta", "img"}
 _PNG = b"\x89PNG\r\n\x1a\n" + b"\0" * 16
 
 
@@ -47,7 +47,9 @@ class Page(HTMLParser):
         return {tag for tag, _ in self.tags}
 
     def links(self) -> list[str | None]:
-        return [value for _, attrs in self.tags for key, value in attrs.items() if key in ("src", "href", "srcset")]
+        names = ("src", "href", "xlink:href", "srcset")
+        found = [value for _, attrs in self.tags for key, value in attrs.items() if key in names]
+        return [link for link in found if not str(link).startswith("#")]  # those lead to a part of the page itself
 
 
 def read(folder: Path) -> Page:
@@ -80,7 +82,10 @@ def test_a_real_run_is_told_whole_and_fetches_nothing(run_cli: RunCli, tmp_path:
     assert "script" not in page.names()
     assert "url(" not in text
     assert "@import" not in text
-    assert "<polyline" in text
+    charts = text.count("<svg")
+    assert charts >= 2
+    assert page.text.count("optimizer step") >= 2 * charts, "the axis below every chart, and the values on hover"
+    assert "training, epoch mean: " in page.text
     assert "global_batch_size: 10" in page.text
     assert "[RANK 0]" in page.text
     assert "verified" in page.text
@@ -103,7 +108,7 @@ def test_nothing_that_a_run_wrote_becomes_markup(tmp_path: Path) -> None:
     assert page.names() <= {
         *("html", "head", "meta", "title", "style", "body", "main", "section", "h1", "h2", "h3", "div", "p", "b"),
         *("span", "table", "tr", "th", "td", "details", "summary", "pre", "figure", "figcaption", "img"),
-        *("svg", "line", "text", "polyline", "circle"),
+        *("svg", "g", "path", "use", "defs", "text"),
     }
     assert not any(key.startswith("on") for _, attrs in page.tags for key in attrs)
     assert [str(link)[:5] for link in page.links()] == ["data:"]
@@ -130,9 +135,10 @@ def test_a_run_that_was_killed_is_told_as_far_as_it_came(tmp_path: Path) -> None
     assert "YES" in page.text
 
 
-def test_the_rows_of_video_restoration_are_drawn_too(tmp_path: Path) -> None:
-    rows = [{"iteration": n, "loss": 0.5 / n, "lr": 0.1} for n in (20, 40)]
-    rows.append({"iteration": 40, "validation": {"psnr": 27.8, "bicubic_psnr": 27.6}})  # type: ignore[dict-item]
+def test_a_baseline_is_drawn_beside_the_network_and_a_flat_curve_with_room_around_it(tmp_path: Path) -> None:
+    rows: list[dict[str, object]] = [{"kind": "step", "step": n, "loss": 0.5 / n, "lr": 0.1} for n in (20, 40)]
+    rows.append({"kind": "validation", "step": 40, "val_psnr": 27.8, "val_bicubic_psnr": 27.6})
+    rows += [{"kind": "epoch", "epoch": n, "step": 40 + n, "val_accuracy": 1.0 - 1e-4 * n} for n in range(3)]
     (tmp_path / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "options.json").write_text('{"task": "demo"}')
     (tmp_path / "images").mkdir()
@@ -140,7 +146,13 @@ def test_the_rows_of_video_restoration_are_drawn_too(tmp_path: Path) -> None:
     page = read(tmp_path)
     for text in ("psnr", "bicubic_psnr", "27.8", '"task": "demo"', "images/side_by_side.png"):
         assert text in page.text
-    assert sum(tag == "svg" for tag, _ in page.tags) == 3, "loss, lr, and the PSNR beside the baseline's"
+    labels = [attrs["aria-label"] for tag, attrs in page.tags if tag == "svg"]
+    assert labels == [f"{name} over optimizer step" for name in ("loss", "accuracy", "psnr", "lr")]
+    for text in ("val_psnr: 27.8 at optimizer step 40", "val_bicubic_psnr: 27.6 at", "training, each step: 0.025 at"):
+        assert text in page.text, "what a point stands for is told on hover"
+    assert "0.104" in page.text, "the axis of the learning rate, which is 0.1 all the time, has room around it"
+    assert "0.9998" in page.text
+    assert "+1" not in page.text, "an axis says what it shows, not a difference from a number in its corner"
 
 
 @pytest.mark.parametrize("inside", [{"config.yaml": "a: 1"}, {"logs/rank-3.log": "last words"}])

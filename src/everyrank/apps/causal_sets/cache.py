@@ -67,7 +67,7 @@ def load_or_make(folder: Path, recipe: Recipe, num_samples: int, world: World) -
     """
     home = Path(folder) / cache_key(recipe)
     paths = [home / f"shard-{shard:05d}.safetensors" for shard in range(-(-num_samples // SHARD_SIZE))]
-    for rank, size in ((world.rank, world.size), (world.local_rank, world.local_size)):
+    for rank, size in ((world.rank, world.world_size), (world.local_rank, world.local_world_size)):
         agree(functools.partial(_make_missing, home, recipe, paths, range(rank, len(paths), size)))
     return [_read(path) or make_shard(recipe, shard) for shard, path in enumerate(paths)]
 

@@ -63,7 +63,7 @@ def run_options(path: str, world: World) -> dict[str, Any]:
     agree(lambda: resolve_demo(options) if world.is_local_main else None)
     train_data, test_data = agree(lambda: _datasets(resolve_demo(options)))
     world = choose_device(world, options["gpu_ids"])
-    config = agree(lambda: training.trainer_config(options, world.size))
+    config = agree(lambda: training.trainer_config(options, world.world_size))
     agree(lambda: _keep_options(options), on=0)
     trainer = TrainerDDP(config=config, world=world)
     _describe(options, trainer)
@@ -79,7 +79,12 @@ def run_options(path: str, world: World) -> dict[str, Any]:
     if test_data is not None and found.clips is None:
         trainer.run_test(loaders[2])
         found = trainer.tester
-    result = {"iterations": trainer.step, "world_size": world.size, "folder": options["path"]["task"], "loss": loss}
+    result = {
+        "iterations": trainer.step,
+        "world_size": world.world_size,
+        "folder": options["path"]["task"],
+        "loss": loss,
+    }
     if found.clips and world.is_main:
         print(found.table(), flush=True)
         (Path(options["path"]["task"]) / "scores.txt").write_text(found.table() + "\n", encoding="utf-8")
@@ -159,16 +164,16 @@ def _describe(options: Mapping[str, Any], trainer: TrainerDDP) -> None:
         logger.info(
             "dist is %s in the options and ignored: this run has %d process(es), as its launcher started them",
             str(options["dist"]).lower(),
-            world.size,
+            world.world_size,
         )
     gpu_ids = options["gpu_ids"]
-    if isinstance(gpu_ids, list) and len(gpu_ids) != world.size:
+    if isinstance(gpu_ids, list) and len(gpu_ids) != world.world_size:
         text = "gpu_ids %s is informational: this run has %d process(es), this one on %s"
-        logger.info(text, gpu_ids, world.size, world.device)
+        logger.info(text, gpu_ids, world.world_size, world.device)
     train = options["datasets"].get("train")
     if train is None:
         return
-    batch, workers, size = train["dataloader_batch_size"], train["dataloader_num_workers"], world.size
+    batch, workers, size = train["dataloader_batch_size"], train["dataloader_num_workers"], world.world_size
     each = f"{batch // size}" if batch % size == 0 else f"{batch // size} or {batch // size + 1}"
     text = "dataloader_batch_size is %d in total, %s per rank; dataloader_num_workers is %d in total, %d per rank"
     logger.info(text, batch, each, workers, -(-workers // size))

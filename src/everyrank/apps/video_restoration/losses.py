@@ -19,11 +19,6 @@ def charbonnier(restored: Tensor, sharp: Tensor, eps: float) -> Tensor:
     return torch.sqrt((restored - sharp).square() + eps).mean()
 
 
-def ssim_loss(restored: Tensor, sharp: Tensor) -> Tensor:
-    """One minus the mean structural similarity of the frames of (B, T, C, H, W) in [0, 1]."""
-    return 1.0 - ssim(restored.flatten(0, 1), sharp.flatten(0, 1), peak=1.0).mean()
-
-
 class RestorationLoss:
     """The loss that a ``train`` section describes, weight included.
 
@@ -41,7 +36,7 @@ class RestorationLoss:
         losses: dict[str, Loss] = {
             "l1": F.l1_loss,
             "l2": F.mse_loss,
-            "ssim": ssim_loss,
+            "ssim": lambda restored, sharp: 1.0 - ssim(restored.flatten(0, 1), sharp.flatten(0, 1), peak=1.0).mean(),
             "charbonnier": lambda restored, sharp: charbonnier(restored, sharp, self.eps),
         }
         with torch.autocast(restored.device.type, enabled=False):

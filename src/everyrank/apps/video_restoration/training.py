@@ -36,9 +36,6 @@ def trainer_config(options: Mapping[str, Any], world_size: int = 1) -> dict[str,
     train, path, network = options["train"], options["path"], options["netG"]
     data = options["datasets"].get("train") if train["total_iter"] > 0 else None
     test = options["datasets"].get("test")
-    fixed = {"match": [f"*{key}*" for key in train["fix_keys"]]} if train["fix_iter"] and train["fix_keys"] else None
-    rate = train["G_optimizer_lr"]
-    schedule = {key: value for key, value in train.items() if key.startswith("G_scheduler_")}
     clips = {
         "kwargs": {
             "val": options["val"],
@@ -48,7 +45,6 @@ def trainer_config(options: Mapping[str, Any], world_size: int = 1) -> dict[str,
             "images": path["images"],
         }
     }
-    workers = data["dataloader_num_workers"] if data is not None else 0
     config: dict[str, Any] = {
         "criterion": RestorationLoss(train["G_lossfn_type"], train["G_lossfn_weight"], train["G_charbonnier_eps"]),
         "apply_model": restore,
@@ -60,29 +56,10 @@ def trainer_config(options: Mapping[str, Any], world_size: int = 1) -> dict[str,
             **network,
         },
         "training": {
-            # A test leaves its numbers beside those of the training, whose checkpoints it does not go on from.
-            "path": path["task"] if data is not None else str(Path(path["task"]) / "test"),
-            **({"num_steps": train["total_iter"]} if data is not None else {"num_epochs": 0}),
-            "global_batch_size": data["dataloader_batch_size"] if data is not None else 1,
-            "num_workers": -(-workers // world_size),
-            "shuffle": data["dataloader_shuffle"] if data is not None else False,
-            "pin_memory": True,
+            **_data_keys(path, train, data, world_size),
+            **_optimizer_keys(train),
             "seed": train["manual_seed"],
             "mixed_precision": "bf16" if train["precision"] == "bf16" else None,
-            "optimizer_type": torch.optim.AdamW if train["G_optimizer_type"] == "adamw" else torch.optim.Adam,
-            "optimizer_kwargs": {
-                "lr": rate,
-                "betas": train["G_optimizer_betas"],
-                "weight_decay": train["G_optimizer_wd"],
-            },
-            "parameter_groups": [{**fixed, "optimizer_kwargs": {"lr": rate * train["fix_lr_mul"]}}]
-            if fixed and train["fix_lr_mul"] != 1
-            else [],
-            "frozen": [{**fixed, "until_step": train["fix_iter"]}] if fixed else [],
-            "scheduler": {"type": OptionSchedule, "kwargs": {"train": schedule}, "interval": "step"}
-            if train["G_scheduler_type"]
-            else None,
-            "clip_grad_norm": train["G_optimizer_clipgrad"] or None,
             "ema": {"decay": train["E_decay"]} if train["E_decay"] > 0 else None,
             "checkpoint_every_steps": train["checkpoint_save"] or None,
             "keep_last": 2,
@@ -114,6 +91,43 @@ def trainer_config(options: Mapping[str, Any], world_size: int = 1) -> dict[str,
             "the whole network. Fix: leave datasets.test out, or use 'ddp'."
         )
     return config
+
+
+def _data_keys(
+    path: Mapping[str, Any], train: Mapping[str, Any], data: Mapping[str, Any] | None, world_size: int
+) -> dict[str, Any]:
+    """Where the run goes, how long it is, and its batches."""
+    if data is None:
+        # A test leaves its numbers beside those of the training, whose checkpoints it does not go on from.
+        folder = str(Path(path["task"]) / "test")
+        return {"path": folder, "num_epochs": 0, "global_batch_size": 1, "shuffle": False, "pin_memory": True}
+    return {
+        "path": path["task"],
+        "num_steps": train["total_iter"],
+        "global_batch_size": data["dataloader_batch_size"],
+        "num_workers": -(-data["dataloader_num_workers"] // world_size),
+        "shuffle": data["dataloader_shuffle"],
+        "pin_memory": True,
+    }
+
+
+def _optimizer_keys(train: Mapping[str, Any]) -> dict[str, Any]:
+    """The optimizer, what is frozen at first, and how the learning rate falls."""
+    rate = train["G_optimizer_lr"]
+    fixed = {"match": [f"*{key}*" for key in train["fix_keys"]]}
+    is_frozen = bool(train["fix_iter"] and train["fix_keys"])
+    own_rate = is_frozen and train["fix_lr_mul"] != 1
+    schedule = {key: value for key, value in train.items() if key.startswith("G_scheduler_")}
+    return {
+        "optimizer_type": torch.optim.AdamW if train["G_optimizer_type"] == "adamw" else torch.optim.Adam,
+        "optimizer_kwargs": {"lr": rate, "betas": train["G_optimizer_betas"], "weight_decay": train["G_optimizer_wd"]},
+        "parameter_groups": [{**fixed, "optimizer_kwargs": {"lr": rate * train["fix_lr_mul"]}}] if own_rate else [],
+        "frozen": [{**fixed, "until_step": train["fix_iter"]}] if is_frozen else [],
+        "scheduler": {"type": OptionSchedule, "kwargs": {"train": schedule}, "interval": "step"}
+        if train["G_scheduler_type"]
+        else None,
+        "clip_grad_norm": train["G_optimizer_clipgrad"] or None,
+    }
 
 
 def build_network(

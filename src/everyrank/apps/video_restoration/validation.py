@@ -91,7 +91,7 @@ class ClipValidator(everyrank.DefaultValidator):
         for number, output, clip in self.outputs(model, loader):
             if loader.batch_sampler.share(number).num_local and (scores := self._measure(output, clip)) is not None:
                 loss = float(self.criterion(output.unsqueeze(0), {"H": self._wanted(clip)[1].unsqueeze(0)}))
-                mine.append((number * self.world.size + self.world.rank, scores, loss))
+                mine.append((number * self.world.world_size + self.world.rank, scores, loss))
             if between_batches is not None:
                 between_batches()
         parts = sorted((part for parts in everyrank.gather_objects(mine) for part in parts), key=lambda part: part[0])

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from everyrank.diagnosis import verdict as causes
-from everyrank.diagnosis.classify import is_mismatch, is_out_of_memory
+from everyrank.diagnosis.classify import OUT_OF_MEMORY, is_mismatch
 from everyrank.diagnosis.frames import parse_stack, where
 from everyrank.diagnosis.judging.host_signs import judge_lost, on_lost_hosts
 from everyrank.diagnosis.judging.stalls import Stall, judge_departure, judge_stall
@@ -84,7 +84,7 @@ class _Case:
             return None
         first = min(own, key=lambda error: float(error["time_s"]))
         first_line = str(first["text"]).split("\n", 1)[0]
-        cause = causes.OUT_OF_MEMORY if is_out_of_memory(str(first["type"])) else causes.RAISED
+        cause = causes.OUT_OF_MEMORY if str(first["type"]) in OUT_OF_MEMORY else causes.RAISED
         said = f"failed: {first['type']}: {first_line}"
         return Stall(rank=int(first["rank"]), cause=cause, said=said, where=first.get("where"))
 

@@ -9,13 +9,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from everyrank.checkpoint.rng import capture_rng, restore_rng
 from everyrank.data.containers import is_graph, map_tensors
 from everyrank.errors import ConfigError
 from everyrank.runtime.agreement import gather_agreed
 from everyrank.runtime.logs import get_logger
 from everyrank.runtime.process_group import current_world
 from everyrank.training.batch import splits
-from everyrank.training.seeding import capture_rng, restore_rng
 
 logger = get_logger("training")
 

@@ -269,12 +269,7 @@ class DefaultTester(DefaultValidator):
     def evaluate(
         self, model: nn.Module, loader: Any, between_batches: Callable[[], None] | None = None
     ) -> EvaluationResult:
-        """Evaluate ``model`` on every sample of ``loader``. Collective where every rank takes its share.
-
-        Args:
-            model: The bare model, not its DDP wrapper.
-            loader: A loader over global batches, as ``prepare_dataloaders`` makes.
-            between_batches: Called after each batch, where every rank evaluates.
+        """As ``DefaultValidator.evaluate``; collective only where every rank takes its share.
 
         Raises:
             DataError: Rank 0 is to evaluate alone, but the loader gives it its share only.

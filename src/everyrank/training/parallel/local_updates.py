@@ -1,4 +1,4 @@
-"""Local updates: each rank takes optimizer steps on its own, and now and then the ranks meet.
+"""Local updates: each rank takes optimizer steps on its own, and now and then the ranks synchronize.
 
 For ranks that are joined by a slow network. Between two syncs nothing is sent. At a sync each rank's update, the
 difference between where all ranks parted (the *anchor*) and where it is now, is averaged over the ranks, and
@@ -34,7 +34,7 @@ from everyrank.training.parallel.config import LocalUpdatesConfig, OuterOptimize
 class LocalUpdates:
     """Keeps the anchor, counts the steps taken apart, and brings the ranks together.
 
-    Every rank makes one, with the same initial weights, and all call ``meet`` at the same steps.
+    Every rank makes one, with the same initial weights, and all call ``synchronize`` at the same steps.
 
     Args:
         module: The bare model; rank 0's parameters and buffers are sent to all ranks.
@@ -69,7 +69,7 @@ class LocalUpdates:
         return self.num_steps >= self.config.start_step
 
     def is_due(self, step: int) -> bool:
-        """Return whether the ranks meet after ``step`` optimizer steps."""
+        """Return whether the ranks synchronize after ``step`` optimizer steps."""
         since = step - self.config.start_step
         return since > 0 and since % self.config.every == 0
 
@@ -154,7 +154,7 @@ class LocalUpdates:
         for bucket in flat_buckets(pairs):
             # Divided before it is summed, so that the sum stays in range in a narrow type.
             flat = torch.cat([as_real(anchor - parameter).reshape(-1) for anchor, parameter in bucket])
-            sent = flat.div_(self.world.size).to(wire or flat.dtype)
+            sent = flat.div_(self.world.world_size).to(wire or flat.dtype)
             self._sum(sent)
             flat.copy_(sent)
             for (anchor, parameter), update in zip(bucket, split_flat(flat, [a for a, _ in bucket]), strict=True):
@@ -198,7 +198,7 @@ class LocalUpdates:
     def _average(self, tensors: Sequence[Tensor]) -> None:
         """Replace each tensor by its mean over the ranks."""
         for bucket in flat_buckets([(tensor, tensor) for tensor in tensors]):
-            flat = torch.cat([as_real(tensor).reshape(-1) for tensor, _ in bucket]).div_(self.world.size)
+            flat = torch.cat([as_real(tensor).reshape(-1) for tensor, _ in bucket]).div_(self.world.world_size)
             self._sum(flat)
             for (tensor, _), mean in zip(bucket, split_flat(flat, [t for t, _ in bucket]), strict=True):
                 tensor.copy_(mean)

@@ -19,42 +19,24 @@ from everyrank.checkpoint.encoding import flatten_state, unflatten_state
 from everyrank.checkpoint.reading import LoadedCheckpoint
 from everyrank.runtime.logs import get_logger
 from everyrank.runtime.world import World
-from everyrank.training.parallel.local_updates import LocalUpdates
-from everyrank.training.parallel.powersgd import PowerSGD
+from everyrank.training.parts import Parts
 
 logger = get_logger("training")
 
 _REST = "$rest"
 
 
-def pack_own(
-    rank: int,
-    *,
-    optimizer: torch.optim.Optimizer,
-    scaler: Any,
-    powersgd: PowerSGD | None,
-    local: LocalUpdates | None,
-    **shared: object,
-) -> dict[str, Tensor] | None:
-    """Return the tensors of a rank's own file; empty if it has nothing of its own, None if no rank has.
-
-    Args:
-        rank: This rank.
-        optimizer: Its optimizer.
-        scaler: Its gradient scaler, or None.
-        powersgd: The PowerSGD hook, or None.
-        local: The run's local updates, or None.
-        shared: What all ranks have alike; not looked at.
-    """
-    if local is None and powersgd is None:
+def pack_own(rank: int, parts: Parts) -> dict[str, Tensor] | None:
+    """Return the tensors of a rank's own file; empty if it has nothing of its own, None if no rank has."""
+    if parts.local is None and parts.powersgd is None:
         return None
     own: dict[str, Any] = {}
-    if local is not None and rank > 0:
-        own["optimizer"] = optimizer.state_dict()
-        if scaler is not None:
-            own["scaler"] = scaler.state_dict()
-    if powersgd is not None:
-        own["powersgd"] = powersgd.own_state()
+    if parts.local is not None and rank > 0:
+        own["optimizer"] = parts.optimizer.state_dict()
+        if parts.scaler is not None:
+            own["scaler"] = parts.scaler.state_dict()
+    if parts.powersgd is not None:
+        own["powersgd"] = parts.powersgd.own_state()
     if not own:
         return {}
     tensors, rest = flatten_state(own)
@@ -73,7 +55,7 @@ class OwnStates:
 
     def __init__(self, loaded: LoadedCheckpoint, world: World, *, keep: bool) -> None:
         self._loaded, self._rank = loaded, world.rank
-        self._same_size = loaded.world_size == world.size
+        self._same_size = loaded.world_size == world.world_size
         self._keep = keep
 
     @cached_property

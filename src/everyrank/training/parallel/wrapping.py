@@ -89,7 +89,7 @@ def shard(module: nn.Module, world: World, device: torch.device) -> nn.Module:
             "parallel.strategy is fsdp2, but no process group is joined. Start the run with a launcher and join "
             "(everyrank.join() or initialize_ddp), or use strategy ddp."
         )
-    mesh = init_device_mesh(device.type, (world.size,))
+    mesh = init_device_mesh(device.type, (world.world_size,))
     for unit in _units(module):
         fully_shard(unit, mesh=mesh)
     fully_shard(module, mesh=mesh)

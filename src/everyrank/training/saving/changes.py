@@ -59,7 +59,7 @@ RULES: Mapping[str, Fate] = {
     "parallel.sync_batchnorm": Fate.TRAINS,
     "parallel.local_updates": Fate.TRAINS,
 }
-_LR = "training.optimizer_kwargs.lr"
+OF_THE_RATE = "training.optimizer_kwargs.lr"
 _NOT_COMPARED = ("training.path", "training.resume", "parallel.rank", "parallel.world_size")
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
@@ -94,7 +94,7 @@ def find_changes(run: Path, config: TrainerConfig) -> list[Change]:
         if key.startswith(_NOT_COMPARED) or _same(old.get(key), new.get(key)):
             continue
         fate = fate_of(key)
-        if key == _LR and config.training.scheduler is not None:
+        if key == OF_THE_RATE and config.training.scheduler is not None:
             fate = Fate.REFUSED
         found.append(Change(key, old.get(key), new.get(key), fate))
     return found
@@ -150,13 +150,6 @@ def apply_changes(changes: list[Change], optimizer: torch.optim.Optimizer, confi
     keys = {part[2] for part in parts if part[:2] == ["training", "optimizer_kwargs"] and len(part) > 2}
     for group, values in zip(optimizer.param_groups, configured, strict=True):
         group.update({key: values[key] for key in keys if key in values})
-
-
-def table() -> str:
-    """Return the documentation's table of all rules."""
-    rows = [f"| `{key}` | {fate.value} |" for key, fate in RULES.items()]
-    rows.insert(list(RULES).index("training.optimizer_kwargs") + 1, f"| `{_LR}`, with a scheduler | refused |")
-    return "\n".join(["| changed setting | what happens |", "|---|---|", *rows])
 
 
 def _flat(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:

@@ -43,7 +43,7 @@ class Ledger:
                 "step": step,
                 "epoch": epoch,
                 "rank": self.world.rank,
-                "world_size": self.world.size,
+                "world_size": self.world.world_size,
                 "samples": [int(sample) for sample in samples],
             }
         )

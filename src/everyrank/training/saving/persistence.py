@@ -13,6 +13,7 @@ import torch
 
 from everyrank.checkpoint.checkpointer import Checkpointer, LoadedCheckpoint
 from everyrank.checkpoint.folder import new_token
+from everyrank.checkpoint.rng import capture_rng
 from everyrank.config.yaml_loader import to_yaml
 from everyrank.errors import CheckpointError, ConfigError
 from everyrank.runtime.agreement import agree
@@ -27,7 +28,6 @@ from everyrank.training.saving.ledger import Ledger, replace_file
 from everyrank.training.saving.replay import Replay
 from everyrank.training.saving.saved import SavedTraining
 from everyrank.training.saving.start import Start, find_start, make_way
-from everyrank.training.seeding import capture_rng
 
 logger = get_logger("training")
 
@@ -227,9 +227,9 @@ class Persistence:
 
     def say_what_changed(self, global_batch_size: int) -> None:
         """Log on rank 0 how this run's world differs from the one that saved the checkpoint."""
-        if self.loaded is None or not self._world.is_main or self.loaded.world_size == self._world.size:
+        if self.loaded is None or not self._world.is_main or self.loaded.world_size == self._world.world_size:
             return
-        before, now = self.loaded.world_size, self._world.size
+        before, now = self.loaded.world_size, self._world.world_size
         logger.info(
             "World size changed from %d to %d: the global batch stays %d, so each rank now takes %s samples of it "
             "(before: %s); each rank's own randomness starts anew",

@@ -18,12 +18,12 @@ from typing import Any
 import torch
 
 from everyrank.checkpoint.checkpointer import LoadedCheckpoint
+from everyrank.checkpoint.rng import restore_rng
 from everyrank.data.sampler import GlobalBatchSampler
 from everyrank.errors import EXIT_OK, CheckpointError, ConfigError
 from everyrank.training.config import TrainerConfig
 from everyrank.training.failures import describe_samples
 from everyrank.training.loaders import sampler_of
-from everyrank.training.seeding import restore_rng
 from everyrank.training.step import TrainStep
 
 VARIABLE = "EVERYRANK_REPLAY"

@@ -15,17 +15,10 @@ from everyrank.checkpoint.checkpointer import LoadedCheckpoint
 from everyrank.checkpoint.encoding import flatten_state, unflatten_state
 from everyrank.errors import CheckpointError
 from everyrank.runtime.world import World
-from everyrank.training.ema import WeightAverage
 from everyrank.training.loop import Position
-from everyrank.training.parallel.local_updates import LocalUpdates
 from everyrank.training.parallel.own_state import OwnStates
-from everyrank.training.parallel.powersgd import PowerSGD
 from everyrank.training.parallel.wrapping import is_sharded
-
-
-def model_tensors(module: nn.Module) -> tuple[dict[str, Tensor], Any]:
-    """Return a model's tensors by name, and the rest of its state (usually only their names)."""
-    return flatten_state(dict(module.state_dict()))
+from everyrank.training.parts import Parts
 
 
 def hash_weights(module: nn.Module) -> str:
@@ -44,17 +37,21 @@ def load_model_state(module: nn.Module, loaded: LoadedCheckpoint) -> None:
     """
     state = unflatten_state(loaded.tensors.get("model", {}), loaded.state["model"])
     try:
-        if is_sharded(module):
-            from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-
-            set_model_state_dict(module, state, options=StateDictOptions(full_state_dict=True))
-        else:
-            module.load_state_dict(state)
+        _put_weights(module, state)
     except RuntimeError as error:
         raise CheckpointError(
             f"The checkpoint {loaded.path} does not fit the configured model: {error} Configure the model it was made "
             "with, or start anew with training.resume: never."
         ) from error
+
+
+def _put_weights(module: nn.Module, state: Mapping[str, Any]) -> None:
+    if is_sharded(module):
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+        set_model_state_dict(module, dict(state), options=StateDictOptions(full_state_dict=True))
+    else:
+        module.load_state_dict(state)
 
 
 def optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], Any]:
@@ -91,20 +88,11 @@ def load_optimizer_state(
 
 
 def pack(
-    *,
-    module: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scheduler: Any,
-    scaler: Any,
-    ema: WeightAverage | None,
-    position: Position,
-    powersgd: PowerSGD | None,
-    local: LocalUpdates | None,
-    extra: Mapping[str, Any],
+    parts: Parts, position: Position, extra: Mapping[str, Any]
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """Return the groups of tensors and the common state of a checkpoint. Collective for a sharded model."""
-    model, model_rest = model_tensors(module)
-    moments, optimizer_rest = optimizer_tensors(module, optimizer)
+    model, model_rest = flatten_state(dict(parts.module.state_dict()))
+    moments, optimizer_rest = optimizer_tensors(parts.module, parts.optimizer)
     tensors: dict[str, dict[str, Tensor]] = {"model": model, "optimizer": moments}
     state: dict[str, Any] = {
         "model": model_rest,
@@ -112,103 +100,81 @@ def pack(
         "position": asdict(position),
         **extra,
     }
-    if scheduler is not None:
-        tensors["scheduler"], state["scheduler"] = flatten_state(_plain_state(scheduler.state_dict()))
-    if scaler is not None:
-        tensors["scaler"], state["scaler"] = flatten_state(scaler.state_dict())
-    if ema is not None:
-        tensors["ema"], state["ema"] = dict(ema.average), {"num_updates": ema.num_updates}
-    if powersgd is not None:
-        tensors["powersgd"], state["powersgd"] = flatten_state(powersgd.common_state())
-    if local is not None:
-        tensors["outer"], state["outer"] = local.state()
+    if parts.scheduler is not None:
+        tensors["scheduler"], state["scheduler"] = flatten_state(_plain_state(parts.scheduler.state_dict()))
+    if parts.scaler is not None:
+        tensors["scaler"], state["scaler"] = flatten_state(parts.scaler.state_dict())
+    if parts.ema is not None:
+        tensors["ema"], state["ema"] = dict(parts.ema.average), {"num_updates": parts.ema.num_updates}
+    if parts.powersgd is not None:
+        tensors["powersgd"], state["powersgd"] = flatten_state(parts.powersgd.common_state())
+    if parts.local is not None:
+        tensors["outer"], state["outer"] = parts.local.state()
     return {name: group for name, group in tensors.items() if group}, state
 
 
-def unpack(
-    loaded: LoadedCheckpoint,
-    *,
-    module: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scheduler: Any,
-    scaler: Any,
-    ema: WeightAverage | None,
-    powersgd: PowerSGD | None,
-    local: LocalUpdates | None,
-    world: World,
-) -> Position:
+def unpack(loaded: LoadedCheckpoint, parts: Parts, world: World) -> Position:
     """Put a checkpoint back into the parts of a run, and return the position.
 
     Raises:
         CheckpointError: If the model or the optimizer does not fit.
     """
-    own = OwnStates(loaded, world, keep=local is not None)
+    own = OwnStates(loaded, world, keep=parts.local is not None)
     position = Position(**loaded.state["position"])
-    load_model_state(module, loaded)
-    load_optimizer_state(module, optimizer, loaded, own)
-    for name, part in (("scheduler", scheduler), ("scaler", scaler)):
+    load_model_state(parts.module, loaded)
+    load_optimizer_state(parts.module, parts.optimizer, loaded, own)
+    for name, part in (("scheduler", parts.scheduler), ("scaler", parts.scaler)):
         if part is not None and name in loaded.state:
             common = unflatten_state(loaded.tensors.get(name, {}), loaded.state[name])
-            part.load_state_dict(own.mine.get(name, common) if local is not None else common)
-    if powersgd is not None and "powersgd" in loaded.state:
+            part.load_state_dict(own.mine.get(name, common) if parts.local is not None else common)
+    if parts.powersgd is not None and "powersgd" in loaded.state:
         common = unflatten_state(loaded.tensors.get("powersgd", {}), loaded.state["powersgd"])
-        powersgd.load(common, own.powersgd_errors())
-    if local is not None:
-        local.load(loaded, position.step)
-    if ema is not None:
+        parts.powersgd.load(common, own.powersgd_errors())
+    if parts.local is not None:
+        parts.local.load(loaded, position.step)
+    if parts.ema is not None:
         # A run without an average gives one that starts at its weights.
-        source = loaded.tensors.get("ema") or {name: loaded.tensors["model"][name] for name in ema.average}
-        ema.load(source, loaded.state.get("ema", {}).get("num_updates", 0))
+        source = loaded.tensors.get("ema") or {name: loaded.tensors["model"][name] for name in parts.ema.average}
+        parts.ema.load(source, loaded.state.get("ema", {}).get("num_updates", 0))
     return position
 
 
 def put_foreign(
+    parts: Parts,
     step: int,
     model: Mapping[str, Any],
     average: Mapping[str, Any] | None,
     state: Mapping[str, Any] | None,
-    *,
-    module: nn.Module,
-    ema: WeightAverage | None,
-    optimizer: torch.optim.Optimizer,
-    scheduler: Any,
 ) -> None:
     """Put state dicts of another program into the parts of a run, as if it had done ``step`` steps.
 
     Args:
+        parts: What the run is made of.
         step: Optimizer steps done.
         model: The model's state dict.
         average: The average's, or None.
         state: The optimizer's, or None. Learning rates are those of the configuration all the same.
-        module: The bare model.
-        ema: The run's moving average, or None.
-        optimizer: Its optimizer.
-        scheduler: A scheduler that is stepped with the optimizer, or None.
 
     Raises:
         CheckpointError: If they do not fit.
     """
+    scheduler = parts.scheduler
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # "lr_scheduler.step() before optimizer.step()"
-        for _ in range(step - scheduler.last_epoch if scheduler is not None else 0):
+        for _ in range(step - scheduler.last_epoch if parts.steps_scheduler else 0):
             scheduler.step()
     rates: list[dict[str, Any]] = [
-        {key: group[key] for key in ("lr", "initial_lr") if key in group} for group in optimizer.param_groups
+        {key: group[key] for key in ("lr", "initial_lr") if key in group} for group in parts.optimizer.param_groups
     ]
     try:
-        if is_sharded(module):
-            from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-
-            set_model_state_dict(module, dict(model), options=StateDictOptions(full_state_dict=True))
-        else:
-            module.load_state_dict(model)
-        if ema is not None:
-            ema.load(average if average is not None else model, 0)
+        _put_weights(parts.module, model)
+        if parts.ema is not None:
+            parts.ema.load(average if average is not None else model, 0)
         if state is not None:
-            optimizer.load_state_dict(dict(state))
+            parts.optimizer.load_state_dict(dict(state))
     except (ValueError, KeyError, RuntimeError) as error:
         raise CheckpointError(f"The state to start from does not fit this run: {error}") from error
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+    for group, rate in zip(parts.optimizer.param_groups, rates, strict=True):
         group.update(rate)
 
 

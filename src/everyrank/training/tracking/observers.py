@@ -48,7 +48,7 @@ class Observers:
             num_steps=training.num_steps,
             steps_per_epoch=-(-len(sampler) // training.accumulation_steps),
             samples_per_step=sampler.global_batch_size * training.accumulation_steps,
-            world_size=world.size,
+            world_size=world.world_size,
             first_step=first_step,
         )
         return cls(config, run, world.is_main, progress, first_step)

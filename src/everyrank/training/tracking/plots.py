@@ -9,6 +9,7 @@ from typing import Any
 from everyrank.training.tracking.history import column, read_history
 
 _PLAIN = ("val_loss", "val_loss_std", "val_num_samples")
+_LOG_FROM = 20.0  # positive values that span more than this ratio are drawn on a logarithmic axis
 
 
 def draw_curves(history: Path, figure: Path) -> bool:
@@ -19,16 +20,14 @@ def draw_curves(history: Path, figure: Path) -> bool:
         figure: Where to write the figure.
 
     Returns:
-        False if matplotlib is not installed or there is nothing to draw.
+        False if there is nothing to draw.
     """
     rows = read_history(history) if history.exists() else []
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        return False
     if not rows:
         return False
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     epochs = [row for row in rows if row["kind"] in ("epoch", "validation")]
     metrics = sorted({key for row in epochs for key in row if key.startswith("val_") and key not in _PLAIN})
     # The object interface: pyplot would choose a backend for the whole process.
@@ -39,8 +38,7 @@ def draw_curves(history: Path, figure: Path) -> bool:
     for axis, name in zip(axes[1:], metrics, strict=True):
         axis.plot(*column(epochs, name), marker="o", markersize=3, color="tab:orange")
         axis.set_ylabel(name.removeprefix("val_"))
-        axis.set_ylim(*_padded(column(epochs, name)[1]))
-        axis.grid(alpha=0.3)
+        scale_axis(axis, column(epochs, name)[1])
     axes[-1].set_xlabel("optimizer step")
     canvas.savefig(figure, dpi=130)
     return True
@@ -53,14 +51,21 @@ def _draw_losses(axis: Any, steps: Sequence[Mapping[str, Any]], epochs: Sequence
     if where:
         axis.plot(where, loss, color="tab:orange", marker="o", markersize=3, label="validation")
     values = [v for rows, name in ((steps, "loss"), (epochs, "train_loss")) for v in column(rows, name)[1]]
-    if values and min(values) > 0 and max(values) / min(values) > 20:
-        axis.set_yscale("log")
+    scale_axis(axis, values + loss)
     axis.set_ylabel("loss")
-    axis.grid(alpha=0.3)
     axis.legend(frameon=False)
 
 
-def _padded(values: Sequence[float]) -> tuple[float, float]:
+def scale_axis(axis: Any, values: Sequence[float]) -> None:
+    """Fit a panel's vertical axis to values: logarithmic if they span much, with room around a curve that is flat."""
+    axis.grid(alpha=0.3)
+    if not values:
+        return
     low, high = min(values), max(values)
-    margin = 0.08 * (high - low) or 0.05 * abs(high) or 1.0
-    return low - margin, high + margin
+    if low > 0 and high / low > _LOG_FROM:
+        axis.set_yscale("log")
+        return
+    axis.ticklabel_format(axis="y", useOffset=False)  # "0.9995", and not "-0.0005" below a "+1" in the corner
+    flat = high - low <= 1e-6 * max(abs(low), abs(high))
+    margin = 0.05 * abs(high) or 1.0 if flat else 0.06 * (high - low)
+    axis.set_ylim(low - margin, high + margin)

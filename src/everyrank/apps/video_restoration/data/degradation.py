@@ -55,11 +55,6 @@ def gaussian_blur(frames: Tensor, sigma: float) -> Tensor:
     return F.conv2d(across, taps.view(1, 1, -1, 1).repeat(channels, 1, 1, 1), groups=channels)
 
 
-def round_to_8_bits(frames: Tensor) -> Tensor:
-    """Give frames in [0, 1] the values an 8-bit file would keep."""
-    return frames.clamp(0, 1).mul(255.0).round().div(255.0)
-
-
 def degrade(frames: Tensor, kind: str, *, scale: int, blur_sigma: float) -> Tensor:
     """Make low-quality frames (T, C, H / scale, W / scale) of sharp ones (T, C, H, W), with 8-bit values.
 
@@ -73,4 +68,4 @@ def degrade(frames: Tensor, kind: str, *, scale: int, blur_sigma: float) -> Tens
         frames = gaussian_blur(frames, blur_sigma)
     if kind in ("bicubic", "blur") and scale > 1:
         frames = imresize(frames, 1.0 / scale)
-    return round_to_8_bits(frames)
+    return frames.clamp(0, 1).mul(255.0).round().div(255.0)  # the values that an 8-bit file would keep

@@ -41,11 +41,7 @@ def to_tensor(frames: np.ndarray) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(frames.transpose(0, 3, 1, 2))).float().div_(255.0)
 
 
-def to_uint8(frames: Tensor) -> Tensor:
-    """Frames in [0, 1] as the field rounds them: clamped, times 255, to the nearest, uint8."""
-    return frames.detach().float().clamp(0, 1).mul(255.0).round().to(torch.uint8)
-
-
 def to_array(frame: Tensor) -> np.ndarray:
     """Frame (3, H, W) in [0, 1] to RGB, uint8 (H, W, 3)."""
-    return to_uint8(frame).permute(1, 2, 0).cpu().numpy()
+    rounded = frame.detach().float().clamp(0, 1).mul(255.0).round().to(torch.uint8)  # as the field rounds
+    return rounded.permute(1, 2, 0).cpu().numpy()

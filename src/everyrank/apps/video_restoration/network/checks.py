@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from everyrank import ConfigError, DataError
+from everyrank import ConfigError, DataError, did_you_mean, schema
+from everyrank.apps.video_restoration.options.keys import NetworkOptions
 
 NUM_STAGES = 7
 SMALLEST_SCALE = 8  # the fourth stage works on frames of 1/8 the height and width
 FLOW_PYRAMID = 32  # five halvings
 
 
-def check_architecture(cfg: dict[str, Any]) -> None:
-    """Raise ConfigError naming every contradiction among the architecture keys ``cfg`` of VRT."""
-    problems: list[str] = []
+def complete_architecture(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return all architecture keys of VRT: those given, and the defaults of ``NetworkOptions``.
+
+    Raises:
+        ConfigError: It names every unknown key and every contradiction.
+    """
+    defaults = {**schema.as_mapping(NetworkOptions()), "upscale": 4}
+    cfg = {**defaults, **given}
+    problems = [f"{key}: unknown key.{did_you_mean(key, defaults)}" for key in given if key not in defaults]
     depths, dims, heads = cfg["depths"], cfg["embed_dims"], cfg["num_heads"]
     if not len(depths) == len(dims) == len(heads):
         problems.append(
@@ -41,6 +48,7 @@ def check_architecture(cfg: dict[str, Any]) -> None:
         problems.append("recal_all_flows is true: no published weights use it; set it to false")
     if problems:
         raise ConfigError("netG: this VRT cannot be built", problems)
+    return cfg
 
 
 def _check_stages(cfg: dict[str, Any]) -> list[str]:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from everyrank.apps.video_restoration.network.checks import NUM_STAGES, check_architecture, check_clip
+from everyrank.apps.video_restoration.network.checks import NUM_STAGES, check_clip, complete_architecture
 from everyrank.apps.video_restoration.network.heads import NUM_FEATURES, FrameConv, Upsample, enlarge, fuse
 from everyrank.apps.video_restoration.network.spynet import SpyNet
 from everyrank.apps.video_restoration.network.stages import ReconstructionGroup, Stage
 from everyrank.apps.video_restoration.network.warping import align_images, chain_flows
+from everyrank.apps.video_restoration.network.windows import Triple
 
 SCALES = (1, 2, 4, 8, 4, 2, 1)  # each stage's frames are smaller by this
 RESHAPES = ("none", "down", "down", "down", "up", "up", "up")
@@ -27,33 +27,8 @@ class VRT(nn.Module):
     """Restore all frames of a clip together; names and shapes of the parameters are those of published weights.
 
     Args:
-        upscale: 4 (also 2, 3, 8) for super-resolution, 1 for deblurring, denoising and frame interpolation.
-        in_chans: Channels of a frame.
-        out_chans: Channels of a restored frame.
-        img_size: [frames, height, width] of training clips; only the frames matter, and only for interpolation.
-        window_size: Attention window [frames, height, width].
-        depths: Blocks of each stage, seven scales first, then the reconstruction stages.
-        indep_reconsts: Numbers of the reconstruction stages whose windows hold a single frame.
-        embed_dims: Channels of each stage.
-        num_heads: Attention heads of each stage.
-        mul_attn_ratio: Share of a scale's blocks with mutual attention.
-        mlp_ratio: Width of the MLPs' hidden layer over their input.
-        qkv_bias: Whether queries, keys and values have a bias.
-        qk_scale: Factor on attention scores; ``head_dim ** -0.5`` if None.
-        drop_path_rate: Stochastic depth of the last block; it rises linearly from 0.
-        pa_frames: Frames aligned to each frame by parallel warping: 2, 4 or 6, or 0 to interpolate a frame.
-        deformable_groups: Offset groups of the alignment.
-        recal_all_flows: Must be False.
-        nonblind_denoising: Whether the clip has one more channel, the map of noise levels.
-        use_checkpoint_attn: Recompute attention in the backward pass instead of keeping its activations.
-        use_checkpoint_ffn: The same for the MLPs.
-        no_checkpoint_attn_blocks: Stages exempt from ``use_checkpoint_attn``.
-        no_checkpoint_ffn_blocks: Stages exempt from ``use_checkpoint_ffn``.
-        spynet_path: Weights for SpyNet to start from, or None.
-        net_type: "vrt"; so that a whole ``netG`` section can be passed.
-        init_type: "default"; likewise, as are ``init_bn_type`` and ``init_gain``.
-        init_bn_type: See ``init_type``.
-        init_gain: See ``init_type``.
+        architecture: The keys of a ``netG`` section, with the defaults of ``NetworkOptions``; ``upscale`` is 4 if it is
+            left out: 4 (also 2, 3, 8) for super-resolution, 1 for deblurring, denoising and frame interpolation.
 
     Raises:
         ConfigError: The keys contradict each other; all contradictions are listed.
@@ -67,64 +42,36 @@ class VRT(nn.Module):
     stage6: Stage
     stage7: Stage
 
-    def __init__(
-        self,
-        upscale: int = 4,
-        in_chans: int = 3,
-        out_chans: int = 3,
-        img_size: Sequence[int] = (6, 64, 64),
-        window_size: Sequence[int] = (6, 8, 8),
-        depths: Sequence[int] = (8, 8, 8, 8, 8, 8, 8, 4, 4, 4, 4, 4, 4),
-        indep_reconsts: Sequence[int] = (11, 12),
-        embed_dims: Sequence[int] = (120, 120, 120, 120, 120, 120, 120, 180, 180, 180, 180, 180, 180),
-        num_heads: Sequence[int] = (6, 6, 6, 6, 6, 6, 6, 6, 6, 6, 6, 6, 6),
-        mul_attn_ratio: float = 0.75,
-        mlp_ratio: float = 2.0,
-        qkv_bias: bool = True,
-        qk_scale: float | None = None,
-        drop_path_rate: float = 0.2,
-        pa_frames: int = 2,
-        deformable_groups: int = 16,
-        recal_all_flows: bool = False,
-        nonblind_denoising: bool = False,
-        use_checkpoint_attn: bool = False,
-        use_checkpoint_ffn: bool = False,
-        no_checkpoint_attn_blocks: Sequence[int] = (),
-        no_checkpoint_ffn_blocks: Sequence[int] = (),
-        spynet_path: str | Path | None = None,
-        net_type: str = "vrt",
-        init_type: str = "default",
-        init_bn_type: str = "uniform",
-        init_gain: float = 0.2,
-    ) -> None:
+    def __init__(self, **architecture: Any) -> None:
         super().__init__()
-        keys = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
-        check_architecture(keys)
-        self.upscale, self.in_chans, self.pa_frames = upscale, in_chans, pa_frames
-        self.nonblind_denoising = nonblind_denoising
-        self.window = (window_size[0], window_size[1], window_size[2])
-        self.num_in_frames = img_size[0]
-        first = in_chans * (9 if pa_frames else 1) + int(nonblind_denoising)  # a frame and 2 x 4 aligned neighbours
-        self.conv_first = FrameConv(first, embed_dims[0])
-        if pa_frames:
+        keys = complete_architecture(architecture)
+        dims, frames, upscale = keys["embed_dims"], keys["img_size"][0], keys["upscale"]
+        self.upscale, self.in_chans, self.pa_frames = upscale, keys["in_chans"], keys["pa_frames"]
+        self.nonblind_denoising = keys["nonblind_denoising"]
+        self.window: Triple = tuple(keys["window_size"])
+        self.num_in_frames = frames
+        # A frame and 2 x 4 aligned neighbours.
+        first = self.in_chans * (9 if self.pa_frames else 1) + int(self.nonblind_denoising)
+        self.conv_first = FrameConv(first, dims[0])
+        if self.pa_frames:
             self.spynet = SpyNet()
         self._add_stages(keys)
-        self.norm = nn.LayerNorm(embed_dims[-1])
-        self.conv_after_body = nn.Linear(embed_dims[-1], embed_dims[0])
-        if not pa_frames:
-            self.linear_fuse = nn.Conv2d(embed_dims[0] * img_size[0], NUM_FEATURES, 1)
-            self.conv_last: Any = nn.Conv2d(NUM_FEATURES, out_chans, 7)
+        self.norm = nn.LayerNorm(dims[-1])
+        self.conv_after_body = nn.Linear(dims[-1], dims[0])
+        if not self.pa_frames:
+            self.linear_fuse = nn.Conv2d(dims[0] * frames, NUM_FEATURES, 1)
+            self.conv_last: Any = nn.Conv2d(NUM_FEATURES, keys["out_chans"], 7)
         elif upscale == 1:
-            self.conv_last = FrameConv(embed_dims[0], out_chans)
+            self.conv_last = FrameConv(dims[0], keys["out_chans"])
         else:
-            self.conv_before_upsample = nn.Sequential(FrameConv(embed_dims[0], NUM_FEATURES), nn.LeakyReLU())
+            self.conv_before_upsample = nn.Sequential(FrameConv(dims[0], NUM_FEATURES), nn.LeakyReLU())
             self.upsample = Upsample(upscale, NUM_FEATURES)
-            self.conv_last = FrameConv(NUM_FEATURES, out_chans)
+            self.conv_last = FrameConv(NUM_FEATURES, keys["out_chans"])
         self._initialise()
-        if spynet_path and pa_frames:
+        if keys["spynet_path"] and self.pa_frames:
             from everyrank.apps.video_restoration.weights import load_weights
 
-            load_weights(self.spynet, spynet_path, strict=False)
+            load_weights(self.spynet, keys["spynet_path"], strict=False)
 
     def _add_stages(self, keys: dict[str, Any]) -> None:
         depths, dims, heads = keys["depths"], keys["embed_dims"], keys["num_heads"]

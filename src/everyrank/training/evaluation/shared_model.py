@@ -7,18 +7,17 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from everyrank.errors import DataError
 from everyrank.runtime.collectives import gather_objects
 from everyrank.runtime.world import World
-from everyrank.training.ema import WeightAverage
 from everyrank.training.evaluation.evaluators import DefaultValidator, EvaluationResult
 from everyrank.training.failures import SignalNoticed, explain
 from everyrank.training.loaders import sampler_of
 from everyrank.training.loop import Position
-from everyrank.training.parallel.local_updates import LocalUpdates
 from everyrank.training.parallel.wrapping import send_buffers
+from everyrank.training.parts import Parts
 
 Answers = Tensor | Mapping[str, Tensor]
 
@@ -27,14 +26,12 @@ class Evaluation:
     """Evaluates one model.
 
     Args:
-        module: The bare model.
+        parts: What the run is made of.
         world: The joined world.
-        ema: The run's moving average, or None.
-        local: Its local updates, or None.
     """
 
-    def __init__(self, module: nn.Module, world: World, ema: WeightAverage | None, local: LocalUpdates | None) -> None:
-        self._module, self._world, self._ema, self._local = module, world, ema, local
+    def __init__(self, parts: Parts, world: World) -> None:
+        self._module, self._ema, self._local, self._world = parts.module, parts.ema, parts.local, world
 
     def evaluate(
         self,
