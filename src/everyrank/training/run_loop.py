@@ -18,7 +18,7 @@ from everyrank.training.config import TrainerConfig
 from everyrank.training.decisions.agenda import Agenda
 from everyrank.training.decisions.judge import Judge
 from everyrank.training.evaluation.evaluators import DefaultValidator, EvaluationResult
-from everyrank.training.evaluation.shared_model import Evaluation
+from everyrank.training.evaluation.evaluators.shared_model import Evaluation
 from everyrank.training.failures import SignalNoticed
 from everyrank.training.loaders import sampler_of
 from everyrank.training.loop import EpochLoop, Position

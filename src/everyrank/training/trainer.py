@@ -19,7 +19,7 @@ from everyrank.training.config import TrainerConfig, read_config
 from everyrank.training.decisions.judge import Judge
 from everyrank.training.decisions.pruning import has_trial, report_and_prune
 from everyrank.training.evaluation.evaluators import EvaluationResult
-from everyrank.training.evaluation.shared_model import Evaluation
+from everyrank.training.evaluation.evaluators.shared_model import Evaluation
 from everyrank.training.failures import SignalNoticed
 from everyrank.training.loaders import build_loader, prepare_loaders, sampler_of, three_parts
 from everyrank.training.loop import Position
