@@ -202,6 +202,7 @@ SHOWN: dict[str, Callable[[], str]] = {
     "step": _step,
     "permutation": _permutation,
     "checkpoint": _checkpoint,
+    "verdicts": lambda: str(_results("verdicts")["table"]),
 }
 """What a page can show, by the name in its marker."""
 

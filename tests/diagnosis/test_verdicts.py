@@ -53,9 +53,23 @@ def test_every_cause_of_the_troubleshooting_page_is_provoked() -> None:
     assert names == {*_KIND_OF_ENTRY, "lost-host", "slow"}
 
 
-@pytest.mark.parametrize("driver", ["launch", "mpi"])
-def test_a_rank_that_leaves_no_word_is_named_by_its_launcher(run_cli: RunCli, tmp_path: Path, driver: str) -> None:
-    done = run_cli("run", f"driver={driver}", "--", FAULTY, "hard_exit", "1", "5", program=_EVERYRANK)
+def test_a_slow_phase_is_told_once_and_ends_nothing(run_cli: RunCli, tmp_path: Path) -> None:
+    settings = ("driver=torchrun", "watch.stall_s=3", "watch.end_after_s=null", "--", FAULTY, "slow_step", "1", "5")
+    done = run_cli("run", *settings, program=_EVERYRANK)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("notice: no rank has gone on for") == 1, done.stderr
+    assert "rank 1 waits outside of any collective, while the others wait for it" in done.stderr
+    assert done.stderr.count("notice: the ranks go on") == 1
+    assert list(tmp_path.glob("outputs/*/verdict*.json")) == []
+
+
+@pytest.mark.parametrize(("driver", "is_watched"), [("launch", "false"), ("mpi", "true")])
+def test_a_rank_that_leaves_no_word_is_named_by_its_launcher(
+    run_cli: RunCli, tmp_path: Path, driver: str, is_watched: str
+) -> None:
+    settings = (f"driver={driver}", f"watch.enabled={is_watched}")
+    done = run_cli("run", *settings, "--", FAULTY, "hard_exit", "1", "5", program=_EVERYRANK)
+    assert bool(list(tmp_path.glob("outputs/*/watch"))) == (is_watched == "true")
     assert done.returncode == 1
     assert "error: rank 1 of 2 failed: exit code 4" in done.stderr, done.stderr
     verdict = json.loads(next(tmp_path.glob("outputs/*/verdict.json")).read_text())
@@ -87,6 +101,10 @@ def test_each_attempt_keeps_its_verdict(run_cli: RunCli, tmp_path: Path) -> None
     assert "notice: rank 1 failed: ValueError: something is wrong here" in done.stderr
     first, last = (next(tmp_path.glob(f"outputs/*/{name}.json")) for name in ("verdict-0", "verdict"))
     assert [json.loads(path.read_text())["attempt"] for path in (first, last)] == [0, 1]
+    assert run_cli("report", str(last.parent), program=_EVERYRANK).returncode == 0
+    page = (last.parent / "report.html").read_text()
+    assert page.count("error: rank 1 failed: ValueError: something is wrong here") == 2
+    assert "<h3>attempt 1</h3>" in page
 
 
 def test_the_stacks_of_a_live_run_are_shown(
