@@ -271,7 +271,7 @@ def run_bare(fault: dict[str, Any]) -> dict[str, Any]:
     )
     row = dict(fault, program="torch", driver="bare torchrun")
     try:
-        said = process.communicate(timeout=90)[0]
+        said = process.communicate(timeout=LIMIT_S)[0]
         found = re.search(r"Root Cause.*?rank\s*: (\d+)", said, re.DOTALL)
         named = int(found[1]) if found else None
         row["judged"] = "nothing" if named is None else "right" if named == fault["rank"] else "wrong rank"

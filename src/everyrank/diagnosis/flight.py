@@ -11,7 +11,7 @@ import pickle
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 NUM_ENTRIES = 200  # kept by torch, per process
@@ -119,7 +119,7 @@ def _collective(entry: Mapping[str, Any]) -> Collective:
 
 def to_json(entries: Sequence[Collective]) -> list[dict[str, Any]]:
     """For a file."""
-    return [asdict(entry) for entry in entries]
+    return [dict(vars(entry)) for entry in entries]
 
 
 @dataclass(frozen=True)

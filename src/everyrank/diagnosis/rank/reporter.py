@@ -43,7 +43,7 @@ from everyrank.diagnosis.rank_files import (
 
 _WATCHED = "EVERYRANK_WATCHED"  # pid of the process that reports as RANK: its children do not
 _TICK_S = 0.2
-_REPORT_EVERY_S = 5.0
+_REPORT_EVERY_S = 10.0
 _BEAT_BYTES = 512
 _HOLD_S = 1.0  # how long a rank that lost a peer lets the others say what they do, before it ends
 _LAST_S = 5.0  # how long the others live on when the guilty rank is told to end
@@ -214,7 +214,7 @@ class Reporter:
             }
             path = report_file(self.folder, self.rank)
             with open(f"{path}.part", "w", encoding="utf-8") as file:
-                json.dump(report, file)
+                file.write(json.dumps(report))  # json.dump goes through Python for every value
             os.replace(f"{path}.part", path)
 
     def _workers(self) -> list[dict[str, Any]]:
