@@ -18,11 +18,11 @@ from everyrank.training.config import TrainerConfig
 from everyrank.training.decisions.agenda import Agenda
 from everyrank.training.decisions.judge import Judge
 from everyrank.training.evaluation.evaluators import DefaultValidator, EvaluationResult
-from everyrank.training.evaluation.evaluators.shared_model import Evaluation
 from everyrank.training.failures import SignalNoticed
 from everyrank.training.loaders import sampler_of
 from everyrank.training.loop import EpochLoop, Position
 from everyrank.training.saving.ledger import Ledger
+from everyrank.training.shared_model import Evaluation
 from everyrank.training.step import TrainStep, step_by_results
 from everyrank.training.tracking.history import History, Row
 from everyrank.training.tracking.observers import Observers

@@ -19,7 +19,6 @@ from everyrank.training.config import TrainerConfig, read_config
 from everyrank.training.decisions.judge import Judge
 from everyrank.training.decisions.pruning import has_trial, report_and_prune
 from everyrank.training.evaluation.evaluators import EvaluationResult
-from everyrank.training.evaluation.evaluators.shared_model import Evaluation
 from everyrank.training.failures import SignalNoticed
 from everyrank.training.loaders import build_loader, prepare_loaders, sampler_of, three_parts
 from everyrank.training.loop import Position
@@ -32,6 +31,7 @@ from everyrank.training.saving.reload import load_model
 from everyrank.training.saving.replay import replay_if_asked
 from everyrank.training.saving.state import pack, put_foreign, unpack
 from everyrank.training.seeding import seed_rank
+from everyrank.training.shared_model import Evaluation
 from everyrank.training.step import TrainStep
 from everyrank.training.tracking.history import History, Row
 from everyrank.training.tracking.observers import Observers
