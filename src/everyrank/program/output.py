@@ -8,6 +8,7 @@ log until then, for which the launching process waits before it says how the run
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import select
@@ -17,6 +18,7 @@ import time
 from collections.abc import Iterable
 from typing import TextIO
 
+from everyrank.elastic.process.sweep import SCRIBE
 from everyrank.runtime.output import for_log
 
 # Written to the standard error by the rank itself: what follows is for the log alone.
@@ -41,7 +43,11 @@ def divert_output(log_file: str, *, prefix: str, on_console: bool) -> None:
     fcntl.flock(log, fcntl.LOCK_SH)
     child = os.fork()
     if child == 0:
-        # Twice forked, it is nobody's child: a program that waits for its children does not find it.
+        # Twice forked, it is nobody's child: a program that waits for its children does not find it. It leaves the
+        # rank's session before the rank goes on, which may end at once, and its children are ended with it.
+        os.setsid()
+        with contextlib.suppress(OSError), open("/proc/self/comm", "w") as name:
+            name.write(SCRIBE)
         if os.fork() == 0:
             _be_scribe({pipes[fd][0]: fd for fd in pipes}, log, prefix.encode(), on_console)
         os._exit(0)
@@ -87,7 +93,6 @@ def _be_scribe(sources: dict[int, int], log: int, prefix: bytes, on_console: boo
         on_console: Show the lines on the console at all.
     """
     try:
-        os.setsid()
         for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2):
             signal.signal(signum, signal.SIG_IGN)
         _close_all_but({1, 2, log, *sources})

@@ -17,18 +17,25 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
 MARK = "EVERYRANK_LAUNCH_ID"
+SCRIBE = "everyrank-scrib"  # what the kernel calls the process that reads a rank's output: 15 bytes at most
 _PATIENCE_S = 2.5
+_SCRIBES_S = 2.0
 
 
 def sweep(mark: str = "", sessions: Iterable[int] = ()) -> None:
-    """Kill every process of these sessions, and every one that was started with this mark, until none is left."""
+    """Kill every process of these sessions, and every one that was started with this mark, until none is left.
+
+    A scribe ends when the last writer has: it is left the time to write down what the ranks have said.
+    """
     wanted, entry = set(sessions), f"{MARK}={mark}".encode()
-    deadline = time.monotonic() + _PATIENCE_S
-    while time.monotonic() < deadline:
-        found = [pid for pid, session in _living() if session in wanted or (mark and _carries(pid, entry))]
+    begin = time.monotonic()
+    while (passed_s := time.monotonic() - begin) < _PATIENCE_S:
+        found = {pid: name for pid, name, session in _living() if session in wanted or (mark and _carries(pid, entry))}
         if not found:
             return
-        for pid in found:
+        for pid, name in found.items():
+            if name == SCRIBE and passed_s < _SCRIBES_S:
+                continue
             try:
                 os.kill(pid, signal.SIGKILL)
             except (ProcessLookupError, PermissionError):
@@ -36,18 +43,19 @@ def sweep(mark: str = "", sessions: Iterable[int] = ()) -> None:
         time.sleep(0.02)
 
 
-def _living() -> Iterator[tuple[int, int]]:
-    """Pid and session of every process but this one and those that have ended (Linux; elsewhere none)."""
+def _living() -> Iterator[tuple[int, str, int]]:
+    """Pid, name and session of every process but this one and those that have ended (Linux; elsewhere none)."""
     for name in os.listdir("/proc") if sys.platform.startswith("linux") else ():
         if not name.isdigit() or int(name) == os.getpid():
             continue
         try:
             with open(f"/proc/{name}/stat", "rb") as file:
-                state, _, _, session = file.read().rpartition(b")")[2].split()[:4]
+                before, _, after = file.read().rpartition(b")")
+                state, _, _, session = after.split()[:4]
         except (OSError, ValueError):
             continue
         if state not in (b"Z", b"X"):
-            yield int(name), int(session)
+            yield int(name), os.fsdecode(before.partition(b"(")[2]), int(session)
 
 
 def _carries(pid: int, entry: bytes) -> bool:
