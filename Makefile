@@ -1,6 +1,6 @@
 # make quickstart   install, then train the main job on two ranks
 # make test         install, then run every test
-# make check        linter, formatter, type checker
+# make check        linters (our own as well), formatter, type checker
 # make docs         build the documentation site
 # make bench        print the benchmark tables
 # make pages        fill the tables of README.md and docs/ from docs/results/ and benchmarks/results/
@@ -35,6 +35,7 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/everyrank check .
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

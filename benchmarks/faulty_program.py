@@ -124,7 +124,8 @@ def share(kind: str, loss: torch.Tensor) -> None:
 def main() -> None:
     """Train; at one step, in one rank, go wrong."""
     kind, guilty, step = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-    dist.init_process_group("gloo", timeout=timedelta(seconds=float(sys.argv[4]) if len(sys.argv) > 4 else 60))
+    timeout = timedelta(seconds=float(sys.argv[4]) if len(sys.argv) > 4 else 60)
+    dist.init_process_group("gloo", timeout=timeout)  # noqa: ER105
     rank = dist.get_rank()
     model = DistributedDataParallel(nn.Linear(8, 1))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)

@@ -80,20 +80,39 @@ def test_json_is_as_ruff_has_it(old: Path, capsys: pytest.CaptureFixture[str]) -
     assert set(finding["fix"]["edits"][0]) == set(theirs["fix"]["edits"][0])
 
 
-def test_github_and_sarif(old: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_github(old: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out = _run(capsys, "old.py", "--output-format=github", "--select", "ER003")
     assert code == 1
     assert out.startswith("::error file=old.py,line=7,col=1,endLine=7,endColumn=57,title=everyrank (ER003)::The option")
     assert out.count("\n") == 1
-    _, out = _run(capsys, "old.py", "--output-format=sarif")
+
+
+def test_sarif_holds_what_the_standard_requires(old: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Required properties of SARIF 2.1.0: 3.13 log, 3.14 run, 3.19 driver, 3.49 rule, 3.27 result, 3.30 region."""
+    (old.parent / "a file.py").write_text("def broken(:\n")
+    code, out = _run(capsys, ".", "--output-format=sarif", "--select=ALL")
+    assert code == 1
     log = json.loads(out)
     assert log["version"] == "2.1.0"
-    rules = {rule["id"] for rule in log["runs"][0]["tool"]["driver"]["rules"]}
-    for result in log["runs"][0]["results"]:
+    (run,) = log["runs"]
+    assert run["columnKind"] == "unicodeCodePoints"
+    driver = run["tool"]["driver"]
+    assert driver["name"]
+    rules = [rule["id"] for rule in driver["rules"]]
+    assert len(rules) == len(set(rules))
+    assert all(rule["shortDescription"]["text"] for rule in driver["rules"])
+    found = set()
+    for result in run["results"]:
         assert result["ruleId"] in rules
-        location = result["locations"][0]["physicalLocation"]
-        assert location["artifactLocation"]["uri"] == "old.py"
-        assert location["region"]["startLine"] in (7, 8)
+        assert result["level"] in ("none", "note", "warning", "error")
+        assert result["message"]["text"]
+        (location,) = result["locations"]
+        place = location["physicalLocation"]
+        region = place["region"]
+        assert 1 <= region["startLine"] <= region["endLine"]
+        assert min(region["startColumn"], region["endColumn"]) >= 1
+        found.add((place["artifactLocation"]["uri"], result["ruleId"]))
+    assert {("a%20file.py", "ER000"), ("old.py", "ER003"), ("old.py", "ER006")} <= found
 
 
 def test_fix_writes_and_keeps_the_mode_and_the_ends_of_lines(old: Path, capsys: pytest.CaptureFixture[str]) -> None:

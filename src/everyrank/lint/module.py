@@ -41,7 +41,7 @@ class PythonModule:
         if self.is_relevant:
             self.index()
 
-    @property
+    @functools.cached_property
     def is_relevant(self) -> bool:
         """Whether any rule could find something here."""
         return TRIGGER.search(self.text) is not None

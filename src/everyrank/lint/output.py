@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from everyrank.lint.engine import DOES_NOT_PARSE, Checked
 from everyrank.lint.finding import Finding, Lines
@@ -112,7 +113,11 @@ def as_sarif(results: Sequence[Checked], version: str) -> str:
         "runs": [
             {
                 "tool": {
-                    "driver": {"name": "everyrank check", "version": version, "rules": [_sarif_rule(r) for r in RULES]}
+                    "driver": {
+                        "name": "everyrank check",
+                        "version": version,
+                        "rules": [_UNPARSED, *(_sarif_rule(rule) for rule in RULES)],
+                    }
                 },
                 "columnKind": "unicodeCodePoints",
                 "results": [_sarif_result(c, place, f) for c in results for place in [Place(c)] for f in c.findings],
@@ -120,6 +125,13 @@ def as_sarif(results: Sequence[Checked], version: str) -> str:
         ],
     }
     return json.dumps(log, indent=2)
+
+
+_UNPARSED = {
+    "id": DOES_NOT_PARSE,
+    "name": "does-not-parse",
+    "shortDescription": {"text": "The file does not parse, and was not checked"},
+}
 
 
 def _sarif_rule(rule: Rule) -> dict[str, Any]:
@@ -138,7 +150,8 @@ def _sarif_result(checked: Checked, place: Place, finding: Finding) -> dict[str,
     row, column, _ = place.of(finding.start)
     end_row, end_column, _ = place.of(finding.end)
     region = {"startLine": row, "startColumn": column, "endLine": end_row, "endColumn": end_column}
-    uri = Path(checked.path).as_posix() if not Path(checked.path).is_absolute() else Path(checked.path).as_uri()
+    path = Path(checked.path)
+    uri = path.as_uri() if path.is_absolute() else quote(path.as_posix())
     rule = _RULES.get(finding.code)
     return {
         "ruleId": finding.code,

@@ -27,7 +27,7 @@ def listening():
 
 
 def main():
-    dist.init_process_group("gloo")
+    dist.init_process_group("gloo")  # noqa: ER105
     rank, size = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(rank)
     model = DistributedDataParallel(torch.nn.Linear(4, 1))

@@ -42,7 +42,7 @@ def loader_of(library, kind):
         fabric.launch()
         loader = fabric.setup_dataloaders(loader)
     else:
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo")  # noqa: ER105
         if kind == "alone":
             loader = DataLoader(Numbers(), batch_size=2, sampler=DistributedSampler(Numbers()))
     return (everyrank.exact(loader) if kind == "exact" else loader), skip

@@ -21,8 +21,8 @@ class Network(torch.nn.Module):
 
 
 if __name__ == "__main__":
-    dist.init_process_group("gloo")
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group("gloo")  # noqa: ER105
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])  # noqa: ER009
     edges = torch.tensor([[0, 1, 2], [1, 2, 0]])
     graphs = [Data(x=torch.full((3, 2), float(number)), edge_index=edges) for number in range(8)]
     model = DistributedDataParallel(Network())

@@ -47,8 +47,8 @@ class GPT(nn.Module):
 def main():
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, sys.argv[1])
-    local_rank = int(os.environ["LOCAL_RANK"])
-    dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+    local_rank = int(os.environ["LOCAL_RANK"])  # noqa: ER009
+    dist.init_process_group("nccl" if kind == "cuda" else "gloo")  # noqa: ER105
     device = torch.device(kind, local_rank) if kind == "cuda" else torch.device("cpu")
     if kind == "cuda":
         torch.cuda.set_device(device)

@@ -89,14 +89,14 @@ def fsdp1(local_rank):
 
 
 def main():
-    local_rank = int(os.environ["LOCAL_RANK"])
+    local_rank = int(os.environ["LOCAL_RANK"])  # noqa: ER009
     device = torch.device("cpu")
     if KIND == "cuda":
         device = torch.device(KIND, local_rank)
         torch.cuda.set_device(device)
-        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)  # noqa: ER105
     else:
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo")  # noqa: ER105
     parts = {"fsdp2": fsdp2(device, sys.argv[1]), "tensor parallel": tensor_parallel()}
     if KIND == "cuda":  # the first FSDP has no CPU path of its own to compare with
         parts["fsdp1"] = fsdp1(local_rank)
