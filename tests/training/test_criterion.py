@@ -56,3 +56,10 @@ def test_means_and_sums_are_told_apart(num: int, dtype: torch.dtype) -> None:
         assert found[0] == expected, found
     assert relation_to_parts(cases["sum"], output * 0, (torch.zeros(num), {"y": output * 0}))[0] == "mean"  # type: ignore[index]
     assert relation_to_parts(cases["sum"], output[:1], data) is None
+
+
+def test_a_metric_that_adds_up_is_refused_on_every_rank(tmp_path: Path) -> None:
+    """Weighted by samples, as a mean is, a sum would say something else for each batch size."""
+    for told in everyrank.launch(numerics.try_metrics, tmp_path, nproc_per_node=2):
+        assert told.startswith("The metric 'near' adds up its samples: ")
+        assert "Fix: return the mean" in told

@@ -102,11 +102,25 @@ def test_parallel_is_required_for_several_processes(tmp_path: Path) -> None:
     assert all("no `parallel` section" in text for text in everyrank.launch(run, tmp_path, nproc_per_node=2))
 
 
-def test_batch_statistics_of_one_sample_are_refused_with_the_cure(tmp_path: Path) -> None:
-    first, second = everyrank.launch(numerics.train_statistics_of_one, tmp_path, nproc_per_node=2)
-    assert second.startswith("ConfigError: This rank has one sample of the global batch, and BatchNorm ")
-    assert "Fix: training.drop_last: true" in first
-    assert first.startswith("RankFailedError: rank 1 failed: ConfigError: ")
+def test_batch_statistics_of_one_sample_are_refused_before_the_first_step(tmp_path: Path) -> None:
+    """103 samples in global batches of 10: the last one leaves each of two ranks one or two samples."""
+    variants: dict[str, dict[str, Any]] = {
+        "short": {},
+        "every": {"global_batch_size": 3},
+        "dropped": {"drop_last": True},
+        "not_reached": {"num_epochs": None, "num_steps": 10},
+        "cured": {"global_batch_size": 11},
+        "pixels": {"model": numerics.NormImages},
+    }
+    for found in everyrank.launch(numerics.train_small_shares, tmp_path, variants, nproc_per_node=2):
+        told, step = found["short"]
+        assert told.startswith(
+            "BatchNorm1d '1' takes no statistics of one sample, but the epoch's last, short batch of 3"
+        )
+        assert "Fix: training.drop_last: true; or training.global_batch_size: 11, which" in told
+        assert step == 0
+        assert found["every"][0].startswith("BatchNorm1d '1' takes no statistics of one sample, but each batch of 3 ")
+        assert {found[name] for name in ("dropped", "not_reached", "cured", "pixels")} == {("", 10), ("", 11)}
 
 
 def bad_loss(output: torch.Tensor, data: Any) -> torch.Tensor:

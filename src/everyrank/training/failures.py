@@ -9,7 +9,7 @@ from typing import Any
 import torch.distributed as dist
 
 from everyrank.diagnosis.classify import is_lost_peer
-from everyrank.errors import ConfigError, EveryrankError, RankFailedError, UserError
+from everyrank.errors import EveryrankError, RankFailedError, UserError
 from everyrank.runtime.logs import get_logger
 from everyrank.runtime.membership import find_store
 from everyrank.runtime.world import World
@@ -43,7 +43,6 @@ def explain(error: Exception, world: World, where: str) -> Exception:
     """
     if isinstance(error, RankFailedError):
         return error
-    error = _in_plain_words(error)
     note = f"on rank {world.rank}, {where}"
     guilty = _published(world) if is_lost_peer(error) else None
     if guilty is not None and guilty["rank"] != world.rank:
@@ -60,18 +59,6 @@ def explain(error: Exception, world: World, where: str) -> Exception:
         if not isinstance(error, UserError | EveryrankError):
             logger.error("%s: %s (%s)", type(error).__name__, error, note)
     return error
-
-
-def _in_plain_words(error: Exception) -> Exception:
-    """Return a ConfigError for an error of torch that comes of how the ranks share a batch; any other as it is."""
-    if not (isinstance(error, ValueError) and "more than 1 value per channel" in str(error)):
-        return error
-    return ConfigError(
-        "This rank has one sample of the global batch, and BatchNorm takes no statistics of one value. One process "
-        "would take them over the whole batch. Fix: training.drop_last: true if it is the epoch's last, short batch; "
-        "another global_batch_size, that leaves each rank two samples or more; parallel.sync_batchnorm: true (CUDA), "
-        "which takes statistics over all ranks; or LayerNorm or GroupNorm."
-    )
 
 
 def _publish(error: Exception, world: World, where: str) -> None:

@@ -110,9 +110,8 @@ class EpochLoop:
             At each sync point, on all ranks: the recorded losses since the last, and the newest one.
         """
         sampler = sampler_of(loader, "the training loader")
-        batch, num_batches = sampler.next_batch, len(sampler)
         try:
-            yield from self._run(loader, sampler, batch, num_batches)
+            yield from self._run(loader, sampler, sampler.next_batch, len(sampler))
         except NonFiniteLossError:
             raise
         except Exception as error:
@@ -121,13 +120,19 @@ class EpochLoop:
                 raise
             raise told from error
 
+    def batches_from(self, sampler: GlobalBatchSampler, batch: int) -> range:
+        """Return the batches of an epoch that are to be trained on if it goes on with ``batch``."""
+        end, config = len(sampler), self.config
+        if config.num_steps is not None:
+            end = min(end, batch + config.accumulation_steps * (config.num_steps - self.position.step))
+        return range(batch, end)
+
     def _run(self, loader: Any, sampler: GlobalBatchSampler, batch: int, num_batches: int) -> Iterator[list[LossRow]]:
         step, position, steps, losses = self.step, self.position, self._steps, self._losses
         every, log_every = self.config.accumulation_steps, self.config.log_every_steps
         rates = step.optimizer.param_groups[0]
         full_weights, full_count = self._weights(sampler, 0, every) if every < num_batches else ([], 0)
-        left = num_batches if self.config.num_steps is None else every * (self.config.num_steps - position.step)
-        end = min(num_batches, batch + left)
+        end = self.batches_from(sampler, batch).stop
         iterator = iter(loader)
         if self.world.world_size > 1:
             iterator = self._timed = TimedBatches(iterator)

@@ -6,11 +6,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal, NoReturn
 
 from everyrank.data.sampler import GlobalBatchSampler
 from everyrank.errors import EXIT_OK, UserError
+from everyrank.runtime.agreement import agree
 from everyrank.runtime.logs import get_logger
 from everyrank.runtime.preemption import PreemptionWatch
 from everyrank.runtime.world import World
@@ -21,6 +22,7 @@ from everyrank.training.evaluation.evaluators import DefaultValidator, Evaluatio
 from everyrank.training.failures import SignalNoticed
 from everyrank.training.loaders import sampler_of
 from everyrank.training.loop import EpochLoop, Position
+from everyrank.training.parallel.statistics import look_at_statistics
 from everyrank.training.saving.ledger import Ledger
 from everyrank.training.shared_model import Evaluation
 from everyrank.training.step import TrainStep, step_by_results
@@ -96,6 +98,8 @@ class RunLoop:
                 stops=(*agenda.stops, *([self.until_step] if self.until_step else [])),
                 sync_every=self._sync_every,  # what an earlier call has found
             )
+            batches = loop.batches_from(sampler, sampler.next_batch % len(sampler))
+            look_at_statistics(self.step.module, sampler, batches)
             if val_loader is not None and self._owes_a_validation(sampler):
                 yield self._conclude("validation", self._validate(val_loader), time.monotonic(), sampler)
             while not self.is_over(epoch_is_open=self._epoch_is_open(sampler)):
@@ -169,7 +173,7 @@ class RunLoop:
                 self._stop_if_signalled()
 
         between_batches = look_up if self.config.validation.on == "all" else None
-        result = self.evaluation.evaluate(self.validator, val_loader, self.position, between_batches)
+        result = self.evaluation.evaluate(self.validator, val_loader, self.position, between_batches=between_batches)
         self._stop_if_signalled()
         self.validator.report(result)
         return result
@@ -203,7 +207,7 @@ class RunLoop:
         else:
             is_due = self._agenda.saves_at_step(position.step)
             del row["train_loss"]  # of an epoch that goes on
-        row = self.history.add_result(kind, row)
+        row = agree(partial(self.history.add_result, kind, row))  # rank 0's disk may be full
         if moves_on:
             position.epoch += 1
             position.loss_sum, position.num_samples = 0.0, 0

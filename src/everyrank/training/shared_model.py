@@ -38,9 +38,8 @@ class Evaluation:
         evaluator: DefaultValidator,
         loader: Any,
         position: Position,
-        between_batches: Callable[[], None] | None = None,
-        *,
         together: bool = True,
+        between_batches: Callable[[], None] | None = None,
     ) -> EvaluationResult:
         """Return what ``evaluator`` finds. Collective, unless rank 0 evaluates its own model alone (not together)."""
         with self._model_of_all(evaluator, loader, position, together):

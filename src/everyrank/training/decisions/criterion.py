@@ -41,7 +41,7 @@ def look_at_criterion(
         if not isinstance(loss, Tensor) or loss.dim() != 0:
             return True
         with torch.no_grad():
-            found = relation_to_parts(_undisturbed(criterion), map_tensors(output, Tensor.detach), data)
+            found = relation_to_parts(undisturbed(criterion), map_tensors(output, Tensor.detach), data)
         relation, values = found if found is not None else ("mean", [])
         if relation == "sum":
             raise ConfigError(
@@ -93,7 +93,7 @@ def relation_to_parts(
     return ("sum" if abs(whole - first - second) <= tolerance else "neither"), values
 
 
-def _undisturbed(criterion: Callable[[Any, Any], Tensor]) -> Callable[[Any, Any], Tensor]:
+def undisturbed(criterion: Callable[[Any, Any], Tensor]) -> Callable[[Any, Any], Tensor]:
     """Return a criterion that may be called once more: a module's buffers (a running centre) stay as they are."""
     if not isinstance(criterion, nn.Module) or not any(True for _ in criterion.buffers()):
         return criterion

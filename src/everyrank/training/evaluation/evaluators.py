@@ -182,7 +182,7 @@ class DefaultValidator:
                     num_whole += self._add(sums, output, loss, data, count)
                 if between_batches is not None:
                     between_batches()
-        local = torch.cat([sums, sums.new_tensor([num_samples, num_whole]), self.metrics.sums])
+        local = torch.cat([sums, sums.new_tensor([num_samples, num_whole]), self.metrics.sums.flatten()])
         total = (reduce_sum(local) if reduce else local).cpu()
         loss_sum, square_sum, num_not_mean, count, num_whole = total[:5].tolist()
         mean = loss_sum / count

@@ -12,6 +12,7 @@ from torch import Tensor
 from everyrank.errors import ConfigError, DataError
 from everyrank.runtime.collectives import gather_objects
 from everyrank.training.config_data import MetricConfig
+from everyrank.training.decisions.criterion import relation_to_parts, undisturbed
 
 _TARGET_KEYS = ("y", "target", "targets", "label", "labels")
 
@@ -58,6 +59,7 @@ class MetricSet:
                 self._stateful[name] = (metric, config.select or predictions_and_targets)
             else:
                 self._functions[name] = metric
+        self._adding: dict[str, bool] | None = None  # found out by the first batch
         self.reset()
 
     def reset(self) -> None:
@@ -68,6 +70,8 @@ class MetricSet:
 
     def update(self, output: Any, batch: Any, num_samples: int) -> None:
         """Take in one batch."""
+        if self._adding is None:
+            self._adding = {name: _adds_up(function, output, batch) for name, function in self._functions.items()}
         for metric, select in self._stateful.values():
             metric.update(*select(output, batch))
         for name, function in self._functions.items():
@@ -78,9 +82,12 @@ class MetricSet:
 
     @property
     def sums(self) -> Tensor:
-        """This rank's sums of the functions over its samples, shape ``(number of functions,)``, float64."""
-        values = list(self._sums.values())
-        return torch.stack(values) if values else torch.zeros(0, dtype=torch.float64, device=self._device)
+        """This rank's sums of the functions over its samples, and which of them are no means: ``(2, functions)``."""
+        values = torch.zeros(2, len(self._functions), dtype=torch.float64, device=self._device)
+        if self._functions:
+            values[0] = torch.stack(list(self._sums.values()))
+            values[1] = values.new_tensor([(self._adding or {}).get(name, False) for name in self._functions])
+        return values
 
     def compute(self, total_sums: Tensor, num_samples: int, *, reduce: bool) -> dict[str, float]:
         """Return every metric over all samples. Collective if ``reduce``.
@@ -89,7 +96,17 @@ class MetricSet:
             total_sums: ``sums``, added over ranks.
             num_samples: Number of samples over all ranks.
             reduce: Whether other ranks hold samples too.
+
+        Raises:
+            ConfigError: A function adds up its samples, where it must return their mean.
         """
+        total_sums, num_adding = total_sums.view(2, -1)
+        for name, number in zip(self._functions, num_adding.tolist(), strict=True):
+            if number:
+                raise ConfigError(
+                    f"The metric {name!r} adds up its samples: for a batch it returns the sum of what it returns for "
+                    "its halves, which depends on the batch size. Fix: return the mean over the samples of the batch."
+                )
         values = {name: float(total_sums[i]) / num_samples for i, name in enumerate(self._functions)}
         for name, (metric, _) in self._stateful.items():
             if reduce:
@@ -100,6 +117,11 @@ class MetricSet:
                 key = f"{name}_{part}" if part else name
                 values.update(_scalars(key, value))
         return values
+
+
+def _adds_up(function: Callable[[Any, Any], Any], output: Any, batch: Any) -> bool:
+    found = relation_to_parts(undisturbed(function), output, batch)
+    return found is not None and found[0] == "sum"
 
 
 def _make(name: str, config: MetricConfig) -> Any:
