@@ -69,7 +69,8 @@ class ReadsSecrets:
         told = [os.environ[name] for name in ("MY_API_TOKEN", "NUMBER", "FLAG", "HALF")]
         if everyrank.detect().rank == 0:
             Path(cfg.app.folder).mkdir()
-            Path(cfg.app.folder, "seen-0").write_text("|".join([cfg.app.password, *told]))
+            literal = [account.api_key for account in cfg.app.accounts]
+            Path(cfg.app.folder, "seen-0").write_text("|".join([cfg.app.password, *told, *literal]))
 
 
 class StuckWithChildren:

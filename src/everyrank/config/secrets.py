@@ -13,6 +13,14 @@ _SECRET_WORDS = frozenset(
     {"KEY", "KEYS", "APIKEY", "TOKEN", "TOKENS", "SECRET", "SECRETS", "PASSWORD", "PASSWD", "PASSPHRASE", "PAT"}
     | {"CREDENTIAL", "CREDENTIALS", "AUTH", "DSN"}
 )
+# Of a key of a configuration more is asked: `target_key` and `pad_token` are no secrets.
+_SECRET_KEYS = frozenset(
+    {"PASSWORD", "PASSWD", "PASSPHRASE", "SECRET", "SECRETS", "CREDENTIAL", "CREDENTIALS", "APIKEY"}
+)
+_KEY_OR_TOKEN = frozenset({"KEY", "KEYS", "TOKEN", "TOKENS"})
+_OF_AN_ACCOUNT = frozenset(
+    {"API", "ACCESS", "PRIVATE", "AUTH", "BEARER", "HF", "HUB", "WANDB", "AWS", "AZURE", "GITHUB"}
+)
 _FROM_ENVIRONMENT = re.compile(r"\$\{oc\.env:\s*([A-Za-z_][A-Za-z0-9_]*)")
 
 
@@ -36,11 +44,27 @@ def looks_secret(name: str) -> bool:
     return any(word in _SECRET_WORDS for word in re.split(r"[^A-Za-z0-9]+", name.upper()))
 
 
+def is_secret_key(name: str) -> bool:
+    """Whether a key of a configuration holds a secret by its name: ``api_key`` does, ``target_key`` does not."""
+    words = set(re.split(r"[^A-Za-z0-9]+", name.upper()))
+    return bool(words & _SECRET_KEYS) or bool(words & _KEY_OR_TOKEN and words & _OF_AN_ACCOUNT)
+
+
+def masked(value: Any, name: str = "") -> Any:
+    """A copy of plain values in which a text under a key that holds a secret is ``***``."""
+    if isinstance(value, Mapping):
+        return {key: masked(item, str(key)) for key, item in value.items()}
+    if isinstance(value, list):
+        return [masked(item, name) for item in value]
+    return MASK if isinstance(value, str) and value and is_secret_key(name) else value
+
+
 def hide(resolved: Any, raw: Any, path: tuple[str, ...] = ()) -> Any:
     """A copy of a resolved configuration that is fit to be written down.
 
-    What an interpolation read from the environment stays an interpolation, as does a variable that looks secret: a rank
-    reads it from its own environment, where the launching process puts it.
+    What an interpolation read from the environment stays an interpolation. A variable that looks secret, and a text
+    that stands in the app under a key that does, become one: a rank reads it from its own environment, where the
+    launching process puts it.
 
     Args:
         resolved: The configuration with all values.
@@ -52,11 +76,13 @@ def hide(resolved: Any, raw: Any, path: tuple[str, ...] = ()) -> Any:
         return {key: hide(value, parts.get(key), (*path, str(key))) for key, value in resolved.items()}
     if isinstance(resolved, list):
         items = raw if isinstance(raw, list) and len(raw) == len(resolved) else [None] * len(resolved)
-        return [hide(value, item, path) for value, item in zip(resolved, items, strict=True)]
+        return [hide(value, item, (*path, str(n))) for n, (value, item) in enumerate(zip(resolved, items, strict=True))]
     if isinstance(raw, str) and _reads_environment(raw, path):
         return raw
     if path[:2] == ("env", "variables") and looks_secret(path[-1]):
         return f"${{oc.env:{path[-1]}}}"
+    if _is_literal(resolved, path):
+        return f"${{oc.env:{_variable_of(path)}}}"
     return resolved
 
 
@@ -65,17 +91,43 @@ def handed_over(resolved: Mapping[str, Any], raw: Any) -> dict[str, str]:
     named = resolved["env"].get("variables") or {}
     templates = raw["env"].get("variables") or {}
     found: dict[str, str] = {name: Secret(os.environ[name]) for name in _variables_in(raw, ()) if name in os.environ}
+    found |= {_variable_of(path): Secret(value) for path, value in _literals(resolved, raw, ())}
     for name, value in named.items():
         secret = looks_secret(name) or _FROM_ENVIRONMENT.search(str(templates.get(name)))
         found[name] = Secret(value) if secret else value
     return found
 
 
+def _is_literal(value: Any, path: tuple[str, ...]) -> bool:
+    return isinstance(value, str) and bool(value) and path[0] == "app" and is_secret_key(_name_of(path))
+
+
+def _name_of(path: tuple[str, ...]) -> str:
+    """The key that leads to a value, also where that stands in a list."""
+    return next((part for part in reversed(path) if not part.isdigit()), "")
+
+
+def _variable_of(path: tuple[str, ...]) -> str:
+    return "EVERYRANK_SECRET_" + "_".join(re.sub(r"[^A-Za-z0-9]", "_", part).upper() for part in path)
+
+
+def _literals(resolved: Any, raw: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Yield where the hidden copy reads a text of the app from the environment, and that text."""
+    if isinstance(resolved, Mapping | list):
+        items = resolved.items() if isinstance(resolved, Mapping) else enumerate(resolved)
+        for key, value in items:
+            inner = raw[key] if isinstance(raw, Mapping) and key in raw else None
+            inner = raw[key] if isinstance(raw, list) and isinstance(key, int) and key < len(raw) else inner
+            yield from _literals(value, inner, (*path, str(key)))
+    elif _is_literal(resolved, path) and not (isinstance(raw, str) and _reads_environment(raw, path)):
+        yield path, resolved
+
+
 def _reads_environment(raw: str, path: tuple[str, ...]) -> bool:
     names = _FROM_ENVIRONMENT.findall(raw)
     # Folders and addresses of a machine belong to the plan, which people read; a password does not.
     plain = path[:1] in _OF_THE_PLAN and path[:2] != ("env", "variables")
-    return bool(names) and (not plain or any(map(looks_secret, (*names, path[-1]))))
+    return bool(names) and (not plain or any(map(looks_secret, (*names, _name_of(path)))))
 
 
 def _variables_in(raw: Any, path: tuple[str, ...]) -> Iterator[str]:
@@ -83,7 +135,7 @@ def _variables_in(raw: Any, path: tuple[str, ...]) -> Iterator[str]:
         for key, value in raw.items():
             yield from _variables_in(value, (*path, str(key)))
     elif isinstance(raw, list):
-        for value in raw:
-            yield from _variables_in(value, path)
+        for number, value in enumerate(raw):
+            yield from _variables_in(value, (*path, str(number)))
     elif isinstance(raw, str) and _reads_environment(raw, path):
         yield from _FROM_ENVIRONMENT.findall(raw)

@@ -10,6 +10,7 @@ import pydantic
 
 from everyrank.config.resolve import import_object
 from everyrank.config.schema import Bool, Float, Int, ObjectRef, as_mapping, build, field, section
+from everyrank.config.secrets import masked
 from everyrank.errors import did_you_mean
 from everyrank.training.config_data import (
     DataConfig,
@@ -261,10 +262,14 @@ def read_model_config(values: Mapping[str, Any]) -> ModelConfig:
 
 
 def plain_config(config: TrainerConfig) -> dict[str, Any]:
-    """Return the whole configuration, defaults included, as a mapping that ``read_config`` takes back."""
+    """Return the whole configuration, defaults included, as a mapping that ``read_config`` takes back.
+
+    It is written down and shown: a text under a key that holds a secret (``api_key``) is ``***``.
+    """
     mapping = as_mapping(config)
     mapping["model"].update(mapping["model"].pop("settings"))
-    return mapping
+    whole: dict[str, Any] = masked(mapping)
+    return whole
 
 
 def _contradictions(config: TrainerConfig) -> list[str]:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from torch.utils.data import TensorDataset
 
 from everyrank import ConfigError, TrainerDDP
 from everyrank.config.schema import section_of
@@ -142,3 +143,21 @@ def test_an_unchanged_configuration_is_no_change(tmp_path: Path) -> None:
     trainer.run_training()
     config["criterion"] = lambda output, data: tiny.compute_loss(output, data)
     TrainerDDP(config=read_config(plain_config(read_config(config))))
+
+
+def test_the_trainers_own_record_of_its_settings_shows_no_secret(tmp_path: Path) -> None:
+    config = tiny.make_config(tmp_path / "run", num_epochs=1)
+    config["data"] = {"type": Guarded, "kwargs": {"api_key": "xyzzy", "target_key": "y"}, "split": [1.0, 0.0, 0.0]}
+    for _ in range(2):
+        trainer = TrainerDDP(config=config)
+        assert trainer.prepare_dataloaders()[0] is not None
+        text = (tmp_path / "run" / "config.yaml").read_text()
+        assert "xyzzy" not in text
+        assert "target_key: y" in text
+        del trainer
+
+
+class Guarded(TensorDataset):
+    def __init__(self, api_key: str, target_key: str) -> None:
+        assert (api_key, target_key) == ("xyzzy", "y")
+        super().__init__(*tiny.make_data(12).tensors)
