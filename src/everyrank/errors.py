@@ -13,6 +13,7 @@
     │   ├── BarrierTimeoutError         names the ranks that did not come
     │   └── RendezvousError             also a UserError: the processes of a run cannot meet
     ├── CheckpointError (RuntimeError)  a checkpoint that cannot be written or read
+    │   └── UnwritableError             also a UserError: the disk is full, or the folder may not be written to
     ├── NonFiniteLossError (RuntimeError)  a loss or weight is NaN or infinite: rank, epoch, step, samples
     ├── RankFailedError (RuntimeError)  a rank raised or died: its rank, traceback and log file
     └── Preempted                       a signal asked the run to stop and its checkpoint is safe; exit code 75
@@ -85,6 +86,10 @@ class RendezvousError(ProcessGroupError, UserError):
 
 class CheckpointError(EveryrankError, RuntimeError):
     """A checkpoint cannot be written or read."""
+
+
+class UnwritableError(CheckpointError, UserError):
+    """A file of a run cannot be written: the disk is full, or its folder may not be written to."""
 
 
 class NonFiniteLossError(EveryrankError, RuntimeError):

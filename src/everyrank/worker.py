@@ -193,14 +193,13 @@ def load_app(target: str) -> Any:
 
 
 def _report(error: BaseException, rank: int, log_dir: str, exit_code: int) -> int:
-    os.makedirs(log_dir, exist_ok=True)
     paths = (error_file(log_dir, rank), os.environ.get("TORCHELASTIC_ERROR_FILE"))
     record = record_error(error, rank, exit_code, *paths)
     text = render(record)
-    with open(log_file(log_dir, rank), "a", encoding="utf-8") as log:
+    with contextlib.suppress(OSError), open(log_file(log_dir, rank), "a", encoding="utf-8") as log:
         log.write(text + "\n")
     # Under one of our launchers the launching process says it, once for all ranks and after everything else.
-    if os.environ.get(SUPERVISED) != "1":
+    if os.environ.get(SUPERVISED) != "1" or not (record["is_written"] or record["lost_peer"]):
         print(text, file=sys.__stderr__, flush=True)
     reporter.told(record)
     return exit_code

@@ -34,7 +34,7 @@ from everyrank.errors import ConfigError
         (["driver=torchrun", "driver.max_restarts=-1"], "driver.max_restarts: found -1"),
         (
             ["driver=torchrun", "driver.nnodes=0"],
-            "driver.nnodes: found 0 (int), but it must be greater than or equal to 1",
+            "driver.nnodes: found 0 (int), but it must be greater",
         ),
         (["driver._target_=everyrank.drivers.local.LocalDrivr"], "Did you mean 'LocalDriver'?"),
         (["driver._target_=everyrank.drivers.lokal.LocalDriver"], "driver._target_ 'everyrank.drivers.lokal"),

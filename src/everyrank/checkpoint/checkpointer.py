@@ -34,7 +34,7 @@ from everyrank.checkpoint.rng import capture_rng, restore_rng
 from everyrank.checkpoint.shards import MARK, OWN, Layout, is_spread, local_parts, own_name, shard_name
 from everyrank.checkpoint.snapshot import Snapshot, whole_tensors
 from everyrank.checkpoint.writer import BackgroundTask, Job, write_checkpoint, write_parts
-from everyrank.errors import CheckpointError
+from everyrank.errors import CheckpointError, UnwritableError
 from everyrank.runtime.agreement import agree, gather_agreed
 from everyrank.runtime.collectives import gather_objects, reduce_sum
 from everyrank.runtime.world import World
@@ -258,9 +258,10 @@ class Checkpointer:
         if isinstance(error, CheckpointError):
             raise error
         if error is not None:
-            raise CheckpointError(
+            kind = UnwritableError if isinstance(error, OSError) else CheckpointError
+            raise kind(
                 f"The last checkpoint could not be written to {self.folder}: {error}. Earlier checkpoints are whole. "
-                "Make room or mend the folder, then run the same command again to resume."
+                "Fix: make room or mend the folder, then run the same command again to resume."
             )
 
     def wait(self) -> None:

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from everyrank.checkpoint.manifest import MANIFEST, find_damage, read_manifest
-from everyrank.errors import CheckpointError
+from everyrank.errors import CheckpointError, UnwritableError
 
 logger = logging.getLogger(__name__)
 
@@ -235,6 +235,22 @@ def _has_living_writer(path: Path) -> bool:
     finally:
         os.close(descriptor)
     return False
+
+
+@contextmanager
+def said_plainly(path: Path) -> Iterator[None]:
+    """Say in one message that a file of a run cannot be written.
+
+    Raises:
+        UnwritableError: In place of an OSError of the block.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UnwritableError(
+            f"{path} cannot be written: {error.strerror}. The checkpoints that were saved are whole. Fix: make room or "
+            "mend the folder, then run the same command again to resume."
+        ) from error
 
 
 def _lock(descriptor: int) -> None:

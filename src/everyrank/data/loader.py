@@ -74,6 +74,16 @@ class WorkerLoader(DataLoader):
         _tell_epoch(self.dataset, self.batch_sampler)
         return super().__iter__()
 
+    def end_workers(self) -> None:
+        """Let the workers end by themselves; the next iteration starts new ones.
+
+        Else they end with the loader. Where that is freed by the garbage collector (any caught exception may keep the
+        frames that hold it), their queues are gone by then: they are waited for 5 s and killed.
+        """
+        iterator, self._iterator = self._iterator, None
+        if iterator is not None:
+            iterator._shutdown_workers()
+
 
 def make_loader(
     dataset: Any,

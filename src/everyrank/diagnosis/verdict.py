@@ -70,15 +70,19 @@ class Verdict:
 
 
 def write_verdict(run_dir: str, verdict: Verdict) -> None:
-    """Write ``verdict.json``; the verdict of an earlier attempt stays as ``verdict-<attempt>.json``."""
+    """Write ``verdict.json``; the verdict of an earlier attempt stays as ``verdict-<attempt>.json``.
+
+    Where the disk is full there is none: the console shows what it would say.
+    """
     path = os.path.join(run_dir, _FILE)
     earlier = read_verdict(run_dir)
-    if earlier is not None and earlier.attempt < verdict.attempt:
-        os.replace(path, os.path.join(run_dir, f"verdict-{earlier.attempt}.json"))
     partial = f"{path}.{os.getpid()}.part"
-    with open(partial, "w", encoding="utf-8") as file:
-        json.dump(asdict(verdict), file, indent=2)
-    os.replace(partial, path)
+    with contextlib.suppress(OSError):
+        if earlier is not None and earlier.attempt < verdict.attempt:
+            os.replace(path, os.path.join(run_dir, f"verdict-{earlier.attempt}.json"))
+        with open(partial, "w", encoding="utf-8") as file:
+            json.dump(asdict(verdict), file, indent=2)
+        os.replace(partial, path)
 
 
 def read_verdict(run_dir: str) -> Verdict | None:

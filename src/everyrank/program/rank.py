@@ -81,22 +81,21 @@ def _exit_code(run: Callable[[], None], rank: int, log_dir: str) -> int:
         print(end.code, file=sys.stderr)
         return EXIT_FAILURE
     except KeyboardInterrupt as error:
-        _show(error)
+        _show(error, quiet=os.environ.get(SUPERVISED) == "1")
         return EXIT_INTERRUPTED
     except BaseException as error:
         error.__traceback__ = _without_ours(error.__traceback__)
-        os.makedirs(log_dir, exist_ok=True)
         paths = (error_file(log_dir, rank), os.environ.get("TORCHELASTIC_ERROR_FILE"))
         record = record_error(error, rank, EXIT_FAILURE, *paths)
-        _show(error)
+        _show(error, quiet=record["is_written"] and os.environ.get(SUPERVISED) == "1")
         reporter.told(record)
         return EXIT_FAILURE
     reporter.ended()
     return EXIT_OK
 
 
-def _show(error: BaseException) -> None:
-    if os.environ.get(SUPERVISED) == "1":
+def _show(error: BaseException, *, quiet: bool = False) -> None:
+    if quiet:
         log_only(sys.stderr)  # the launching process says it, once for all ranks and after everything else
     try:
         sys.excepthook(type(error), error, error.__traceback__)

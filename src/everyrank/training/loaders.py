@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -100,6 +101,16 @@ class SignalShield:
         if not self._raised.item():
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
+
+
+@contextmanager
+def at_work(*loaders: Any) -> Iterator[None]:
+    """Keep the loaders' processes alive through signals for the block, and let them end by themselves after it."""
+    with ExitStack() as stack:
+        for loader in loaders:
+            stack.enter_context(getattr(loader, "shield", nullcontext()))
+            stack.callback(getattr(loader, "end_workers", nullcontext))
+        yield
 
 
 def num_samples(dataset: Any) -> int:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from everyrank.checkpoint.checkpointer import LoadedCheckpoint
 from everyrank.checkpoint.rng import restore_rng
 from everyrank.errors import DataError, Preempted
+from everyrank.runtime.agreement import agree
 from everyrank.runtime.collectives import all_here
-from everyrank.runtime.logs import get_logger
 from everyrank.runtime.preemption import PreemptionWatch
 from everyrank.runtime.world import World
 from everyrank.training import build
@@ -20,7 +20,7 @@ from everyrank.training.decisions.judge import Judge
 from everyrank.training.decisions.pruning import has_trial, report_and_prune
 from everyrank.training.evaluation.evaluators import EvaluationResult
 from everyrank.training.failures import SignalNoticed
-from everyrank.training.loaders import build_loader, prepare_loaders, sampler_of, three_parts
+from everyrank.training.loaders import at_work, build_loader, prepare_loaders, sampler_of, three_parts
 from everyrank.training.loop import Position
 from everyrank.training.parallel.own_state import pack_own
 from everyrank.training.placement import notice_differences, resolve_device, resolve_world, run_folder
@@ -35,8 +35,6 @@ from everyrank.training.shared_model import Evaluation
 from everyrank.training.step import TrainStep
 from everyrank.training.tracking.history import History, Row
 from everyrank.training.tracking.observers import Observers
-
-logger = get_logger("training")
 
 
 class TrainerDDP:
@@ -187,8 +185,7 @@ class TrainerDDP:
         with ExitStack() as stack:
             observers = stack.enter_context(Observers.of(self.config, self.run, self.world, sampler, self.step))
             stack.callback(self._persistence.settle)
-            for loader in (train_loader, val_loader):
-                stack.enter_context(getattr(loader, "shield", nullcontext()))
+            stack.enter_context(at_work(train_loader, val_loader))
             self._loop.watch = stack.enter_context(PreemptionWatch()) if self.config.training.handle_signals else None
             try:
                 self.model.train()
@@ -226,7 +223,8 @@ class TrainerDDP:
         if loader is None:
             raise DataError("There is no test data: the split leaves none, or no test_dataset was given.")
         self.tester.step = self.step
-        result = self._evaluation.evaluate(self.tester, loader, self._position, together=self.config.test_on == "all")
+        with at_work(loader):
+            result = self._evaluation.evaluate(self.tester, loader, self._position, self.config.test_on == "all")
         self.tester.report(result)
         self.history.add_other("test", {"step": self.step, **result.as_dict()})
         return result
@@ -339,7 +337,7 @@ class TrainerDDP:
         if self._parts.local is not None:
             self._parts.local.synchronize()
         self._step.finite.check(self.epoch, self.step)
-        self.history.flush()
+        agree(self.history.flush, on=0)
         stopping = self.early_stopping
         tensors, state = pack(
             self._parts,

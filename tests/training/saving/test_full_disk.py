@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
+import pytest
+
 import everyrank
+from conftest import RunCli
 from everyrank.checkpoint.folder import list_checkpoints
 
 
@@ -43,3 +47,23 @@ def test_a_full_disk_ends_the_run_at_the_next_save_on_all_ranks(tmp_path: Path) 
         assert step == 6
     whole = list_checkpoints(tmp_path / "checkpoints")
     assert [(info.step, info.verified) for info in whole] == [(2, True)]
+
+
+def test_a_disk_that_is_full_under_the_records_of_a_run_is_one_message(run_cli: RunCli, tmp_path: Path) -> None:
+    """Rank 0 alone writes history and ledger; all ranks end, and no checkpoint is lost."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=120k", "tmpfs", folder], check=False)
+    if mounted.returncode != 0:
+        pytest.skip("mounting a small tmpfs needs root")
+    try:
+        endless = ("app.training.num_epochs=1000", "app.training.checkpoint_every_steps=1000")
+        done = run_cli("driver=torchrun", "app=certify", f"run.dir={folder}/run", "app.data.kwargs.delay_s=0", *endless)
+        assert done.returncode in (1, 2), done.stderr  # 1 where the ranks cannot even write down why they end
+        assert "cannot be written: No space left on device" in done.stderr
+        assert "Fix: make room" in done.stderr
+        assert "Traceback" not in done.stdout + done.stderr
+        infos = list_checkpoints(folder / "run" / "checkpoints")
+        assert all(info.verified for info in infos)
+    finally:
+        subprocess.run(["umount", folder], check=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -51,6 +52,9 @@ def record_error(error: BaseException, rank: int, exit_code: int, *paths: str | 
         rank: This process's global rank.
         exit_code: The code this process will exit with.
         paths: The files to write; None is passed over.
+
+    Returns:
+        The record; ``is_written`` in it tells whether a file holds it, which a full disk forbids.
     """
     for left in reversed(range(_ATTEMPTS)):
         try:
@@ -62,12 +66,16 @@ def record_error(error: BaseException, rank: int, exit_code: int, *paths: str | 
 
 
 def _record(record: dict[str, Any], *paths: str | None) -> dict[str, Any]:
+    num_written = 0
     for path in filter(None, dict.fromkeys(paths)):
         partial = f"{path}.{os.getpid()}.part"
-        with open(partial, "w", encoding="utf-8") as file:
-            json.dump(record, file)
-        os.replace(partial, path)
-    return record
+        with contextlib.suppress(OSError):
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            with open(partial, "w", encoding="utf-8") as file:
+                json.dump(record, file)
+            os.replace(partial, path)
+            num_written += 1
+    return {**record, "is_written": num_written > 0}
 
 
 def render(record: Mapping[str, Any]) -> str:

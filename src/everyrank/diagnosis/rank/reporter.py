@@ -213,9 +213,10 @@ class Reporter:
                 "workers": self._workers() if thoroughly and waits_for_data(stack) else [],
             }
             path = report_file(self.folder, self.rank)
-            with open(f"{path}.part", "w", encoding="utf-8") as file:
-                file.write(json.dumps(report))  # json.dump goes through Python for every value
-            os.replace(f"{path}.part", path)
+            with contextlib.suppress(OSError):  # a full disk: what the rank itself has to say must still be heard
+                with open(f"{path}.part", "w", encoding="utf-8") as file:
+                    file.write(json.dumps(report))  # json.dump goes through Python for every value
+                os.replace(f"{path}.part", path)
 
     def _workers(self) -> list[dict[str, Any]]:
         return workers_of(self.pid, stacks_file(self.folder, self.rank or 0))

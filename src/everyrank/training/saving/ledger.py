@@ -11,10 +11,12 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from everyrank.checkpoint.folder import said_plainly
+from everyrank.runtime.agreement import agree
 from everyrank.runtime.collectives import gather_objects
 from everyrank.runtime.world import World
 
@@ -49,16 +51,21 @@ class Ledger:
         )
 
     def write_pending(self, step: int) -> None:
-        """Write what was noted since the last checkpoint, before the one at ``step`` is saved. Collective."""
+        """Write what was noted since the last checkpoint, before the one at ``step`` is saved. Collective.
+
+        Raises:
+            UnwritableError: On all ranks.
+        """
         gathered = gather_objects(self._entries)
         self._entries = []
-        if not self.world.is_main:
-            return
         entries = sorted((e for part in gathered for e in part), key=lambda e: (e["step"], e["rank"]))
         if entries:
-            path = self.folder / f"step-{step:08d}.pending"
+            agree(lambda: self._write(self.folder / f"step-{step:08d}.pending", entries), on=0)
+
+    def _write(self, path: Path, entries: Sequence[Mapping[str, Any]]) -> None:
+        with said_plainly(path):
             replace_file(path, "".join(json.dumps(entry) + "\n" for entry in entries))
-            self._pending.append(path)
+        self._pending.append(path)
 
     def confirm(self, up_to: int) -> None:
         """Commit the pending steps up to ``up_to``, whose checkpoint is durable. Rank 0 acts."""

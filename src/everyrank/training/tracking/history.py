@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from everyrank.checkpoint.folder import said_plainly
+
 Row = dict[str, Any]
 
 
@@ -52,7 +54,7 @@ class History:
     def flush(self) -> None:
         """Write the rows that are waiting."""
         if self.path is not None and self._pending:
-            with self.path.open("a", encoding="utf-8") as file:
+            with said_plainly(self.path), self.path.open("a", encoding="utf-8") as file:
                 file.write("".join(self._pending))
         self._pending.clear()
 
@@ -105,8 +107,9 @@ class History:
             lines = [_to_line(row) for row in self.rows]
             self.num_rows = len(lines)
         replacement = self.path.with_suffix(".tmp")
-        replacement.write_text("".join(lines[: self.num_rows]), encoding="utf-8")
-        os.replace(replacement, self.path)
+        with said_plainly(self.path):
+            replacement.write_text("".join(lines[: self.num_rows]), encoding="utf-8")
+            os.replace(replacement, self.path)
 
     def _add(self, row: Row) -> None:
         self.num_rows += 1
