@@ -19,7 +19,7 @@ class Evidence:
     """What can be proved of a run.
 
     Attributes:
-        weights: The model's tensors in its newest whole checkpoint.
+        weights: The model's tensors in its newest whole checkpoint, and those of their moving average, if there is one.
         uses: How often each sample was used in committed steps, by epoch.
         world_sizes: The world sizes of the committed steps, in order, without repetition.
         step: The newest checkpoint's step.
@@ -47,7 +47,8 @@ class Evidence:
             uses.setdefault(entry["epoch"], Counter()).update(entry["samples"])
             if not sizes or sizes[-1] != entry["world_size"]:
                 sizes.append(entry["world_size"])
-        return cls(dict(loaded.tensors["model"]), uses, tuple(sizes), whole[-1].step)
+        average = {f"average of {name}": tensor for name, tensor in loaded.tensors.get("ema", {}).items()}
+        return cls({**loaded.tensors["model"], **average}, uses, tuple(sizes), whole[-1].step)
 
     def exactly_once(self, reference: Evidence) -> bool:
         """Whether every epoch of the reference used the same samples here, each exactly once."""

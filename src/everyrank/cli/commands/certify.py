@@ -16,6 +16,7 @@ from everyrank.errors import EXIT_FAILURE, EXIT_OK, EveryrankError, UserError
 
 if TYPE_CHECKING:
     from everyrank.certification.evidence import Evidence
+    from everyrank.certification.launchers import Launcher
     from everyrank.certification.trial import Trial
 
 # Gradients summed over ranks differ from one process's in the last bits (float64).
@@ -44,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("overrides", nargs="*", default=[], help="app=NAME and settings, as for everyrank run")
     parser.add_argument("--seed", type=int, default=0, help="which steps and ranks are hit")
-    parser.add_argument("--quick", action="store_true", help="kills and resizes under the torchrun driver only")
+    parser.add_argument("--quick", action="store_true", help="fewer kinds, under the torchrun driver only")
     parser.add_argument(
         "--launchers",
         metavar="NAME,...",
@@ -57,7 +58,7 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"{' '.join(overrides)} was given; write settings as key=value, such as app=certify.")
     if not any(override.startswith("app=") for override in overrides):
         overrides.insert(0, "app=certify")
-    trials, missing = _trials(arguments.launchers, arguments.quick)
+    trials, missing = _trials(arguments.launchers, arguments.quick, is_own="app=certify" in overrides)
     folder = arguments.keep or Path(tempfile.mkdtemp(prefix="everyrank-certify-"))
     try:
         verdicts = _certify(folder, overrides, arguments.seed, trials)
@@ -71,8 +72,10 @@ def main(argv: Sequence[str]) -> int:
     return EXIT_OK if all(verdict.holds for verdict in verdicts) else EXIT_FAILURE
 
 
-def _trials(names: str | None, quick: bool) -> tuple[list[Trial], list[str]]:
+def _trials(names: str | None, quick: bool, *, is_own: bool) -> tuple[list[Trial], list[str]]:
     """What is to be run, and for each launcher that this machine lacks a line that says why.
+
+    ``is_own``: it is the certificate's own app, whose keys are known and can be set.
 
     Raises:
         UserError: A launcher is asked for by a name that is unknown, or is not on this machine.
@@ -84,16 +87,30 @@ def _trials(names: str | None, quick: bool) -> tuple[list[Trial], list[str]]:
     if names is not None:
         return [Trial(launcher, (2,)) for launcher in choose_launchers(names.split(","), found, missing)], []
     torchrun = found[0]
-    return [
+
+    def named(what: str) -> Launcher:
+        return replace(torchrun, name=f"{torchrun.name}, {what}")
+
+    kill = ("SIGKILL rank", 1)
+    trials = [
         *(Trial(launcher, (2,)) for launcher in (found[:1] if quick else found)),
         Trial(torchrun, (2,), "SIGKILL rank", 2),
-        Trial(torchrun, (2,), "SIGKILL launcher", 1),
         Trial(torchrun, (2,), "SIGTERM launcher", 1),
-        Trial(torchrun, (2,), "SIGTERM rank", 1),
-        Trial(replace(torchrun, name="torchrun, max_restarts=1"), (2,), "SIGKILL rank", 1, ("driver.max_restarts=1",)),
-        Trial(replace(torchrun, name="driver=torchrun, moved"), (2,), "SIGKILL rank", 1, moves=True),
+        Trial(named("moved"), (2,), *kill, moves=True),
         Trial(torchrun, (2, 1, 3, 2), "SIGKILL rank", 3),
-    ], missing
+    ]
+    if not quick:
+        trials += [
+            Trial(torchrun, (2,), "SIGKILL launcher", 1),
+            Trial(torchrun, (2,), "SIGTERM rank", 1),
+            Trial(named("restarts"), (2,), *kill, ("driver.max_restarts=1",)),
+        ]
+    if is_own:
+        trials += [
+            Trial(named("fsdp2"), (2,), *kill, ("+app.parallel.strategy=fsdp2",)),
+            Trial(named("workers"), (2,), *kill, ("+app.training.num_workers=2",)),
+        ]
+    return trials, missing
 
 
 def _certify(folder: Path, overrides: list[str], seed: int, trials: Sequence[Trial]) -> list[Verdict]:
@@ -154,5 +171,9 @@ def _print(verdicts: Sequence[Verdict], missing: Sequence[str]) -> None:
         once = "yes" if v.exactly_once else "NO"
         table.add_row(v.launcher, v.world_sizes, v.faults, once, v.weights, "yes" if v.holds else "NO")
     Console(width=124).print(table)
+    print(
+        "exactly once: each sample of each epoch, by the ledger of committed steps. weights: those of the newest "
+        "checkpoint,\nand their moving average where the app keeps one; bitwise: equal to the first run of two ranks."
+    )
     for line in missing:
         print(f"not on this machine: {line}")

@@ -22,9 +22,13 @@ from everyrank.training.parts import Parts
 
 
 def hash_weights(module: nn.Module) -> str:
-    """Return a hash of a model's whole state, equal if and only if the states are, bit by bit."""
+    """Return a hash of a model's whole state, equal if and only if the states are, bit by bit.
+
+    Collective where the model is sharded (FSDP2).
+    """
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
+        tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
         digest.update(name.encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
