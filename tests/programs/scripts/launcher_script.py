@@ -12,7 +12,7 @@ for name in (
 ):
     assert os.environ[name], name
 assert dist.is_torchelastic_launched()
-rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])  # noqa: ER009
 address = f"tcp://{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
 dist.init_process_group("gloo", init_method=address, rank=rank, world_size=size)
 ranks = torch.nn.functional.one_hot(torch.tensor(rank), num_classes=size)
