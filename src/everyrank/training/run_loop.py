@@ -22,7 +22,7 @@ from everyrank.training.evaluation.evaluators import DefaultValidator, Evaluatio
 from everyrank.training.failures import SignalNoticed
 from everyrank.training.loaders import sampler_of
 from everyrank.training.loop import EpochLoop, Position
-from everyrank.training.parallel.statistics import look_at_statistics
+from everyrank.training.parallel.wrapping.statistics import look_at_statistics
 from everyrank.training.saving.ledger import Ledger
 from everyrank.training.shared_model import Evaluation
 from everyrank.training.step import TrainStep, step_by_results
