@@ -17,12 +17,12 @@ from everyrank.runtime.preemption import PreemptionWatch
 from everyrank.runtime.world import World
 from everyrank.training.config import TrainerConfig
 from everyrank.training.decisions.agenda import Agenda
+from everyrank.training.decisions.batch_statistics import look_at_statistics
 from everyrank.training.decisions.judge import Judge
 from everyrank.training.evaluation.evaluators import DefaultValidator, EvaluationResult
 from everyrank.training.failures import SignalNoticed
 from everyrank.training.loaders import sampler_of
 from everyrank.training.loop import EpochLoop, Position
-from everyrank.training.parallel.wrapping.statistics import look_at_statistics
 from everyrank.training.saving.ledger import Ledger
 from everyrank.training.shared_model import Evaluation
 from everyrank.training.step import TrainStep, step_by_results
