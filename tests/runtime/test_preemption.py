@@ -91,6 +91,24 @@ def test_alone_a_signal_is_seen_at_once_and_the_handlers_come_back() -> None:
     assert [signal.getsignal(s) for s in WATCHED] == before
 
 
+def test_a_signal_that_is_not_watched_does_not_end_the_watch() -> None:
+    """A real-time signal has a handler of somebody else's, and no name in Python."""
+    heard: list[int] = []
+    number = signal.SIGRTMIN + 9
+    previous = signal.signal(number, lambda signum, frame: heard.append(signum))
+    try:
+        with PreemptionWatch() as watch:
+            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), signal.SIGUSR2)
+            deadline = time.monotonic() + 10
+            while watch.noticed is None and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert (heard, watch.noticed) == ([number], "SIGUSR2")
+            assert any(thread.name == "everyrank-signals" for thread in threading.enumerate())
+    finally:
+        signal.signal(number, previous)
+
+
 def test_outside_of_the_main_thread_there_are_no_handlers_and_no_crash() -> None:
     before = [signal.getsignal(s) for s in WATCHED]
     seen: list[Any] = []

@@ -215,7 +215,7 @@ class Checkpointer:
     def _own_groups(self, tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> tuple[Tensors, Layout]:
         """Return the tensors that this rank writes, by file, and where its parts of spread ones belong."""
         if not self.sharded:
-            groups = {name: whole_tensors(group) for name, group in tensors.items()}
+            groups = {name: whole_tensors(group, keep=self.world.is_main) for name, group in tensors.items()}
             return (groups if self.world.is_main else {}), {}
         files: Tensors = {}
         layout: Layout = {}

@@ -7,13 +7,12 @@ import os
 import secrets
 from pathlib import Path
 
-import safetensors.torch
 import torch
 
 from everyrank.checkpoint.finite import name_not_finite, say_names
 from everyrank.checkpoint.folder import checkpoint_paths, describe
-from everyrank.checkpoint.reading import group_names, read_group
-from everyrank.checkpoint.tensor_file import SUFFIX
+from everyrank.checkpoint.reading import StoredGroup, group_names
+from everyrank.checkpoint.tensor_file import SUFFIX, write_one_by_one
 from everyrank.errors import CheckpointError, UserError, did_you_mean
 
 logger = logging.getLogger(__name__)
@@ -23,6 +22,8 @@ _PICKLED = (".pth", ".pt")
 
 def export(path: Path | str, out: Path | str, *, group: str = "model", allow_non_finite: bool = False) -> Path:
     """Write one group of a checkpoint's tensors to a single file.
+
+    A ``.safetensors`` file is written tensor by tensor: only one of them is in memory at a time.
 
     Args:
         path: A checkpoint's folder; or a folder of checkpoints, or of a run, whose newest whole one is taken.
@@ -51,19 +52,26 @@ def export(path: Path | str, out: Path | str, *, group: str = "model", allow_non
             f"The group {group!r} was asked for, but {checkpoint} holds {', '.join(groups) or 'no tensors'}."
             + did_you_mean(group, groups)
         )
-    tensors = read_group(checkpoint, group)
-    if not allow_non_finite and (found := name_not_finite(tensors)):
-        raise CheckpointError(
-            f"{checkpoint} holds NaN or infinity in {say_names(found)}. Fix: export an earlier checkpoint; or, if that "
-            "is meant (a mask), allow it: --allow-non-finite (allow_non_finite=True)."
-        )
+    stored = StoredGroup(checkpoint, group)
+    not_finite: list[str] = []
+
+    def read(name: str) -> torch.Tensor:
+        tensor = stored.read(name)
+        not_finite.extend(name_not_finite({name: tensor}))
+        return tensor
+
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
     try:
         if target.suffix == SUFFIX:
-            safetensors.torch.save_file(tensors, temporary, metadata={"format": "pt"})
+            write_one_by_one(temporary, stored.tensors, read)
         else:
-            torch.save(tensors, temporary)
+            torch.save({name: read(name) for name in stored.tensors}, temporary)
+        if not_finite and not allow_non_finite:
+            raise CheckpointError(
+                f"{checkpoint} holds NaN or infinity in {say_names(not_finite)}. Fix: export an earlier checkpoint; "
+                "or, if that is meant (a mask), allow it: --allow-non-finite (allow_non_finite=True)."
+            )
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)

@@ -11,8 +11,8 @@ import torch
 
 from everyrank.checkpoint.encoding import decode_json
 from everyrank.checkpoint.manifest import Manifest, read_manifest
-from everyrank.checkpoint.shards import MARK, OWN, Layout, own_name, read_whole
-from everyrank.checkpoint.tensor_file import SUFFIX, read_tensors
+from everyrank.checkpoint.shards import MARK, OWN, Layout, Places, own_name, put_together, shard_name
+from everyrank.checkpoint.tensor_file import SUFFIX, TensorFile, read_tensors
 from everyrank.checkpoint.writer import STATE
 from everyrank.errors import CheckpointError
 
@@ -62,7 +62,7 @@ def read_checkpoint(path: Path) -> LoadedCheckpoint:
     layouts = content.get("shards", [])
     return LoadedCheckpoint(
         step=manifest.step,
-        tensors={group: _read_group(path, group, manifest, layouts) for group in _groups(manifest, layouts)},
+        tensors={group: read_group(path, group) for group in _groups(manifest, layouts)},
         state=decode_json(content["state"]),
         rank_states=decode_json(content["rank_states"]),
         world_size=manifest.world_size,
@@ -88,8 +88,50 @@ def read_group(path: Path, group: str) -> dict[str, torch.Tensor]:
     Raises:
         CheckpointError: If a file is missing or unreadable.
     """
-    manifest, content = _read_texts(path)
-    return _read_group(path, group, manifest, content.get("shards", []))
+    stored = StoredGroup(path, group)
+    return {name: stored.read(name) for name in stored.tensors}
+
+
+class StoredGroup:
+    """One group of a checkpoint's tensors, each read when it is asked for.
+
+    Args:
+        path: The checkpoint's folder.
+        group: The group's name.
+
+    Attributes:
+        tensors: What each looks like, on the meta device.
+
+    Raises:
+        CheckpointError: If a file is missing or unreadable.
+    """
+
+    def __init__(self, path: Path, group: str) -> None:
+        manifest, content = _read_texts(path)
+        self.tensors: dict[str, torch.Tensor] = {}
+        self._plain = TensorFile(path / (group + SUFFIX)) if group + SUFFIX in manifest.files else None
+        if self._plain is not None:
+            self.tensors.update(self._plain.looks())
+        self._parts: dict[int, TensorFile] = {}
+        self._places: dict[str, Places] = {}
+        for rank, layout in enumerate(content.get("shards", [])):
+            if not layout.get(group):
+                continue
+            self._parts[rank] = TensorFile(path / (shard_name(group, rank) + SUFFIX))
+            for name, part in self._parts[rank].looks().items():
+                self._places.setdefault(name, {})[rank] = layout[group][name]
+                self.tensors[name] = torch.empty(layout[group][name][0], dtype=part.dtype, device="meta")
+
+    def read(self, name: str) -> torch.Tensor:
+        """Read one tensor, to the CPU.
+
+        Raises:
+            CheckpointError: If a file is missing or unreadable.
+        """
+        if name in self._places:
+            return put_together(name, self._places[name], lambda rank: self._parts[rank].read(name))
+        assert self._plain is not None
+        return self._plain.read(name)
 
 
 def _read_texts(path: Path) -> tuple[Manifest, dict[str, Any]]:
@@ -103,10 +145,3 @@ def _groups(manifest: Manifest, layouts: list[Layout]) -> list[str]:
     stems = [name.removesuffix(SUFFIX) for name in manifest.files if name.endswith(SUFFIX)]
     whole = {stem for stem in stems if MARK not in stem and not stem.startswith(OWN)}
     return sorted(whole | {group for layout in layouts for group in layout})
-
-
-def _read_group(path: Path, group: str, manifest: Manifest, layouts: list[Layout]) -> dict[str, torch.Tensor]:
-    tensors = read_whole(path, group, layouts)
-    if group + SUFFIX in manifest.files:
-        tensors.update(read_tensors(path / (group + SUFFIX)))
-    return tensors

@@ -7,20 +7,20 @@ global shape, and the offset of the part in it.
 
 from __future__ import annotations
 
-import math
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from everyrank.checkpoint.tensor_file import SUFFIX, read_tensors
 from everyrank.errors import CheckpointError
 
 Layout = dict[str, dict[str, list[list[int]]]]
 """For each group and each tensor's name: the global shape, and the offset of one rank's part."""
+Places = dict[int, list[list[int]]]
+"""For each rank that has a part of one tensor: the global shape, and the part's offset."""
 
 MARK = ".shard-"
 OWN = "own.rank-"
@@ -43,6 +43,16 @@ def is_spread(tensor: torch.Tensor) -> bool:
     return hasattr(tensor, "full_tensor")
 
 
+def laid_out_like(whole: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Return a tensor that every rank holds whole, laid out over the ranks as ``target`` is. Nothing is sent."""
+    if not is_spread(target):
+        return whole
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh, placements = target.device_mesh, target.placements  # type: ignore[attr-defined]
+    return distribute_tensor(whole.to(target.device), mesh, placements, src_data_rank=None)
+
+
 def local_parts(
     tensors: Mapping[str, torch.Tensor],
 ) -> tuple[dict[str, torch.Tensor], dict[str, list[list[int]]]]:
@@ -61,27 +71,27 @@ def local_parts(
     return parts, layout
 
 
-def read_whole(checkpoint: Path, group: str, layouts: list[Layout]) -> dict[str, torch.Tensor]:
-    """Put a group's spread tensors together from all ranks' files.
+def put_together(name: str, places: Places, read_part: Callable[[int], torch.Tensor]) -> torch.Tensor:
+    """Put a spread tensor together from all ranks' parts.
+
+    Args:
+        name: Its name.
+        places: For each rank that has a part of it: the global shape, and the part's offset.
+        read_part: Returns a rank's part.
 
     Raises:
-        CheckpointError: If a file is missing, or the parts do not cover a tensor.
+        CheckpointError: If the parts do not cover the tensor.
     """
-    whole: dict[str, torch.Tensor] = {}
-    covered: dict[str, dict[tuple[int, ...], int]] = {}
-    for rank, layout in enumerate(layouts):
-        places = layout.get(group)
-        if not places:
-            continue
-        parts = read_tensors(checkpoint / (shard_name(group, rank) + SUFFIX))
-        for name, (shape, offsets) in places.items():
-            part = parts[name]
-            target = whole.setdefault(name, torch.empty(shape, dtype=part.dtype))
-            target[tuple(slice(o, o + size) for o, size in zip(offsets, part.shape, strict=True))] = part
-            covered.setdefault(name, {})[tuple(offsets)] = part.numel()  # replicas count once
-    for name, tensor in whole.items():
-        if sum(covered[name].values()) != math.prod(tensor.shape):
-            raise CheckpointError(f"The parts of {name!r} in {checkpoint} do not make it whole.")
+    whole: torch.Tensor | None = None
+    covered: dict[tuple[int, ...], int] = {}
+    for rank, (shape, offsets) in places.items():
+        part = read_part(rank)
+        if whole is None:
+            whole = torch.empty(shape, dtype=part.dtype)
+        whole[tuple(slice(o, o + size) for o, size in zip(offsets, part.shape, strict=True))] = part
+        covered[tuple(offsets)] = part.numel()  # replicas count once
+    if whole is None or sum(covered.values()) != whole.numel():
+        raise CheckpointError(f"The parts of {name!r} do not make it whole.")
     return whole
 
 

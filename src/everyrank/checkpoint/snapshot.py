@@ -132,12 +132,19 @@ def _copy(pieces: list[_Piece]) -> None:
         helper.join()
 
 
-def whole_tensors(tensors: Tensors) -> dict[str, torch.Tensor]:
-    """Return the tensors with every distributed one (FSDP2) gathered whole; collective if there is any."""
-    return {
-        name: tensor.full_tensor() if is_spread(tensor) else tensor.detach()  # type: ignore[attr-defined]
-        for name, tensor in tensors.items()
-    }
+def whole_tensors(tensors: Tensors, *, keep: bool = True) -> dict[str, torch.Tensor]:
+    """Return the tensors with every distributed one (FSDP2) gathered whole; collective if there is any.
+
+    Args:
+        tensors: The tensors by name, the same names on all ranks.
+        keep: Whether this rank needs them. One that does not holds one of them at a time, and returns none.
+    """
+    whole: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        found = tensor.full_tensor() if is_spread(tensor) else tensor.detach()  # type: ignore[attr-defined]
+        if keep:
+            whole[name] = found
+    return whole
 
 
 def _signature(tensors: Tensors) -> list[tuple[str, torch.dtype, torch.Size, bool]]:

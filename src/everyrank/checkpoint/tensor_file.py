@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import safetensors
 import torch
@@ -45,6 +47,7 @@ _TYPE_NAMES: dict[torch.dtype, str] = {
     }.items()
     if hasattr(torch, name)
 }
+_TYPES = {code: dtype for dtype, code in _TYPE_NAMES.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +92,64 @@ def lay_out(tensors: Mapping[str, torch.Tensor]) -> Layout:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return Layout(header=struct.pack("<Q", len(text)) + text, offsets=offsets, num_bytes=end)
+
+
+def write_one_by_one(path: Path, tensors: Mapping[str, torch.Tensor], read: Callable[[str], torch.Tensor]) -> None:
+    """Write a file of tensors of which one is in memory at a time.
+
+    Args:
+        path: Where.
+        tensors: What each looks like, on the meta device.
+        read: Called with each name, in the order of the file; returns the tensor.
+
+    Raises:
+        CheckpointError: If a tensor's type has no place in the format.
+    """
+    layout = lay_out(tensors)
+    with path.open("wb") as file:
+        file.write(layout.header)
+        for name in sorted(layout.offsets, key=lambda name: (layout.offsets[name], tensors[name].numel())):
+            file.write(read(name).contiguous().view(-1).view(torch.uint8).numpy().data)
+
+
+class TensorFile:
+    """A file of tensors, each read when it is asked for.
+
+    Args:
+        path: The file.
+
+    Raises:
+        CheckpointError: If it is missing or damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with self._readable():
+            self._file = safetensors.safe_open(path, framework="pt")
+
+    def looks(self) -> dict[str, torch.Tensor]:
+        """Return what each tensor looks like, on the meta device."""
+        found = {name: self._file.get_slice(name) for name in self._file.keys()}  # noqa: SIM118 - it is no mapping
+        return {
+            name: torch.empty(tensor.get_shape(), dtype=_TYPES[tensor.get_dtype()], device="meta")
+            for name, tensor in found.items()
+        }
+
+    def read(self, name: str) -> torch.Tensor:
+        """Read one tensor to the CPU.
+
+        Raises:
+            CheckpointError: If it is not there, or the file is damaged.
+        """
+        with self._readable():
+            return cast(torch.Tensor, self._file.get_tensor(name))
+
+    @contextmanager
+    def _readable(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, safetensors.SafetensorError) as error:
+            raise CheckpointError(f"The tensors of {self._path} cannot be read: {error}") from error
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:

@@ -17,6 +17,7 @@ from everyrank.errors import EXIT_INTERRUPTED
 from everyrank.runtime.logs import get_logger
 
 _WATCHED = ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGINT")
+_NAMES = {int(getattr(signal, name)): name for name in _WATCHED if hasattr(signal, name)}
 _AT_ONCE = ("SIGTERM", "SIGINT")
 # A signal to a process group reaches a rank directly and once more through its launcher: the two count as one.
 _SAME_WISH_S = 2.0
@@ -149,8 +150,8 @@ class PreemptionWatch:
                 self._note(number)
 
     def _note(self, number: int) -> None:
-        name = signal.Signals(number).name
-        if name not in _WATCHED:
+        name = _NAMES.get(number)  # any signal with a Python handler is told here: a real-time one has no name at all
+        if name is None:
             return
         arrivals_s = self._arrivals_s.setdefault(number, [])
         arrivals_s.append(time.monotonic())

@@ -55,6 +55,8 @@ def build_parts(config: TrainerConfig, world: World, device: torch.device) -> Pa
 def build_model(config: TrainerConfig, world: World, device: torch.device) -> nn.Module:
     """Return the bare model on its device, with the same initial weights on every rank.
 
+    One that FSDP2 will shard stays on the CPU, so that only its blocks are ever whole on the device, one by one.
+
     Raises:
         ConfigError: If the class refuses its arguments.
     """
@@ -67,7 +69,9 @@ def build_model(config: TrainerConfig, world: World, device: torch.device) -> nn
         ) from error
     if not isinstance(module, nn.Module):
         raise ConfigError(f"model.type gave a {type(module).__name__}; it must give a torch.nn.Module.")
-    module = module.to(device=device, dtype=DTYPES[config.training.dtype] if config.training.dtype else None)
+    is_sharded = config.parallel is not None and config.parallel.strategy == "fsdp2"
+    dtype = DTYPES[config.training.dtype] if config.training.dtype else None
+    module = module.to(device=None if is_sharded else device, dtype=dtype)
     module = prepare_module(module, config.parallel, world, device)
     if config.training.compile:
         options = config.training.compile

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from everyrank.checkpoint.shards import laid_out_like
 from everyrank.training.config import EMAConfig
 from everyrank.training.parallel.wrapping import free_gathered
 
@@ -75,7 +75,7 @@ class WeightAverage:
         self.num_updates = num_updates
         with torch.no_grad():
             for name, average in self.average.items():
-                average.copy_(_like(tensors[name], average))
+                average.copy_(laid_out_like(tensors[name], average))
 
 
 def _widened(weight: Tensor) -> Tensor:
@@ -84,12 +84,3 @@ def _widened(weight: Tensor) -> Tensor:
 
 def _columns(pairs: list[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
     return [average for average, _ in pairs], [weight for _, weight in pairs]
-
-
-def _like(full: Tensor, target: Any) -> Tensor:
-    """Return a whole tensor as ``target`` is laid out over the ranks."""
-    if hasattr(target, "full_tensor"):
-        from torch.distributed.tensor import distribute_tensor
-
-        return distribute_tensor(full.to(target.device), target.device_mesh, target.placements)
-    return full

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import tracemalloc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,8 @@ import numpy as np
 import tiny
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import Dataset, TensorDataset
 
 import everyrank
@@ -197,6 +201,71 @@ def train_both_ways(folder: Path, variants: dict[str, dict[str, Any]]) -> dict[s
                 found.setdefault(name, {})[strategy] = {**result, "average": whole}
                 changes["model"] = next(key for key, kind in MODELS.items() if kind is model)
     return found
+
+
+def train_a_part(run: Path, strategy: str, num_epochs: int) -> dict[str, Any]:
+    """Train, or go on, until this many epochs are done."""
+    with everyrank.join(device="cpu") as world:
+        config = tiny.make_config(run, num_epochs=num_epochs, ema={"decay": 0.6}, parallel={"strategy": strategy})
+        config["training"].update(optimizer_type=torch.optim.AdamW, optimizer_kwargs={"lr": 0.01})
+        trainer = TrainerDDP(config={**config, "model": {"type": Nested}}, world=world)
+        trainer.prepare_dataloaders(train_dataset=tiny.make_data(43), val_dataset=tiny.make_data(20, seed=1))
+        return tiny.outcome(trainer, trainer.run_training())
+
+
+class Broad(nn.Sequential):
+    """Eight layers, 16 MiB in float64."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(4, 512), *(nn.Linear(512, 512) for _ in range(7)), nn.Linear(512, 2))
+
+
+class Allocations(TorchDispatchMode):
+    """Counts the bytes of all tensors that torch makes in the block, and of those that are there at the same time."""
+
+    num_bytes = live = peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call the operator, and count what it returns that none of its arguments holds."""
+        out = func(*args, **(kwargs or {}))
+        given = {_storage(tensor).data_ptr() for tensor in _tensors((args, kwargs))}
+        for tensor in _tensors(out):
+            if _storage(tensor).data_ptr() in given:
+                continue
+            num_bytes = _storage(tensor).nbytes()
+            self.num_bytes += num_bytes
+            self.live += num_bytes
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(tensor, self._gone, num_bytes)
+        return out
+
+    def _gone(self, num_bytes: int) -> None:
+        self.live -= num_bytes
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    return [value for value in tree_leaves(values) if isinstance(value, Tensor)]
+
+
+def _storage(tensor: Any) -> torch.UntypedStorage:
+    return (tensor.to_local() if hasattr(tensor, "to_local") else tensor).untyped_storage()
+
+
+def save_sharded(run: Path) -> dict[str, int]:
+    """Train a step with FSDP2, and count what a save takes: by torch, and beside it for the copy that is written."""
+    with everyrank.join(device="cpu") as world:
+        config = tiny.make_config(run, num_steps=1, num_epochs=None, parallel={"strategy": "fsdp2"})
+        config["training"].update(optimizer_type=torch.optim.AdamW, optimizer_kwargs={"lr": 0.01}, ema={"decay": 0.6})
+        trainer = TrainerDDP(config={**config, "model": {"type": Broad}}, world=world)
+        trainer.prepare_dataloaders(train_dataset=tiny.make_data(20))
+        tracemalloc.start()  # of numpy's memory, where the copy lies: it is made once, and used again
+        trainer.run_training()
+        with Allocations() as made:
+            trainer.save_checkpoint()
+        _, copied = tracemalloc.get_traced_memory()
+        whole = sum(parameter.nbytes for parameter in trainer.module.parameters())
+        tracemalloc.stop()
+        return {"whole": whole, "made": made.num_bytes, "copied": copied}
 
 
 class Augmented(Dataset):

@@ -97,6 +97,8 @@ class Persistence:
             return None
         log_to(self._run / "logs" / f"rank-{self._world.rank}.log", self._world.rank)
         agree(self.checkpointer.prepare, on=0)
+        if self._is_sharded:
+            self.checkpointer.sharded = self._is_shared
         if self._config.training.ledger:
             self.ledger = ledger = Ledger(self._run / "ledger", self._world)
             agree(lambda: ledger.resume(self._last_saved), on=0)
@@ -108,6 +110,12 @@ class Persistence:
                 epoch, step = self.loaded.state["position"]["epoch"], self.loaded.step
                 logger.info("Resuming from %s: epoch %d, step %d", self.loaded.path, epoch, step)
         return self._run / "history.jsonl" if self._world.is_main else None
+
+    @property
+    def _is_sharded(self) -> bool:
+        """Whether each rank holds a part of the model."""
+        parallel = self._config.parallel
+        return parallel is not None and parallel.strategy == "fsdp2" and self._world.is_distributed
 
     def need_to_write(self, what: str) -> None:
         """Raise where this run is only read.
@@ -207,10 +215,13 @@ class Persistence:
             mark.unlink()
             if not is_shared:
                 logger.warning(
-                    "%s is not shared by all ranks, so checkpoints hold rank 0's state alone of what each rank has of "
-                    "its own (optimizer states with local updates, PowerSGD's errors). Runs go on from them, but not "
-                    "bitwise. Put training.path on a file system that all nodes share.",
+                    "%s is not shared by all ranks, so checkpoints %s. Put training.path on a file system that all "
+                    "nodes share.",
                     folder,
+                    "are gathered on rank 0, which needs memory for the whole of them"
+                    if self._is_sharded
+                    else "hold rank 0's state alone of what each rank has of its own (optimizer states with local "
+                    "updates, PowerSGD's errors): runs go on from them, but not bitwise",
                 )
         return is_shared
 

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from everyrank.checkpoint.checkpointer import LoadedCheckpoint
 from everyrank.checkpoint.encoding import flatten_state, unflatten_state
+from everyrank.checkpoint.shards import laid_out_like
 from everyrank.errors import CheckpointError
 from everyrank.runtime.world import World
 from everyrank.training.loop import Position
 from everyrank.training.parallel.own_state import OwnStates
-from everyrank.training.parallel.wrapping import is_sharded
+from everyrank.training.parallel.wrapping import free_gathered
 from everyrank.training.parts import Parts
 
 
@@ -50,53 +51,45 @@ def load_model_state(module: nn.Module, loaded: LoadedCheckpoint) -> None:
 
 
 def _put_weights(module: nn.Module, state: Mapping[str, Any]) -> None:
-    if is_sharded(module):
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-
-        set_model_state_dict(module, dict(state), options=StateDictOptions(full_state_dict=True))
-    else:
-        module.load_state_dict(state)
+    """Put whole tensors into a model, which may be sharded. Every rank has them."""
+    own = module.state_dict()
+    module.load_state_dict({name: _fitted(value, own.get(name)) for name, value in state.items()})
+    free_gathered(module)
 
 
-def optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], Any]:
-    """Return an optimizer's tensors by name, and the rest of its state. Collective for a sharded model."""
-    if is_sharded(module):
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
-
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        return flatten_state(get_optimizer_state_dict(module, optimizer, options=options))
-    return flatten_state(optimizer.state_dict())
-
-
-def load_optimizer_state(
-    module: nn.Module, optimizer: torch.optim.Optimizer, loaded: LoadedCheckpoint, own: OwnStates
-) -> None:
-    """Put a checkpoint's optimizer state back.
+def load_optimizer_state(optimizer: torch.optim.Optimizer, loaded: LoadedCheckpoint, own: OwnStates) -> None:
+    """Put a checkpoint's optimizer state back, at any world size and however it was sharded when it was saved.
 
     Raises:
         CheckpointError: If it does not fit.
     """
     state = own.optimizer_state()
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     try:
-        if is_sharded(module):
-            from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
-
-            set_optimizer_state_dict(module, optimizer, state, options=StateDictOptions(full_state_dict=True))
-        else:
-            optimizer.load_state_dict(state)
-    except (ValueError, KeyError, RuntimeError) as error:
+        moments = {
+            number: {key: _fitted(value, parameters[number]) for key, value in of_one.items()}
+            for number, of_one in state["state"].items()
+        }
+        optimizer.load_state_dict({**state, "state": moments})
+    except (ValueError, KeyError, IndexError, RuntimeError) as error:
         raise CheckpointError(
             f"The optimizer's state in {loaded.path} does not fit the configured {type(optimizer).__name__}: {error}. "
             "Configure the optimizer it was made with, or start anew with training.resume: never."
         ) from error
 
 
+def _fitted(value: Any, target: Any) -> Any:
+    """Return a tensor laid out over the ranks as ``target`` is, if it has the same shape; anything else as it is."""
+    fits = isinstance(value, Tensor) and isinstance(target, Tensor) and value.shape == target.shape
+    return laid_out_like(value, target) if fits else value
+
+
 def pack(
     parts: Parts, position: Position, extra: Mapping[str, Any]
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """Return the groups of tensors and the common state of a checkpoint. Collective for a sharded model."""
+    """Return the groups of tensors and the common state of a checkpoint; of a sharded model, this rank's part."""
     model, model_rest = flatten_state(dict(parts.module.state_dict()))
-    moments, optimizer_rest = optimizer_tensors(parts.module, parts.optimizer)
+    moments, optimizer_rest = flatten_state(parts.optimizer.state_dict())
     tensors: dict[str, dict[str, Tensor]] = {"model": model, "optimizer": moments}
     state: dict[str, Any] = {
         "model": model_rest,
@@ -126,7 +119,7 @@ def unpack(loaded: LoadedCheckpoint, parts: Parts, world: World) -> Position:
     own = OwnStates(loaded, world, keep=parts.local is not None)
     position = Position(**loaded.state["position"])
     load_model_state(parts.module, loaded)
-    load_optimizer_state(parts.module, parts.optimizer, loaded, own)
+    load_optimizer_state(parts.optimizer, loaded, own)
     for name, part in (("scheduler", parts.scheduler), ("scaler", parts.scaler)):
         if part is not None and name in loaded.state:
             common = unflatten_state(loaded.tensors.get(name, {}), loaded.state[name])
