@@ -23,7 +23,7 @@ _PICKLED = (".pth", ".pt")
 def export(path: Path | str, out: Path | str, *, group: str = "model", allow_non_finite: bool = False) -> Path:
     """Write one group of a checkpoint's tensors to a single file.
 
-    A ``.safetensors`` file is written tensor by tensor: only one of them is in memory at a time.
+    A ``.safetensors`` file is read and written tensor by tensor.
 
     Args:
         path: A checkpoint's folder; or a folder of checkpoints, or of a run, whose newest whole one is taken.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import tracemalloc
-import weakref
 from pathlib import Path
 from typing import Any
 
@@ -221,26 +220,17 @@ class Broad(nn.Sequential):
 
 
 class Allocations(TorchDispatchMode):
-    """Counts the bytes of all tensors that torch makes in the block, and of those that are there at the same time."""
+    """Counts the bytes of all tensors that torch makes in the block."""
 
-    num_bytes = live = peak = 0
+    num_bytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call the operator, and count what it returns that none of its arguments holds."""
         out = func(*args, **(kwargs or {}))
         given = {_storage(tensor).data_ptr() for tensor in _tensors((args, kwargs))}
-        for tensor in _tensors(out):
-            if _storage(tensor).data_ptr() in given:
-                continue
-            num_bytes = _storage(tensor).nbytes()
-            self.num_bytes += num_bytes
-            self.live += num_bytes
-            self.peak = max(self.peak, self.live)
-            weakref.finalize(tensor, self._gone, num_bytes)
+        made = {_storage(tensor).data_ptr(): _storage(tensor).nbytes() for tensor in _tensors(out)}
+        self.num_bytes += sum(num_bytes for place, num_bytes in made.items() if place not in given)
         return out
-
-    def _gone(self, num_bytes: int) -> None:
-        self.live -= num_bytes
 
 
 def _tensors(values: Any) -> list[Tensor]:
