@@ -39,6 +39,7 @@ _EXPORTS = {
     "SeededDataset": "data.randomness",
     "TrainerConfig": "training.config",
     "TrainerDDP": "training.trainer",
+    "UnwritableError": "errors",
     "UserError": "errors",
     "World": "runtime.world",
     "agree": "runtime.agreement",

@@ -82,7 +82,7 @@ class WorkerLoader(DataLoader):
         """
         iterator, self._iterator = self._iterator, None
         if iterator is not None:
-            iterator._shutdown_workers()
+            iterator._shutdown_workers()  # type: ignore[attr-defined]
 
 
 def make_loader(

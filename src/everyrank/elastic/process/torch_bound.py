@@ -32,6 +32,7 @@ PRIVATE_NAMES = (
     "torch.distributed.distributed_c10d:_get_default_store",
     "torch.distributed:set_debug_level_from_env",
     "torch._dynamo:optimize",
+    "torch.utils.data.dataloader:_MultiProcessingDataLoaderIter._shutdown_workers",
     "torch:_foreach_lerp_",
     "torch:_foreach_mul_",
     "torch:_foreach_add_",
