@@ -28,7 +28,7 @@ quickstart: $(STAMP)
 
 test: $(STAMP)
 	sh scripts/install_cluster_tools.sh
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder || { echo "== what failed, once more and alone =="; \
+	$(BIN)/python -m pytest -n $(WORKERS) --no-loadscope-reorder || { echo "== what failed, once more and alone =="; \
 	    $(BIN)/python -m pytest --last-failed --last-failed-no-failures none; }
 
 check: $(STAMP)

@@ -13,14 +13,17 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 ROOT = Path(__file__).resolve().parent.parent
 _MARK = "EVERYRANK_TEST_SESSION"
 _SESSION = uuid.uuid4().hex
 # Started by the standard library for a whole session, on purpose.
+_NETWORKED = ("tests/cluster/", "tests/rendezvous/test_two_hosts.py")  # hosts of their own: one set of them at a time
 _SESSION_PROCESSES = ("multiprocessing.resource_tracker",)
 
 os.environ[_MARK] = _SESSION
@@ -102,18 +105,22 @@ def _listening_ports() -> set[int]:
     return {c.laddr.port for c in connections if c.status == psutil.CONN_LISTEN}
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
-    """With several workers: a file stays with one of them (its fixtures are made once), as do all that use the network.
+class Workers(LoadScopeScheduling):
+    """With several workers: a file stays with one of them (its fixtures are made once), as do all files with hosts."""
 
-    The long files begin first, so that no worker is left alone with one at the end.
-    """
-    networked = {item.path for item in items if "hosts" in item.fixturenames}
-    long = networked | {item.path for item in items if item.get_closest_marker("slow")}
-    for item in items:
-        group = "network" if item.path in networked else item.path.relative_to(ROOT).as_posix()
-        item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=lambda item: (item.path not in long, item.path not in networked))  # stable: the order of files stays
+    def _split_scope(self, nodeid: str) -> str:
+        return "network" if nodeid.startswith(_NETWORKED) else nodeid.partition("::")[0]
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Workers:
+    """Give each worker what must stay together."""
+    return Workers(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with what takes long, so that no worker is left alone with it at the end."""
+    long = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: (not item.nodeid.startswith(_NETWORKED), item.path not in long))  # stable
 
 
 RunCli = Callable[..., subprocess.CompletedProcess[str]]
