@@ -58,7 +58,11 @@ def _programs() -> dict[str, Program]:
         "launcher": Program(SCRIPTS / "launcher_script.py", {r"^launcher rank [01] of 2: \[1, 1\] came": 2}),
         "fabric": Program(SCRIPTS / "fabric_script.py", {r"^fabric rank [01] of 2: equal weights": 2}),
         "ignite": Program(SCRIPTS / "ignite_script.py", {r"^ignite rank [01] of 2 by native-dist: agreed": 2}),
-        "graphs": Program(SCRIPTS / "graphs_script.py", {r"^graphs rank [01] of 2: 4 of 8 graphs": 2}),
+        "graphs": Program(
+            SCRIPTS / "graphs_script.py",
+            {r"^graphs rank [01] of 2: 4 of 8 graphs": 2},
+            env={"TMPDIR": "."},  # PyTorch Geometric writes the code of its layers there, and leaves it
+        ),
     }
 
 
