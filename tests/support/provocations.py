@@ -121,7 +121,7 @@ class Provoker:
     def one_folder_per_rank(self) -> str:
         if "greeted" not in _SAID:
             _SAID["greeted"] = self.run("driver=torchrun", "app=hello_dist", code=0)
-            assert len(list((self.folder / "outputs").iterdir())) == 1
+            assert len(list((self.folder / "outputs").glob("hello_dist-*"))) == 1
             assert not list(self.folder.rglob(".hydra"))
         return _SAID["greeted"]
 
