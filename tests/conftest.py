@@ -27,9 +27,11 @@ _NETWORKED = ("tests/cluster/", "tests/rendezvous/test_two_hosts.py")  # hosts o
 _SESSION_PROCESSES = ("multiprocessing.resource_tracker",)
 
 os.environ[_MARK] = _SESSION
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job: what the tests start must hear Ctrl-C
+# Ignored in a shell's background job, but what the tests start must hear Ctrl-C and Ctrl-\\.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+if signal.getsignal(signal.SIGQUIT) is signal.SIG_IGN:
+    signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -72,11 +74,17 @@ def _nothing_is_left(_scratch: Path) -> Iterator[None]:
 
 def _idle_engine() -> set[psutil.Process]:
     """The engine that this process's next launch will use, and the process from which that will fork ranks."""
-    with contextlib.suppress(psutil.Error):
-        engines = [child for child in psutil.Process().children() if "everyrank.elastic.engine" in child.cmdline()]
-        if len(engines) == 1 and len(kept := engines[0].children(recursive=True)) <= 1:
-            return {*engines, *kept}
+    engines = [child for child in _living_children(psutil.Process()) if "everyrank.elastic.engine" in child.cmdline()]
+    kept = [child for engine in engines for child in _living_children(engine)]
+    if len(engines) == 1 and len(kept) <= 1 and not any(map(_living_children, kept)):
+        return {*engines, *kept}
     return set()
+
+
+def _living_children(process: psutil.Process) -> list[psutil.Process]:
+    with contextlib.suppress(psutil.Error):
+        return [child for child in process.children() if child.status() != psutil.STATUS_ZOMBIE]
+    return []
 
 
 def _our_processes() -> set[psutil.Process]:

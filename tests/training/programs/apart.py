@@ -134,7 +134,7 @@ def train_norms(folder: Path) -> dict[str, Any]:
         config["model"] = {"type": NormNet}
         trainer = TrainerDDP(config=config, world=world)
         trainer.prepare_dataloaders(train_dataset=tiny.make_data(40))
-        local, before = trainer._local, {}
+        local, before = trainer._parts.local, {}
         assert local is not None
         meet = local.synchronize
 
