@@ -18,10 +18,11 @@ CERTIFY = (sys.executable, "-m", "everyrank", "certify")
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_kills_and_resizes_leave_every_sample_exactly_once(run_cli: RunCli) -> None:
     # Killed loader processes leave their folders of sockets, whose names must be short.
     with tempfile.TemporaryDirectory(prefix="c-", dir="/var/tmp") as folder:
-        done = run_cli("--quick", "--seed=1", program=CERTIFY, timeout_s=280, env={"TMPDIR": folder})
+        done = run_cli("--quick", "--seed=1", program=CERTIFY, timeout_s=560, env={"TMPDIR": folder})
     assert done.returncode == 0, done.stdout + done.stderr
     lines = [line for line in done.stdout.splitlines() if line.startswith("│")]
     assert len(lines) == 8
@@ -34,6 +35,7 @@ def test_kills_and_resizes_leave_every_sample_exactly_once(run_cli: RunCli) -> N
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_an_app_that_looks_at_its_rank_gets_no_certificate(run_cli: RunCli, tmp_path: Path) -> None:
     (tmp_path / "cheat.py").write_text(
         "import everyrank\n"
@@ -41,7 +43,7 @@ def test_an_app_that_looks_at_its_rank_gets_no_certificate(run_cli: RunCli, tmp_
         "def loss(output, data):\n"
         "    return mean_squared_error(output, data) * (1 + everyrank.current_world().rank)\n"
     )
-    done = run_cli("--quick", "app.criterion=cheat.loss", program=CERTIFY, timeout_s=280)
+    done = run_cli("--quick", "app.criterion=cheat.loss", program=CERTIFY, timeout_s=560)
     assert done.returncode == 1
     assert "NO" in done.stdout
 
