@@ -45,6 +45,7 @@ PUBLIC = [
     "SeededDataset",
     "TrainerConfig",
     "TrainerDDP",
+    "UnwritableError",
     "UserError",
     "World",
     "__version__",

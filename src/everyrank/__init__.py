@@ -116,6 +116,7 @@ if TYPE_CHECKING:  # for type checkers and editors, which do not follow __getatt
     from everyrank.errors import RankFailedError as RankFailedError
     from everyrank.errors import RehearsalError as RehearsalError
     from everyrank.errors import RendezvousError as RendezvousError
+    from everyrank.errors import UnwritableError as UnwritableError
     from everyrank.errors import UserError as UserError
     from everyrank.errors import did_you_mean as did_you_mean
     from everyrank.launch_env.detection import ProcessEnvironment as ProcessEnvironment

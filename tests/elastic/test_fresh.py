@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 import everyrank
-from everyrank.elastic import engine_pool
 
 # What one rank sees of itself. Run by every start method; what may differ is listed below, and nothing else does.
 _PROBE = """
@@ -106,7 +105,6 @@ def probe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_a_forked_rank_is_as_a_spawned_one(probe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine_pool.shutdown()  # another test's: its output may have gone to files of that test
     everyrank.launch(int, nproc_per_node=1)  # the engine is warm, and older than what changes now
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     mask, cores = os.umask(0o027), os.sched_getaffinity(0)
@@ -136,6 +134,19 @@ def test_a_forked_rank_is_as_a_spawned_one(probe: Any, monkeypatch: pytest.Monke
         assert one["debug level"].endswith("DETAIL")
         assert one["torch threads"][0] == 2
         assert one["locale"][1] == ("JST", "JST")
+
+
+def test_a_rank_forked_after_a_preload_holds_its_output_once() -> None:
+    """Its forkserver was forked in the middle of a launch."""
+
+    def held() -> dict[str, str]:
+        names = (name for name in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{name}"))
+        return {name: os.readlink(f"/proc/self/fd/{name}") for name in names}
+
+    everyrank.launch(int, nproc_per_node=1)
+    output = {os.readlink(f"/proc/self/fd/{fd}") for fd in (1, 2)}
+    for found in everyrank.launch(held, preload=["colorsys"]):
+        assert {name for name, target in found.items() if target in output} == {"1", "2"}
 
 
 def test_what_a_rank_draws_is_new_in_each_launch() -> None:

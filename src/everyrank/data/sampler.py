@@ -169,8 +169,25 @@ class GlobalBatchSampler(Sampler[list[int]]):
 
     def loss_weight(self, batch: int) -> float:
         """Return what to scale this rank's mean loss of a global batch by, so that DDP's mean over ranks is exact."""
-        share = self.share(batch)
-        return share.num_local * self.world_size / share.num_global
+        return self.loss_weights(range(batch, batch + 1))[0][0]
+
+    def loss_weights(self, batches: range) -> tuple[list[float], int]:
+        """Return what to scale this rank's mean loss of each batch of one optimizer step by, and the step's samples.
+
+        Args:
+            batches: The global batches whose gradients are accumulated.
+
+        Returns:
+            The factors, and the number of samples over all ranks.
+        """
+        shares = [self.share(batch) for batch in batches]
+        count = sum(share.num_global for share in shares)
+        return [share.num_local * self.world_size / count for share in shares], count
+
+    def local_samples(self, batches: range) -> list[int]:
+        """Return the samples of this rank in global batches of the current epoch."""
+        shares = [self.share(batch) for batch in batches]
+        return [i for s in shares for i in self.permutation.indices(self._epoch, s.start, s.stop).tolist()]
 
     def __iter__(self) -> Iterator[list[int]]:
         """Yield this rank's samples of each global batch from the cursor to the end of the epoch.

@@ -132,11 +132,16 @@ def end_file(attempt: str) -> str:
 
 def tell_to_end(attempt: str, rank: int | None) -> None:
     """Tell this rank to end, and the others after it, on whatever host they are; None: all at once."""
-    partial = f"{end_file(attempt)}.{os.getpid()}.part"
     with contextlib.suppress(FileNotFoundError):
-        with open(partial, "w", encoding="ascii") as file:
-            file.write("" if rank is None else str(rank))
-        os.replace(partial, end_file(attempt))
+        write_whole(end_file(attempt), "" if rank is None else str(rank))
+
+
+def write_whole(path: str, text: str) -> None:
+    """Write a file so that whoever reads it finds all of it, or what was there before."""
+    partial = f"{path}.{os.getpid()}.part"
+    with open(partial, "w", encoding="utf-8") as file:
+        file.write(text)
+    os.replace(partial, path)
 
 
 def read_json(path: str) -> Mapping[str, Any] | None:

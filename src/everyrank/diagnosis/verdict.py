@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from everyrank.diagnosis.rank_files import write_whole
+
 _FILE = "verdict.json"
 
 RAISED = "raised"
@@ -76,13 +78,10 @@ def write_verdict(run_dir: str, verdict: Verdict) -> None:
     """
     path = os.path.join(run_dir, _FILE)
     earlier = read_verdict(run_dir)
-    partial = f"{path}.{os.getpid()}.part"
     with contextlib.suppress(OSError):
         if earlier is not None and earlier.attempt < verdict.attempt:
             os.replace(path, os.path.join(run_dir, f"verdict-{earlier.attempt}.json"))
-        with open(partial, "w", encoding="utf-8") as file:
-            json.dump(asdict(verdict), file, indent=2)
-        os.replace(partial, path)
+        write_whole(path, json.dumps(asdict(verdict), indent=2))
 
 
 def read_verdict(run_dir: str) -> Verdict | None:

@@ -99,7 +99,9 @@ class Engine:
         return True
 
     def close(self) -> None:
-        """End the engine, and with it its forkserver and any rank."""
+        """End the engine, and with it its forkserver and any rank. Once is enough."""
+        if self._channel.fileno() < 0:
+            return
         self._channel.close()
         self.signal(signal.SIGKILL)
         if self._process is not None:
@@ -123,7 +125,8 @@ def _serve(channel: socket.socket) -> None:
     _import_torch()
     from everyrank.elastic.forkserver import Forkserver
 
-    forkserver = Forkserver(channel)
+    at_import = _descriptors()
+    forkserver = Forkserver([channel.fileno()])
     preloaded = Preloaded()
     from everyrank.elastic.execute import execute
 
@@ -139,12 +142,19 @@ def _serve(channel: socket.socket) -> None:
             break
         if run.start_method == "forkserver" and not preloaded.has(run.preload):
             forkserver.close()
+            private = _descriptors() - at_import  # of this run, and of whatever else has begun here since
             preloaded.load(run.preload)
-            forkserver = Forkserver(channel)
+            forkserver = Forkserver([channel.fileno(), *private])
         run = _as_it_must_start(run, at_start, fds[1])
         wire.send(channel, _outcome(execute, run, forkserver, (fds[0], fds[1])))
         wire.close_all(fds)
     forkserver.close()
+
+
+def _descriptors() -> set[int]:
+    """The descriptors that are open now."""
+    listed = {int(name) for name in os.listdir("/dev/fd")}
+    return {fd for fd in listed if os.path.exists(f"/dev/fd/{fd}")}  # but for the listing's own
 
 
 def _import_torch() -> None:

@@ -50,8 +50,9 @@ def run(order: EngineRun) -> Outcome:
                 engine.close()
                 engine = Engine.spawn()
                 outcome = engine.run(order)
-        except Exception:
-            if told.signum == signal.SIGINT:
+        except BaseException as error:
+            engine.close()  # nobody knows what it is doing, and nobody else has it
+            if told.signum == signal.SIGINT and isinstance(error, Exception):
                 raise KeyboardInterrupt from None
             raise
     _give_back(engine)

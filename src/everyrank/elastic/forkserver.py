@@ -17,7 +17,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,14 +53,15 @@ class RankProcess:
 class Forkserver:
     """The engine's handle on its forkserver process."""
 
-    def __init__(self, *private: socket.socket) -> None:
-        """Fork it from this process; ``private`` are sockets of this process that the ranks must not hold."""
+    def __init__(self, private: Iterable[int]) -> None:
+        """Fork it from this process; ``private`` are descriptors of this process that the ranks must not hold."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         pid = os.fork()
         if pid == 0:
-            for end in (ours, *private):
-                end.close()
             try:
+                for fd in (ours.detach(), *private):
+                    with contextlib.suppress(OSError):  # a hook of the fork may have closed it
+                        os.close(fd)
                 _serve(theirs)
             finally:
                 os._exit(0)

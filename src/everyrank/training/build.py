@@ -69,9 +69,8 @@ def build_model(config: TrainerConfig, world: World, device: torch.device) -> nn
         ) from error
     if not isinstance(module, nn.Module):
         raise ConfigError(f"model.type gave a {type(module).__name__}; it must give a torch.nn.Module.")
-    is_sharded = config.parallel is not None and config.parallel.strategy == "fsdp2"
     dtype = DTYPES[config.training.dtype] if config.training.dtype else None
-    module = module.to(device=None if is_sharded else device, dtype=dtype)
+    module = module.to(device=None if config.is_sharded else device, dtype=dtype)
     module = prepare_module(module, config.parallel, world, device)
     if config.training.compile:
         options = config.training.compile

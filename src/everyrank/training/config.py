@@ -225,8 +225,12 @@ class TrainerConfig:
     @property
     def test_on(self) -> Literal["rank0", "all"]:
         """Who evaluates the test set: ``testing.on``, or what null stands for."""
-        is_spread = self.parallel is not None and self.parallel.strategy == "fsdp2"
-        return self.testing.on or ("all" if is_spread else "rank0")
+        return self.testing.on or ("all" if self.is_sharded else "rank0")
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each rank holds a part of the model."""
+        return self.parallel is not None and self.parallel.strategy == "fsdp2"
 
 
 def read_config(values: Any) -> TrainerConfig:
@@ -275,7 +279,7 @@ def plain_config(config: TrainerConfig) -> dict[str, Any]:
 def _contradictions(config: TrainerConfig) -> list[str]:
     """Return the problems that lie between several keys."""
     training, parallel = config.training, config.parallel or ParallelConfig()
-    fsdp2 = parallel.strategy == "fsdp2"
+    fsdp2 = config.is_sharded
     rules = [
         (
             (training.batch_size is None) == (training.global_batch_size is None),

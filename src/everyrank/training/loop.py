@@ -67,8 +67,7 @@ class _Step:
     """What is remembered of a step until the next sync point."""
 
     number: int
-    batch: int
-    num_batches: int
+    batches: range
     num_samples: int
     skipped: bool
     lr: float | None
@@ -131,7 +130,7 @@ class EpochLoop:
         step, position, steps, losses = self.step, self.position, self._steps, self._losses
         every, log_every = self.config.accumulation_steps, self.config.log_every_steps
         rates = step.optimizer.param_groups[0]
-        full_weights, full_count = self._weights(sampler, 0, every) if every < num_batches else ([], 0)
+        full_weights, full_count = sampler.loss_weights(range(every)) if every < num_batches else ([], 0)
         end = self.batches_from(sampler, batch).stop
         iterator = iter(loader)
         if self.world.world_size > 1:
@@ -142,11 +141,11 @@ class EpochLoop:
                 weights, count, taken = full_weights, full_count, every
             else:
                 taken = min(every, num_batches - batch)
-                weights, count = self._weights(sampler, batch, taken)
+                weights, count = sampler.loss_weights(range(batch, batch + taken))
             loss = step(iterator, weights)
             position.step = number = position.step + 1
             lr = rates["lr"] if number % log_every == 0 else None
-            steps.append(_Step(number, batch, taken, count, step.skipped, lr))
+            steps.append(_Step(number, range(batch, batch + taken), count, step.skipped, lr))
             losses.append(loss)
             batch += taken
             if number >= next_sync:
@@ -184,7 +183,7 @@ class EpochLoop:
                 self.history.add_step(
                     {"step": step.number, "epoch": self.position.epoch, "loss": mean, "lr": float(step.lr)}
                 )
-        sampler.commit(sum(step.num_batches for step in steps))
+        sampler.commit(sum(len(step.batches) for step in steps))
         self._losses.clear()
         self._steps.clear()
         self._trained_s += shared[len(steps)]
@@ -204,21 +203,7 @@ class EpochLoop:
             self.position.loss_sum += mean * step.num_samples
             self.position.num_samples += step.num_samples
         if self.ledger is not None:
-            self.ledger.add(step.number, self.position.epoch, self._samples(sampler, step))
-
-    def _weights(self, sampler: GlobalBatchSampler, batch: int, num_batches: int) -> tuple[list[float], int]:
-        """Return what each batch's loss is scaled by, and the number of samples of the step over all ranks."""
-        shares = [sampler.share(batch + number) for number in range(num_batches)]
-        count = sum(share.num_global for share in shares)
-        return [share.num_local * sampler.world_size / count for share in shares], count
-
-    def _samples(self, sampler: GlobalBatchSampler, step: _Step) -> list[int]:
-        """Return the samples that this rank used in a step."""
-        samples: list[int] = []
-        for number in range(step.batch, step.batch + step.num_batches):
-            share = sampler.share(number)
-            samples += sampler.permutation.indices(sampler.epoch, share.start, share.stop).tolist()
-        return samples
+            self.ledger.add(step.number, self.position.epoch, sampler.local_samples(step.batches))
 
     def _next_sync(self) -> int:
         """Return the step of the next sync point, the same on all ranks."""
@@ -239,7 +224,7 @@ class EpochLoop:
         # Once weights are not finite, every later loss is not: only the first tells something.
         for index in bad if policy == "skip" else bad[:1]:
             step = self._steps[index]
-            mine = None if math.isfinite(local[index]) else (local[index], self._samples(sampler, step))
+            mine = None if math.isfinite(local[index]) else (local[index], sampler.local_samples(step.batches))
             for rank, found in enumerate(gather_objects(mine)):
                 if found is None:
                     continue
@@ -261,10 +246,10 @@ class EpochLoop:
 
     def _where(self, sampler: GlobalBatchSampler) -> str:
         """Return epoch, step and this rank's samples of the step that is under way."""
-        batch = self._steps[-1].batch + self._steps[-1].num_batches if self._steps else sampler.next_batch
+        batch = self._steps[-1].batches.stop if self._steps else sampler.next_batch
         taken = min(self.config.accumulation_steps, len(sampler) - batch)
         where = f"epoch {self.position.epoch}, step {self.position.step + 1}"
         if taken < 1:
             return where
-        samples = self._samples(sampler, _Step(0, batch, taken, 0, False, None))
+        samples = sampler.local_samples(range(batch, batch + taken))
         return f"{where}, samples {describe_samples(samples)}"

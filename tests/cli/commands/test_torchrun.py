@@ -101,7 +101,7 @@ if "once" in sys.argv and attempt == "0":
 names = ["RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "ROLE_NAME", "WORLD_SIZE", "LOCAL_WORLD_SIZE"]
 names += ["GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE", "OMP_NUM_THREADS", "TORCHELASTIC_MAX_RESTARTS"]
 names += ["TORCHELASTIC_USE_AGENT_STORE", *(["TORCHELASTIC_RUN_ID"] if "id" in sys.argv else [])]
-said = {name: os.environ[name] for name in names}
+said = {name: os.environ.get(name) for name in names}
 said.update(attempt=attempt, argv=sys.argv, name=__name__, path=sys.path[0], cwd=os.getcwd())
 print(json.dumps(said, sort_keys=True))
 sys.exit(3 if "fails" in sys.argv else 0)

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterable, Sequence
 
 from everyrank.diagnosis.judging.stalls import Stall
-from everyrank.diagnosis.rank_files import read_json
+from everyrank.diagnosis.rank_files import read_json, write_whole
 from everyrank.diagnosis.reports import Report
 from everyrank.diagnosis.verdict import LOST_HOST
 
@@ -39,9 +39,7 @@ class HostSign:
             return
         self._next_s = time.monotonic() + SIGN_EVERY_S
         os.makedirs(os.path.dirname(self._path), exist_ok=True)
-        with open(f"{self._path}.part", "w", encoding="utf-8") as file:
-            json.dump({"host": self._host, "time_s": time.time()}, file)
-        os.replace(f"{self._path}.part", self._path)
+        write_whole(self._path, json.dumps({"host": self._host, "time_s": time.time()}))
 
     def remove(self) -> None:
         """End in good order."""

@@ -8,7 +8,6 @@ Flight Recorder has the times. On several hosts they are as good as the hosts' c
 from __future__ import annotations
 
 import json
-import os
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -17,7 +16,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from everyrank.diagnosis.flight import Key, arrivals_of
-from everyrank.diagnosis.rank_files import pace_file
+from everyrank.diagnosis.rank_files import pace_file, write_whole
 from everyrank.diagnosis.reports import Report
 
 _LEAST_COLLECTIVES = 10
@@ -133,11 +132,8 @@ def note_pace(attempt: str, reports: Mapping[int, Report]) -> Slow | None:
             {"rank": rank, **{name: round(share, 4) for name, share in shares.items()}, "last": pace.last[rank]}
         )
     said = None if pace.slow is None else _said(pace, pace.slow, {int(row["rank"]): row["data"] for row in rows})
-    path = pace_file(attempt)
-    with open(f"{path}.part", "w", encoding="utf-8") as file:
-        whole = {"num_collectives": pace.num_collectives, "seconds": round(pace.seconds, 3), "slow": pace.slow}
-        json.dump({**whole, "said": said, "ranks": rows}, file)
-    os.replace(f"{path}.part", path)
+    whole = {"num_collectives": pace.num_collectives, "seconds": round(pace.seconds, 3), "slow": pace.slow}
+    write_whole(pace_file(attempt), json.dumps({**whole, "said": said, "ranks": rows}))
     return None if pace.slow is None or said is None else Slow(pace.slow, said)
 
 

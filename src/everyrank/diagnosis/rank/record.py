@@ -12,6 +12,7 @@ from typing import Any
 
 from everyrank.diagnosis.classify import is_lost_peer, named_rank
 from everyrank.diagnosis.frames import raised_at
+from everyrank.diagnosis.rank_files import write_whole
 from everyrank.errors import UserError
 
 _ATTEMPTS = 3
@@ -68,12 +69,9 @@ def record_error(error: BaseException, rank: int, exit_code: int, *paths: str | 
 def _record(record: dict[str, Any], *paths: str | None) -> dict[str, Any]:
     num_written = 0
     for path in filter(None, dict.fromkeys(paths)):
-        partial = f"{path}.{os.getpid()}.part"
         with contextlib.suppress(OSError):
             os.makedirs(os.path.dirname(path), exist_ok=True)
-            with open(partial, "w", encoding="utf-8") as file:
-                json.dump(record, file)
-            os.replace(partial, path)
+            write_whole(path, json.dumps(record))
             num_written += 1
     return {**record, "is_written": num_written > 0}
 

@@ -39,6 +39,7 @@ from everyrank.diagnosis.rank_files import (
     report_file,
     request_file,
     stacks_file,
+    write_whole,
 )
 
 _WATCHED = "EVERYRANK_WATCHED"  # pid of the process that reports as RANK: its children do not
@@ -212,11 +213,8 @@ class Reporter:
                 "groups": groups,
                 "workers": self._workers() if thoroughly and waits_for_data(stack) else [],
             }
-            path = report_file(self.folder, self.rank)
             with contextlib.suppress(OSError):  # a full disk: what the rank itself has to say must still be heard
-                with open(f"{path}.part", "w", encoding="utf-8") as file:
-                    file.write(json.dumps(report))  # json.dump goes through Python for every value
-                os.replace(f"{path}.part", path)
+                write_whole(report_file(self.folder, self.rank), json.dumps(report))
 
     def _workers(self) -> list[dict[str, Any]]:
         return workers_of(self.pid, stacks_file(self.folder, self.rank or 0))

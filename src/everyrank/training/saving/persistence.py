@@ -114,8 +114,7 @@ class Persistence:
     @property
     def _is_sharded(self) -> bool:
         """Whether each rank holds a part of the model."""
-        parallel = self._config.parallel
-        return parallel is not None and parallel.strategy == "fsdp2" and self._world.is_distributed
+        return self._config.is_sharded and self._world.is_distributed
 
     def need_to_write(self, what: str) -> None:
         """Raise where this run is only read.

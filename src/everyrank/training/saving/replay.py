@@ -105,16 +105,14 @@ def _do(
 ) -> None:
     """Do the step that begins at the cursor and say what came of it."""
     first = sampler.next_batch
-    shares = [sampler.share(batch) for batch in range(first, min(first + accumulation_steps, len(sampler)))]
-    count = sum(share.num_global for share in shares)
-    weights = [share.num_local * replay.world_size / count for share in shares]
-    samples = [i for s in shares for i in sampler.permutation.indices(sampler.epoch, s.start, s.stop).tolist()]
+    of_the_step = range(first, min(first + accumulation_steps, len(sampler)))
+    weights, _ = sampler.loss_weights(of_the_step)
     gradients: dict[str, float] = {}
     for name, parameter in step.module.named_parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(_noting(gradients, name))
     who = f"replay: rank {replay.rank} of {replay.world_size}, step {replay.step}"
-    print(f"{who}: samples {describe_samples(samples)}", flush=True)
+    print(f"{who}: samples {describe_samples(sampler.local_samples(of_the_step))}", flush=True)
     if replay.debug:
         pdb.set_trace()
     loss = float(step(batches, weights))
