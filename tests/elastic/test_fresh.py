@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 import everyrank
+from everyrank.elastic import engine_pool
 
 # What one rank sees of itself. Run by every start method; what may differ is listed below, and nothing else does.
 _PROBE = """
@@ -105,6 +106,7 @@ def probe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_a_forked_rank_is_as_a_spawned_one(probe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine_pool.shutdown()  # another test's: its ranks are forked from what it has imported since
     everyrank.launch(int, nproc_per_node=1)  # the engine is warm, and older than what changes now
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     mask, cores = os.umask(0o027), os.sched_getaffinity(0)
