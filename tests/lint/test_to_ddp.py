@@ -99,6 +99,7 @@ def test_where_it_is_not_sure_it_leaves_a_comment_and_says_so(
     assert sorted(line.split(": ", 1)[1] for line in told) == sorted(c.removeprefix("# everyrank: ") for c in comments)
     assert any("sampler" in comment for comment in comments)
     assert any("BatchNorm" in comment for comment in comments)
+    assert sum("nothing seeds this" in comment for comment in comments) == 1
     assert "for (batch,) in loader:  # the only epoch" in changed
     assert 'SummaryWriter("runs") if RANK == 0 else None' in changed
 

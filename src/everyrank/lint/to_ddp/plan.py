@@ -17,6 +17,11 @@ _WRITES = re.compile(
     r"^(?:torch\.save|numpy\.save\w*|json\.dump|pickle\.dump|.*\.savefig|.*\.to_csv|wandb\.\w+|shutil\.copy\w*)$"
 )
 _WRITER = re.compile(r"(?:^|\.)SummaryWriter$")
+_DRAWS = re.compile(
+    r"^(?:torch\.(?:rand\w*|normal)|numpy\.random\.\w+|random\.\w+)$|(?:random_split|train_test_split)$"
+)
+_SEEDS = re.compile(r"\bmanual_seed\b|\bseed\(|\bseed_everything\b|\bset_seed\b|\bdefault_rng\(\w|\brandom_state\s*=")
+_PER_STEP = ("forward", "__getitem__")  # where ranks are free to draw what they like
 _OWN = frozenset({"join", "bare", "print0", "global_mean", "rank0_first", "RankLoader", "RankBatches", "RANK"})
 
 
@@ -82,6 +87,7 @@ def make_plan(module: PythonModule) -> Plan:
     _wrap_models(module, plan)
     _change_writes(module, plan)
     _change_devices(module, plan)
+    _find_unseeded(module, [loop for loop, _ in loops], plan)
     _find_entry(module, plan)
     return plan
 
@@ -305,6 +311,18 @@ def _change_devices(module: PythonModule, plan: Plan) -> None:
             plan.unsure(
                 module.statement_of(call).lineno, "not sure: join() has chosen this rank's device; remove this line"
             )
+
+
+def _find_unseeded(module: PythonModule, loops: list[ast.For], plan: Plan) -> None:
+    """Tell of data that each rank would draw for itself: sample 7, or the training set, is then not one thing."""
+    if _SEEDS.search(module.text):
+        return
+    for call, name in module.calls:
+        function = module.function_of(call)
+        per_step = (function and function.name in _PER_STEP) or any(loop in module.ancestors(call) for loop in loops)
+        if _DRAWS.search(name) and not per_step:
+            row = module.statement_of(call).lineno
+            plan.unsure(row, "not sure: nothing seeds this, so each rank draws its own; seed all ranks alike before")
 
 
 def _find_entry(module: PythonModule, plan: Plan) -> None:

@@ -131,7 +131,7 @@ class _Rewriter(cst.CSTTransformer):
         used = [line for name, line in helpers.IMPORTS.items() if name in block or name == "DistributedDataParallel"]
         needed = {line: name for name, line in helpers.IMPORTS.items() if line in used and name not in self.imported}
         imports = [cst.parse_statement(line) for line in helpers.merged(needed)]
-        added = list(cst.parse_module("\n\n".join(self.plan.helpers)).body)
+        added = list(cst.parse_module("\n".join(self.plan.helpers)).body)
         added[0] = added[0].with_changes(leading_lines=[cst.EmptyLine(indent=False)])
         if self.plan.entry is None:
             added.append(cst.parse_statement("\n\njoin()"))
