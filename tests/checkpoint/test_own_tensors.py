@@ -10,7 +10,7 @@ import torch
 
 import everyrank
 from everyrank.checkpoint.folder import list_checkpoints
-from everyrank.checkpoint.reading import group_names, read_checkpoint
+from everyrank.checkpoint.reading import StoredCheckpoint, read_checkpoint
 from everyrank.errors import CheckpointError
 
 
@@ -39,7 +39,7 @@ def test_each_rank_writes_its_own_and_all_are_verified(tmp_path: Path, backgroun
     assert [(info.step, info.verified) for info in found] == [(1, True), (2, True)]
     loaded = read_checkpoint(found[-1].path)
     assert set(loaded.tensors) == {"model"}
-    assert group_names(found[-1].path) == ["model"]
+    assert StoredCheckpoint(found[-1].path).groups == ["model"]
     assert loaded.own_ranks == {0, 2}
     assert loaded.own_tensors(2)["value"].tolist() == [2.0, 2.0, 2.0]
     assert loaded.own_tensors(1) == {}

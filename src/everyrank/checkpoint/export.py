@@ -11,7 +11,7 @@ import torch
 
 from everyrank.checkpoint.finite import name_not_finite, say_names
 from everyrank.checkpoint.folder import checkpoint_paths, describe
-from everyrank.checkpoint.reading import StoredGroup, group_names
+from everyrank.checkpoint.reading import StoredCheckpoint
 from everyrank.checkpoint.tensor_file import SUFFIX, write_one_by_one
 from everyrank.errors import CheckpointError, UserError, did_you_mean
 
@@ -46,32 +46,26 @@ def export(path: Path | str, out: Path | str, *, group: str = "model", allow_non
             "Use .safetensors, or .pth for a dict of tensors as torch.save writes it."
         )
     checkpoint = _find(source)
-    groups = group_names(checkpoint)
-    if group not in groups:
+    found = StoredCheckpoint(checkpoint)
+    if group not in found.groups:
         raise UserError(
-            f"The group {group!r} was asked for, but {checkpoint} holds {', '.join(groups) or 'no tensors'}."
-            + did_you_mean(group, groups)
+            f"The group {group!r} was asked for, but {checkpoint} holds {', '.join(found.groups) or 'no tensors'}."
+            + did_you_mean(group, found.groups)
         )
-    stored = StoredGroup(checkpoint, group)
-    not_finite: list[str] = []
-
-    def read(name: str) -> torch.Tensor:
-        tensor = stored.read(name)
-        not_finite.extend(name_not_finite({name: tensor}))
-        return tensor
-
+    stored = found.group(group)
+    names = () if allow_non_finite else stored.tensors
+    if not_finite := [bad for name in names for bad in name_not_finite({name: stored.read(name)})]:
+        raise CheckpointError(
+            f"{checkpoint} holds NaN or infinity in {say_names(not_finite)}. Fix: export an earlier checkpoint; "
+            "or, if that is meant (a mask), allow it: --allow-non-finite (allow_non_finite=True)."
+        )
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
     try:
         if target.suffix == SUFFIX:
-            write_one_by_one(temporary, stored.tensors, read)
+            write_one_by_one(temporary, stored.tensors, stored.read)
         else:
-            torch.save({name: read(name) for name in stored.tensors}, temporary)
-        if not_finite and not allow_non_finite:
-            raise CheckpointError(
-                f"{checkpoint} holds NaN or infinity in {say_names(not_finite)}. Fix: export an earlier checkpoint; "
-                "or, if that is meant (a mask), allow it: --allow-non-finite (allow_non_finite=True)."
-            )
+            torch.save({name: stored.read(name) for name in stored.tensors}, temporary)
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)

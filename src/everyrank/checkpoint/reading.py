@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 
 from everyrank.checkpoint.encoding import decode_json
-from everyrank.checkpoint.manifest import Manifest, read_manifest
+from everyrank.checkpoint.manifest import read_manifest
 from everyrank.checkpoint.shards import MARK, OWN, Layout, Places, own_name, put_together, shard_name
 from everyrank.checkpoint.tensor_file import SUFFIX, TensorFile, read_tensors
 from everyrank.checkpoint.writer import STATE
@@ -58,11 +59,12 @@ def read_checkpoint(path: Path) -> LoadedCheckpoint:
     Raises:
         CheckpointError: If a file is missing or unreadable.
     """
-    manifest, content = _read_texts(path)
-    layouts = content.get("shards", [])
+    stored = StoredCheckpoint(path)
+    manifest, content = stored.manifest, stored.content
+    groups = {name: stored.group(name) for name in stored.groups}
     return LoadedCheckpoint(
         step=manifest.step,
-        tensors={group: read_group(path, group) for group in _groups(manifest, layouts)},
+        tensors={name: {tensor: group.read(tensor) for tensor in group.tensors} for name, group in groups.items()},
         state=decode_json(content["state"]),
         rank_states=decode_json(content["rank_states"]),
         world_size=manifest.world_size,
@@ -72,32 +74,54 @@ def read_checkpoint(path: Path) -> LoadedCheckpoint:
     )
 
 
-def group_names(path: Path) -> list[str]:
-    """Return the names of a checkpoint's groups of tensors.
+class StoredCheckpoint:
+    """A checkpoint on the disk, of which only the texts are read yet.
+
+    Args:
+        path: Its folder.
+
+    Attributes:
+        manifest: What it says of itself.
+        content: The JSON of its state, not decoded.
+        groups: The names of its groups of tensors.
 
     Raises:
-        CheckpointError: If the checkpoint cannot be read.
+        CheckpointError: If a text is missing or unreadable.
     """
-    manifest, content = _read_texts(path)
-    return _groups(manifest, content.get("shards", []))
 
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            self.manifest = read_manifest(path)
+            self.content: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
+        except (OSError, ValueError, CheckpointError) as error:
+            raise CheckpointError(f"The checkpoint {path} cannot be read: {error}") from error
+        self._layouts: list[Layout] = self.content.get("shards", [])
+        stems = [name.removesuffix(SUFFIX) for name in self.manifest.files if name.endswith(SUFFIX)]
+        whole = {stem for stem in stems if MARK not in stem and not stem.startswith(OWN)}
+        self.groups = sorted(whole | {group for layout in self._layouts for group in layout})
 
-def read_group(path: Path, group: str) -> dict[str, torch.Tensor]:
-    """Read one group of a checkpoint's tensors.
+    def group(self, name: str) -> StoredGroup:
+        """Open one group of tensors.
 
-    Raises:
-        CheckpointError: If a file is missing or unreadable.
-    """
-    stored = StoredGroup(path, group)
-    return {name: stored.read(name) for name in stored.tensors}
+        Raises:
+            CheckpointError: If a file is missing or unreadable.
+        """
+        plain = self._path / (name + SUFFIX) if name + SUFFIX in self.manifest.files else None
+        parts = {
+            rank: (self._path / (shard_name(name, rank) + SUFFIX), layout[name])
+            for rank, layout in enumerate(self._layouts)
+            if layout.get(name)
+        }
+        return StoredGroup(plain, parts)
 
 
 class StoredGroup:
     """One group of a checkpoint's tensors, each read when it is asked for.
 
     Args:
-        path: The checkpoint's folder.
-        group: The group's name.
+        plain: The file of the tensors that are whole, if there are any.
+        parts: For each rank that wrote parts of tensors, their file and where each part belongs.
 
     Attributes:
         tensors: What each looks like, on the meta device.
@@ -106,21 +130,15 @@ class StoredGroup:
         CheckpointError: If a file is missing or unreadable.
     """
 
-    def __init__(self, path: Path, group: str) -> None:
-        manifest, content = _read_texts(path)
-        self.tensors: dict[str, torch.Tensor] = {}
-        self._plain = TensorFile(path / (group + SUFFIX)) if group + SUFFIX in manifest.files else None
-        if self._plain is not None:
-            self.tensors.update(self._plain.looks())
-        self._parts: dict[int, TensorFile] = {}
+    def __init__(self, plain: Path | None, parts: Mapping[int, tuple[Path, Mapping[str, Any]]]) -> None:
+        self._plain = TensorFile(plain) if plain is not None else None
+        self.tensors: dict[str, torch.Tensor] = self._plain.looks() if self._plain is not None else {}
+        self._parts = {rank: TensorFile(path) for rank, (path, _) in parts.items()}
         self._places: dict[str, Places] = {}
-        for rank, layout in enumerate(content.get("shards", [])):
-            if not layout.get(group):
-                continue
-            self._parts[rank] = TensorFile(path / (shard_name(group, rank) + SUFFIX))
+        for rank, (_, layout) in parts.items():
             for name, part in self._parts[rank].looks().items():
-                self._places.setdefault(name, {})[rank] = layout[group][name]
-                self.tensors[name] = torch.empty(layout[group][name][0], dtype=part.dtype, device="meta")
+                self._places.setdefault(name, {})[rank] = layout[name]
+                self.tensors[name] = torch.empty(layout[name][0], dtype=part.dtype, device="meta")
 
     def read(self, name: str) -> torch.Tensor:
         """Read one tensor, to the CPU.
@@ -132,16 +150,3 @@ class StoredGroup:
             return put_together(name, self._places[name], lambda rank: self._parts[rank].read(name))
         assert self._plain is not None
         return self._plain.read(name)
-
-
-def _read_texts(path: Path) -> tuple[Manifest, dict[str, Any]]:
-    try:
-        return read_manifest(path), json.loads((path / STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, CheckpointError) as error:
-        raise CheckpointError(f"The checkpoint {path} cannot be read: {error}") from error
-
-
-def _groups(manifest: Manifest, layouts: list[Layout]) -> list[str]:
-    stems = [name.removesuffix(SUFFIX) for name in manifest.files if name.endswith(SUFFIX)]
-    whole = {stem for stem in stems if MARK not in stem and not stem.startswith(OWN)}
-    return sorted(whole | {group for layout in layouts for group in layout})

@@ -17,7 +17,6 @@ from typing import cast
 
 import safetensors
 import torch
-from safetensors.torch import load_file
 
 from everyrank.errors import CheckpointError
 
@@ -158,7 +157,5 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     Raises:
         CheckpointError: If the file is missing or damaged.
     """
-    try:
-        return load_file(path)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise CheckpointError(f"The tensors of {path} cannot be read: {error}") from error
+    file = TensorFile(path)
+    return {name: file.read(name) for name in file.looks()}
