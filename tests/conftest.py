@@ -22,11 +22,13 @@ from xdist.scheduler import LoadScopeScheduling
 ROOT = Path(__file__).resolve().parent.parent
 _MARK = "EVERYRANK_TEST_SESSION"
 _SESSION = uuid.uuid4().hex
-# Started by the standard library for a whole session, on purpose.
 _NETWORKED = ("tests/cluster/", "tests/rendezvous/test_two_hosts.py")  # hosts of their own: one set of them at a time
+# Started by the standard library for a whole session, on purpose.
 _SESSION_PROCESSES = ("multiprocessing.resource_tracker",)
 
 os.environ[_MARK] = _SESSION
+# Several workers share the cores: a second thread of each would spend them on waiting for the other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Ignored in a shell's background job, but what the tests start must hear Ctrl-C and Ctrl-\\.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
