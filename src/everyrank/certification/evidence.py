@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from everyrank.checkpoint.checkpointer import read_checkpoint
-from everyrank.checkpoint.folder import list_checkpoints
+from everyrank.checkpoint.folder import checkpoint_paths, first_whole
 from everyrank.errors import CheckpointError
 from everyrank.training.saving.ledger import read_ledger
 
@@ -37,10 +37,10 @@ class Evidence:
         Raises:
             CheckpointError: It has no whole checkpoint.
         """
-        whole = [info for info in list_checkpoints(run / "checkpoints") if info.verified]
-        if not whole:
+        newest, _ = first_whole(reversed(checkpoint_paths(run / "checkpoints")))
+        if newest is None:
             raise CheckpointError(f"{run} has no whole checkpoint")
-        loaded = read_checkpoint(whole[-1].path)
+        loaded = read_checkpoint(newest.path)
         uses: dict[int, Counter[int]] = {}
         sizes: list[int] = []
         for entry in read_ledger(run / "ledger"):
@@ -48,7 +48,7 @@ class Evidence:
             if not sizes or sizes[-1] != entry["world_size"]:
                 sizes.append(entry["world_size"])
         average = {f"average of {name}": tensor for name, tensor in loaded.tensors.get("ema", {}).items()}
-        return cls({**loaded.tensors["model"], **average}, uses, tuple(sizes), whole[-1].step)
+        return cls({**loaded.tensors["model"], **average}, uses, tuple(sizes), newest.step)
 
     def exactly_once(self, reference: Evidence) -> bool:
         """Whether every epoch of the reference used the same samples here, each exactly once."""

@@ -21,6 +21,7 @@ from everyrank.checkpoint.folder import (
     checkpoint_name,
     checkpoint_paths,
     describe,
+    first_whole,
     identify,
     list_checkpoints,
     new_token,
@@ -293,8 +294,7 @@ class Checkpointer:
 
         def find() -> CheckpointInfo | None:
             ranked = self.retention.best(list_checkpoints(self.folder, verify=False))
-            found = (describe(info.path, verify=True) for info in ranked)
-            return next((info for info in found if info.verified), None)
+            return first_whole(info.path for info in ranked)[0]
 
         return agree(find, on=0)
 
@@ -369,13 +369,9 @@ class Checkpointer:
         return loaded.step
 
     def _newest_whole(self) -> CheckpointInfo | None:
-        for path in reversed(checkpoint_paths(self.folder)):
-            info = describe(path, verify=True)
-            if info.verified:
-                return info
-            logger.warning("skipping the damaged checkpoint %s: %s", path.name, info.reason)
-            self._damaged.append(path)
-        return None
+        found, damaged = first_whole(reversed(checkpoint_paths(self.folder)))
+        self._damaged += (info.path for info in damaged)
+        return found
 
     def _set_aside_damaged(self) -> None:
         """Keep those that were found damaged from being counted: retention would delete whole ones in their favour."""

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from everyrank.checkpoint.finite import name_not_finite, say_names
-from everyrank.checkpoint.folder import checkpoint_paths, describe
+from everyrank.checkpoint.folder import checkpoint_paths, first_whole
 from everyrank.checkpoint.reading import StoredCheckpoint
 from everyrank.checkpoint.tensor_file import SUFFIX, write_one_by_one
 from everyrank.errors import CheckpointError, UserError, did_you_mean
@@ -74,14 +74,10 @@ def export(path: Path | str, out: Path | str, *, group: str = "model", allow_non
 
 def _find(source: Path) -> Path:
     candidates = checkpoint_paths(source) or checkpoint_paths(source / "checkpoints") or [source]
-    reasons: list[str] = []
-    for candidate in reversed(candidates):
-        info = describe(candidate, verify=True)
-        if info.verified:
-            for reason in reasons:
-                logger.warning("skipping the damaged checkpoint %s", reason)
-            if reasons:
-                logger.warning("exporting %s instead", candidate)
-            return candidate
-        reasons.append(f"{candidate}: {info.reason}")
-    raise CheckpointError("There is no whole checkpoint to export. Found:\n  " + "\n  ".join(reasons))
+    found, damaged = first_whole(reversed(candidates))
+    if found is None:
+        reasons = (f"{info.path}: {info.reason}" for info in damaged)
+        raise CheckpointError("There is no whole checkpoint to export. Found:\n  " + "\n  ".join(reasons))
+    if damaged:
+        logger.warning("exporting %s instead", found.path)
+    return found.path

@@ -20,7 +20,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,6 +93,18 @@ def describe(path: Path, *, verify: bool) -> CheckpointInfo:
         verified=reason is None if verify else None,
         reason=reason or "",
     )
+
+
+def first_whole(candidates: Iterable[Path]) -> tuple[CheckpointInfo | None, list[CheckpointInfo]]:
+    """Return the first whole checkpoint of these, or None; and the damaged ones before it, which the log names."""
+    damaged: list[CheckpointInfo] = []
+    for path in candidates:
+        info = describe(path, verify=True)
+        if info.verified:
+            return info, damaged
+        logger.warning("skipping the damaged checkpoint %s: %s", path.name, info.reason)
+        damaged.append(info)
+    return None, damaged
 
 
 def checkpoint_paths(folder: Path) -> list[Path]:

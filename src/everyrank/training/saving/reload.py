@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from everyrank.checkpoint.checkpointer import LoadedCheckpoint, read_checkpoint
-from everyrank.checkpoint.folder import CheckpointInfo, describe, list_checkpoints
+from everyrank.checkpoint.folder import CheckpointInfo, describe, first_whole, list_checkpoints
 from everyrank.checkpoint.retention import Retention
 from everyrank.config.yaml_loader import import_names, read_names
 from everyrank.errors import CheckpointError, ConfigError
@@ -68,9 +68,9 @@ def find_in(path: Path, which: Literal["last", "best"] = "last") -> Path:
         return path
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     candidates = _ranked(path, list_checkpoints(folder, verify=False), which)
-    for info in candidates:
-        if describe(info.path, verify=True).verified:
-            return info.path
+    whole, _ = first_whole(info.path for info in candidates)
+    if whole is not None:
+        return whole.path
     raise CheckpointError(f"No whole checkpoint was found in {folder}. Give a run's folder or a checkpoint's.")
 
 
