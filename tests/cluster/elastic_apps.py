@@ -6,6 +6,7 @@ import ipaddress
 import json
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -46,29 +47,30 @@ class Loops:
 
 
 class Listeners:
-    """Sums over the ranks, and prints the addresses on which anything listens in this network namespace.
+    """Sums over the ranks, and prints the addresses on which anything new listens in this network namespace.
 
-    Then one rank raises.
+    Not new are the sockets of ``app.before``, as /proc/net/tcp writes them. Then one rank raises.
     """
 
     def run(self, cfg: DictConfig) -> None:
         with everyrank.join(**cfg.distributed) as world:
             total = int(everyrank.reduce_sum(torch.tensor(world.rank)).item())
             if world.is_main:
-                print(f"sum {total}, somebody listens on {', '.join(sorted(_listening()))}", flush=True)
+                print(f"sum {total}, somebody listens on {', '.join(sorted(_listening(cfg.app.before)))}", flush=True)
             everyrank.barrier()
             if world.rank == cfg.app.guilty:
                 raise LookupError(f"the sample {world.rank} is missing")
             everyrank.barrier()
 
 
-def _listening() -> set[str]:
+def _listening(before: Sequence[str]) -> set[str]:
     found = set()
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         for line in Path(table).read_text().splitlines()[1:]:
             _, local, _, state, *_ = line.split()
             digits = local.partition(":")[0]
-            if state == "0A":  # TCP_LISTEN of the kernel's include/net/tcp_states.h; words in the machine's byte order
+            # TCP_LISTEN of the kernel's include/net/tcp_states.h; words in the machine's byte order
+            if state == "0A" and local not in before:
                 words = [bytes.fromhex(digits[i : i + 8])[::-1] for i in range(0, len(digits), 8)]
                 address = ipaddress.ip_address(b"".join(words))
                 found.add(str(getattr(address, "ipv4_mapped", None) or address))
