@@ -171,9 +171,10 @@ def _problems(schema: Any, items: list[Any]) -> list[str]:
         location = [str(part) for part in item["loc"] if not _is_union_branch(part)]
         path = ".".join(location) or "(top level)"
         line = _problem(schema, path, location, item)
-        earlier, mark, wish = lines.get(path, ""), ", but it must be ", line.partition(", but it must be ")[2]
-        if mark in earlier and wish:
-            lines[path] = earlier if wish in earlier else f"{earlier.removesuffix('.')} or {wish}"
+        earlier, mark = lines.get(path, ""), ", but it must be "
+        allowed = line.partition(mark)[2]
+        if mark in earlier and allowed:
+            lines[path] = earlier if allowed in earlier else f"{earlier.removesuffix('.')} or {allowed}"
         else:
             lines.setdefault(path, line)
     return list(lines.values())

@@ -77,7 +77,7 @@ class Engine:
         try:
             wire.send(self._channel, run, [1, 2])
             while not select.select([self._channel], [], [], _TELL_AGAIN_S)[0]:
-                if self._told is not None:  # it hears no signal while it imports torch; two do what one does
+                if self._told is not None:  # signals are ignored while it imports torch; sending one twice does no harm
                     self.signal(self._told)
             outcome, _ = wire.receive(self._channel)
         except (EOFError, OSError) as error:

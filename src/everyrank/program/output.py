@@ -1,7 +1,7 @@
 """What a program on a rank prints: on the console, where that is wanted, and whole in the rank's log.
 
 A program may write to the descriptors 1 and 2 by any means, and so may its children. So each rank's two streams are
-pipes, which a small process reads: the scribe. It belongs to no process group of the run, hears no signal, and ends
+pipes, which a small process reads: the scribe. It belongs to no process group of the run, is sent no signal, and ends
 when the last writer has closed its end: what was printed before a SIGKILL is in the log as well. It holds a lock on the
 log until then, for which the launching process waits before it says how the run ended.
 """

@@ -55,7 +55,7 @@ def refusing(what: str) -> Any:
 
 
 def refuse_cuda_extensions() -> None:
-    """Refuse extensions with CUDA sources; those of C++ alone are built as ever."""
+    """Refuse extensions with CUDA sources; those of C++ alone are built as usual."""
     from torch.utils import cpp_extension
 
     module: Any = cpp_extension

@@ -133,7 +133,7 @@ def host_store(listener: socket.socket) -> TCPStore:
     """A store served by this process on a listening socket, which it takes over."""
     port = listener.getsockname()[1]
     return TCPStore(
-        LOOPBACK,  # all that a socket on loopback hears, and one on all addresses as well
+        LOOPBACK,  # reaches a socket on loopback, and one on all addresses as well
         port,
         is_master=True,
         timeout=timedelta(seconds=_ANSWER_S),

@@ -28,8 +28,8 @@ class PreemptionWatch:
 
     As a context manager it installs handlers that only take note, and puts the former ones back at the end. The second
     SIGTERM, or the second Ctrl-C, ends this process at once (also while it is blocked inside a collective), with exit
-    code 143 or 130. One that follows the first within two seconds counts as the same wish, since launchers pass on what
-    the process group has got already; a third ends the process in any case.
+    code 143 or 130. One that follows the first within two seconds counts as the same request, since launchers pass on a
+    signal that the process group has received already; a third ends the process in any case.
 
     :meth:`agreed` costs a reduction of one integer that runs in the background on a group of its own and is read one
     call later: no wait in the usual case, no host-device sync, nothing at world size 1.
@@ -109,7 +109,7 @@ class PreemptionWatch:
         return None
 
     def _install(self) -> None:
-        """Install the handlers, and a thread that hears of signals even while the main thread is in C code.
+        """Install the handlers, and a thread that learns of signals even while the main thread is in C code.
 
         Python runs handlers in the main thread between bytecodes; a rank that waits in a collective gets to none. The
         C-level handler writes each signal's number into the wakeup descriptor, from which the thread reads.

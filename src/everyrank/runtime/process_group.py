@@ -313,7 +313,7 @@ def _say_goodbye(membership: Membership) -> None:
             membership.store.set(f"left/{membership.world.rank}", "1")
             return
         if not is_host:
-            # A host that is gone needs no goodbye, and asking first spares the reader torch's stack trace about it.
+            # A host that is gone needs no message, and asking first avoids torch's stack trace about it.
             socket.create_connection(host, timeout=_PROBE_S).close()
         membership.store.set(f"left/{membership.world.rank}", "1")  # what monitored_barrier looks at
         if membership.store.add("left", 1) == membership.world.world_size:
@@ -321,4 +321,4 @@ def _say_goodbye(membership: Membership) -> None:
         elif is_host:
             membership.store.wait(["all_left"], timedelta(seconds=min(membership.timeout_s, _FAREWELL_S)))
     except (dist.DistError, OSError, RuntimeError) as error:
-        _log.debug("some ranks did not say goodbye: %s", str(error).splitlines()[0])
+        _log.debug("some ranks did not say that they leave: %s", str(error).splitlines()[0])

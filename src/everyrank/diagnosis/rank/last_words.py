@@ -1,7 +1,7 @@
 """What a process still says when C++ ends it: gloo aborts a rank whose collective does not fit that of the others.
 
 ``std::terminate`` is about to abort; our handler runs before, in the thread that failed, while the memory that holds
-the Flight Recorder is still there. The handler that was there before then prints the C++ exception and aborts as ever.
+the Flight Recorder is still there. The handler that was there before then prints the C++ exception and aborts as usual.
 """
 
 from __future__ import annotations

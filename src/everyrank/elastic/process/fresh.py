@@ -33,7 +33,7 @@ def read_too_early(at_start: Mapping[str, str], wanted: Mapping[str, str]) -> li
 
 
 def as_if_fresh() -> None:
-    """Renew in a forked process what it must not share with its brothers, and read again what was read too early."""
+    """Renew in a forked process what it must not share with the other ranks, and read again what was read too early."""
     _fresh_randomness()
     time.tzset()
     importlib.invalidate_caches()

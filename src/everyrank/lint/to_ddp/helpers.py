@@ -57,7 +57,7 @@ class RankBatches(Sampler):
     def __iter__(self):
         if self.draws_seed:
             seed = [int(torch.empty((), dtype=torch.int64).random_())]  # as RandomSampler draws it
-            dist.broadcast_object_list(seed, src=0)  # rank 0's, in case the ranks' generators have parted
+            dist.broadcast_object_list(seed, src=0)  # rank 0's, in case the ranks' generators differ
             self.order.generator = torch.Generator().manual_seed(seed[0])
         for batch in self.batches:
             yield batch[RANK::WORLD_SIZE] or batch[:1]  # a rank without a sample takes part with weight 0

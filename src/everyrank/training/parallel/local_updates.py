@@ -1,7 +1,7 @@
 """Local updates: each rank takes optimizer steps on its own, and now and then the ranks synchronize.
 
 For ranks that are joined by a slow network. Between two syncs nothing is sent. At a sync each rank's update, the
-difference between where all ranks parted (the *anchor*) and where it is now, is averaged over the ranks, and
+difference between the weights of the last sync (the *anchor*) and its own now, is averaged over the ranks, and
 
 - without an outer optimizer all ranks go to ``anchor - mean(update)``, the mean of their parameters: local SGD
   (Stich, arXiv:1805.09767);
