@@ -19,7 +19,7 @@ from everyrank.errors import ConfigError
 from everyrank.training.batch import make_apply, make_mover
 from everyrank.training.config import TrainerConfig
 from everyrank.training.decisions.criterion import look_at_criterion
-from everyrank.training.parallel.wrapping import records_its_graph, without_sync
+from everyrank.training.parallel.wrapping import recording, records_its_graph, without_sync
 from everyrank.training.parts import Parts
 from everyrank.training.saving.finite import FiniteWeights
 
@@ -126,7 +126,8 @@ class TrainStep:
         """Let DDP record its static graph, which it cannot while gradients stay on the rank; leave no other trace."""
         kept = capture_rng(self.device)
         statistics = [(buffer, buffer.clone()) for buffer in self.module.buffers()]
-        self._backward(data, weight)
+        with recording(self.model):
+            self._backward(data, weight)
         self._zero_grad()
         for statistic, before in statistics:
             statistic.copy_(before)

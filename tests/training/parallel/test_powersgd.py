@@ -48,3 +48,16 @@ def test_what_was_not_sent_survives_another_world_size(tmp_path: Path) -> None:
     found = everyrank.launch(wide.train, tmp_path, [hooked(1, name="run", num_epochs=2)], nproc_per_node=3)
     assert found[0][0]["step"] == 8
     assert all(torch.equal(rank[0]["weights"]["2.weight"], found[0][0]["weights"]["2.weight"]) for rank in found)
+
+
+def test_recording_a_static_graph_leaves_no_trace(tmp_path: Path) -> None:
+    """Neither in how long the warm-up is, nor in what was not sent: at the start, and where a run goes on."""
+    changes: dict[str, Any] = {"num_epochs": 4, "accumulation_steps": 2, "checkpoint_at": 1, "keep_best": 0}
+    static = hooked(1, **changes)
+    static["parallel"]["static_graph"] = True
+    runs = [hooked(1, name="recorded never", **changes), {**static, "name": "whole"}]
+    runs += [{**static, "name": "parts", "num_epochs": number} for number in (2, 4)]
+    for rank in everyrank.launch(wide.train, tmp_path, runs, nproc_per_node=2):
+        for name, value in rank[0]["weights"].items():
+            assert torch.equal(rank[1]["weights"][name], value), name
+            assert torch.equal(rank[3]["weights"][name], value), name

@@ -9,6 +9,7 @@ itself, and the factor Q, which is the same on all ranks.
 # No postponed annotations in this file: DDP compares the annotation of `bucket` with the class itself.
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -44,9 +45,23 @@ class PowerSGD:
         self._layout: dict[int, list[Tensor]] = {}  # parameters by bucket
         self._errors: dict[str, Tensor] = {}
         self._factors: dict[str, Tensor] = {}
+        self._is_away = False
+
+    @contextmanager
+    def away(self) -> Iterator[None]:
+        """Within it, gradients stay where they are and leave nothing here: it is no step, and they are not used."""
+        self._is_away = True
+        try:
+            yield
+        finally:
+            self._is_away = False
 
     def average(self, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
         """Average a bucket of gradients over the ranks, compressed."""
+        if self._is_away:
+            untouched: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+            untouched.set_result(bucket.buffer())
+            return untouched
         if self._state.iter >= self._state.start_powerSGD_iter:
             index, parameters = bucket.index(), bucket.parameters()
             wanted = [id(parameter) for parameter in parameters]

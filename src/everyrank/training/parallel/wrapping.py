@@ -139,6 +139,12 @@ def records_its_graph(model: nn.Module) -> bool:
     return isinstance(model, DistributedDataParallel) and model.static_graph
 
 
+def recording(model: nn.Module) -> AbstractContextManager[Any]:
+    """Return a context for a backward pass whose gradients are not used: it leaves nothing in the PowerSGD hook."""
+    powersgd = powersgd_of(model)
+    return powersgd.away() if powersgd is not None else nullcontext()
+
+
 def without_sync(model: nn.Module) -> AbstractContextManager[Any]:
     """Return a context in which backward passes keep their gradients on the rank (for accumulation)."""
     if isinstance(model, DistributedDataParallel):
