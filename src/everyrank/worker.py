@@ -27,6 +27,7 @@ from everyrank.errors import (
     EXIT_PREEMPTED,
     ConfigError,
     Preempted,
+    UnwritableError,
     UserError,
     did_you_mean,
 )
@@ -146,8 +147,14 @@ def _guarded_run(cfg: DictConfig, rank: int, log_dir: str) -> tuple[int, Any]:
     # SIGQUIT shows where a rank is, also inside a collective; not on stderr, which driver=launch keeps from people.
     register_stack_dump(file=sys.__stdout__)
     setup_logging(rank, cfg.run.get("log_level"), log_file(log_dir, rank))
+    result_file = os.path.join(cfg.run.dir, "result.json")
+    if rank == 0:
+        with contextlib.suppress(OSError):
+            os.unlink(result_file)  # an earlier run's
     try:
         result = load_app(cfg.app._target_).run(cfg)
+        if rank == 0:
+            _write_result(result_file, result)
     except Preempted as preempted:
         if rank == 0:
             print(f"{preempted}", file=sys.stderr)
@@ -162,8 +169,6 @@ def _guarded_run(cfg: DictConfig, rank: int, log_dir: str) -> tuple[int, Any]:
         return _report(error, rank, log_dir, EXIT_BAD_INPUT), None
     except Exception as error:
         return _report(error, rank, log_dir, EXIT_FAILURE), None
-    if rank == 0:
-        _write_result(cfg.run.dir, result)
     reporter.ended()
     return EXIT_OK, result
 
@@ -205,11 +210,22 @@ def _report(error: BaseException, rank: int, log_dir: str, exit_code: int) -> in
     return exit_code
 
 
-def _write_result(run_dir: str, result: Any) -> None:
+def _write_result(path: str, result: Any) -> None:
     if result is None:
         return
-    with contextlib.suppress(TypeError), open(os.path.join(run_dir, "result.json"), "w", encoding="utf-8") as file:
-        json.dump(result, file, indent=2)
+    try:
+        text = json.dumps(result, indent=2)
+    except (TypeError, ValueError) as error:
+        print(f"notice: the app's result is not kept: {path} cannot hold it ({error})", file=sys.stderr)
+        return
+    try:
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise UnwritableError(
+            f"the app is done, but {path} cannot be written: {error.strerror}. Fix: make room; the same command goes "
+            "on from what the app has saved."
+        ) from error
 
 
 if __name__ == "__main__":

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from waiting import WAITS, wait_for
 
-from conftest import ROOT, RunCli
+from conftest import ROOT, RunCli, cli_environment
 from everyrank.cli.main import run
 from everyrank.cli.run_folder import RunFolder
 from everyrank.errors import ConfigError
@@ -104,15 +106,79 @@ def test_a_folder_that_must_be_new_is_made_by_one(tmp_path: Path) -> None:
 
 def test_other_settings_in_the_same_folder_are_said(tmp_path: Path) -> None:
     folder = RunFolder("a", str(tmp_path), False, is_asked_for=True)
-    assert folder.differences({"lr": 1}) == []
-    (tmp_path / "run.yaml").write_text("app: {lr: 1, data: {size: 3}}")
-    assert folder.differences({"lr": 1, "data": {"size": 3}}) == []
-    assert folder.differences({"lr": 2, "data": {"size": 3, "seed": 0}}) == [
+    now: dict[str, Any] = {"app": {"lr": 1, "data": {"size": 3}}, "env": {"variables": {}}, "rehearse": None}
+    assert folder.differences(now) == []
+    (tmp_path / "run.yaml").write_text(
+        "{app: {lr: 1, data: {size: 3}}, env: {variables: {}, data_dir: d}, driver: {nproc_per_node: 2}}"
+    )
+    assert folder.differences(now) == []
+    now = {"app": {"lr": 2, "data": {"size": 3, "seed": 0}}, "env": {"variables": {"LR": "3"}}, "rehearse": "cpu"}
+    assert folder.differences(now) == [
         "app.lr: was 1, is 2",
         "app.data.seed: was None, is 0",
+        "env.variables.LR: was None, is '3'",
+        "rehearse: was None, is 'cpu'",
     ]
     with pytest.raises(ConfigError, match=r"app\.name"):
         RunFolder.choose({"run": {"name": None}, "env": {}, "app": {"name": "../.."}}, False)
+
+
+def test_what_an_earlier_run_left_is_said_and_never_taken_for_this_runs(tmp_path: Path) -> None:
+    app = ["driver=local", "app=custom", "app._target_=probe_apps.Returns"]
+    program = ["driver=local", "run.dir=two", "--", "-c", "print('ran')"]
+    launches = [
+        [*app, "run.dir=one", "+app.value=1"],
+        [*app, "run.dir=one", "+app.value=raise"],
+        [*app, "run.dir=one", "+app.value=null"],
+        [*app, "run.dir=one", "+app.value=2"],
+        [*app, "run.dir=one", "+app.value=set"],
+        [*app, "run.dir=one", "+app.value=set", "env.variables.LR=0.1", "resume=never"],
+        [*app, "+app.value=1", "resume=nver"],
+        ["resume=checkpoints/step-1", *program],
+        ["-m", *app, "+app.value=3,4", "run.dir=three"],
+        ["-m", *app, "+app.value=3,4", "run.name='value-${app.value}'"],
+        ["-m", *app, "+app.value=5", "distributed.timeout_s=60,90", "run.name=five"],
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", _LAUNCHES, json.dumps(launches)],
+        cwd=tmp_path,
+        env=cli_environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    codes, results = json.loads(done.stdout.splitlines()[-1])
+    said = done.stderr.split("---\n")
+    assert codes == [0, 1, 0, 0, 0, 0, 2, 2, 2, 0, 0]
+    assert results == [1, None, None, 2, *[None] * 7], "an older result is not this run's"
+    assert "one was used with other settings: app.value: was 1, is 'raise'" in said[1]
+    assert "result is not kept" in said[4]
+    assert "one was used with other settings: env.variables.LR: was None, is '0.1'" in said[5]
+    assert "resume=never was set, but " in said[5]
+    assert "resume=nver was set, but it is auto, never or the path of a checkpoint. Did you mean 'never'?" in said[6]
+    assert "resume=checkpoints/step-1 was set, but a program is not told of it" in said[7]
+    assert "share the folder" in said[8]
+    assert "with other settings (app.value)" in said[8]
+    assert said[9] == ""
+    assert re.search(r"jobs of this multirun share .*five: each goes on where the one before ended", said[10])
+    assert "Traceback" not in "".join(said[2:])
+    assert not (tmp_path / "three").exists(), "nothing was started"
+    assert not (tmp_path / "two").exists()
+    folders = {path.name for path in (tmp_path / "outputs").iterdir()}
+    assert folders == {"multirun", "value-3", "value-4", "five"}
+
+
+_LAUNCHES = """
+import json, os, sys
+from everyrank.cli.main import run
+codes, results = [], []
+for arguments in json.loads(sys.argv[1]):
+    codes.append(run(arguments))
+    results.append(json.load(open("one/result.json")) if os.path.exists("one/result.json") else None)
+    print("---", file=sys.stderr, flush=True)
+print(json.dumps([codes, results]))
+"""
 
 
 @pytest.mark.parametrize("console", ["| true", "> /dev/full", ">&- 2>&- <&-"])

@@ -122,6 +122,15 @@ class UserMistake:
         raise everyrank.ConfigError("app.width=-1 was set, but a width is positive. Set app.width=1 or more.")
 
 
+class Returns:
+    """Returns ``app.value``, something that JSON has no word for, or raises."""
+
+    def run(self, cfg: DictConfig) -> object:
+        if cfg.app.value == "raise":
+            raise RuntimeError("no value")
+        return {1} if cfg.app.value == "set" else cfg.app.value
+
+
 class Trains:
     """Ten steps of DDP on a small network, with a fixed global batch; writes the hash and the weights."""
 

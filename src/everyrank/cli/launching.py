@@ -16,9 +16,10 @@ from typing import Any
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
+from everyrank.cli.compose import compose
 from everyrank.cli.program_arguments import SCRIPT_APP, name_script, script_words
-from everyrank.cli.run_config import DistributedConfig, EnvConfig, RehearseConfig, RunConfig
-from everyrank.cli.run_folder import RunFolder
+from everyrank.cli.run_config import DistributedConfig, EnvConfig, RehearseConfig, RunConfig, check_resume
+from everyrank.cli.run_folder import RunFolder, keep_apart
 from everyrank.config.resolve import import_object
 from everyrank.config.schema import build
 from everyrank.config.secrets import handed_over, hide
@@ -77,8 +78,8 @@ def _carry_out(
     """Carry a plan out in a folder that is held, and say how it ended."""
     # what a program prints is its own
     print(plan.render(with_files=False), file=sys.stderr if request.program is not None else sys.stdout, flush=True)
-    for line in folder.differences(yaml.safe_load(request.config_text)["app"]):  # as it is written: without secrets
-        print(f"notice: {folder.path} was used with other settings: {line}", file=sys.stderr)
+    for line in folder.notices(yaml.safe_load(request.config_text)):  # as it is written: without secrets
+        print(f"notice: {line}", file=sys.stderr)
     _write_files(plan)
     if plan.driver == "local" and request.program is None:
         return _run_here(resolved, folder, request, {**request.env, **plan.env})
@@ -91,6 +92,17 @@ def _carry_out(
         show = resolved["run"]["show"]
         return _finish_program(outcome, plan, show=show, folder=folder, num_oom_kills=watcher.num_oom_kills)
     return _finish(outcome, folder, watcher.num_oom_kills)
+
+
+def check_jobs(argv: Sequence[str]) -> None:
+    """Look whether the jobs of a multirun get in each other's way, before the first is started.
+
+    Raises:
+        ConfigError: They share a folder with other settings.
+    """
+    seen: dict[str, Mapping[str, Any]] = {}
+    for cfg in compose(argv):
+        keep_apart(_resolved(cfg), seen)
 
 
 def plan_config(cfg: DictConfig) -> tuple[LaunchPlan, int]:
@@ -130,6 +142,7 @@ def _request(
     folder = RunFolder.choose(resolved, shared)
     run.update(name=folder.name, dir=folder.path)
     program = described.program(resolved)
+    check_resume(resolved["resume"], is_program=program is not None)
     if program is not None:
         run["program"] = program.as_mapping()
         if not driver_class.is_elsewhere:

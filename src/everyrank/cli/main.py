@@ -130,13 +130,15 @@ def _will_need_engine(argv: Sequence[str]) -> bool:
 
 def _compose_and_launch(argv: list[str], program: list[str] | None, sys_path: list[str], codes: list[int]) -> None:
     from everyrank.cli.compose import for_each_composed
-    from everyrank.cli.launching import launch_config
+    from everyrank.cli.launching import check_jobs, launch_config
 
     def task(cfg: DictConfig) -> Any:
         code, result = launch_config(cfg, program, sys_path)
         codes.append(code)
         return result
 
+    if {"-m", "--multirun"} & set(argv) and not any(arg.lstrip("+").startswith("hydra/") for arg in argv):
+        check_jobs(argv)  # a sweeper of another kind finds its jobs by their results
     for_each_composed(argv, task)
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Any, Literal
 
 import pydantic
 
 from everyrank.config.schema import field, section
+from everyrank.errors import ConfigError, did_you_mean
 
 
 def _upper(value: Any) -> Any:
@@ -65,3 +67,27 @@ class EnvConfig:
     output_dir: str = field(default="outputs", doc="Folder of the runs' folders.")
     data_dir: str = field(default="data", doc="Folder of caches and datasets.")
     variables: dict[str, str] = field(factory=dict, doc="Environment variables for every rank.")
+
+
+def check_resume(resume: Any, *, is_program: bool) -> None:
+    """Check ``resume`` as far as it can be told before a run: a path may be of another machine.
+
+    Args:
+        resume: The setting.
+        is_program: Whether the run is of a program, which is not told of checkpoints.
+
+    Raises:
+        ConfigError: It is no word, and nearly one; or is one that nothing would heed.
+    """
+    if resume in ("auto", "never"):
+        return
+    hint = did_you_mean(resume, ("auto", "never"))
+    if not isinstance(resume, str) or (hint and not os.path.exists(resume)):
+        raise ConfigError(
+            f"resume={resume} was set, but it is auto, never or the path of a checkpoint.{hint} Fix: set one of these."
+        )
+    if is_program:
+        raise ConfigError(
+            f"resume={resume} was set, but a program is not told of it. Fix: give the program the path as an argument "
+            "of its own."
+        )

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,19 +106,24 @@ class RunFolder:
             if lock is not None:
                 lock.release()
 
-    def differences(self, app: Mapping[str, Any]) -> list[str]:
-        """Settings of the app that this folder was used with before, where they were others."""
+    def differences(self, resolved: Mapping[str, Any]) -> list[str]:
+        """Settings that make a result, and that this folder was used with before where they were others."""
         try:
             with open(os.path.join(self.path, "run.yaml"), encoding="utf-8") as file:
-                before = dict(_flat(yaml.safe_load(file)["app"], "app."))
+                before = dict(_settings(yaml.safe_load(file)))
         except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError):
             return []
-        now = dict(_flat(app, "app."))
-        return [
-            f"{key}: was {before.get(key)!r}, is {now.get(key)!r}"
-            for key in {**before, **now}
-            if before.get(key) != now.get(key)
-        ]
+        now = dict(_settings(resolved))
+        return [f"{key}: was {before.get(key)!r}, is {now.get(key)!r}" for key in _differing(before, now)]
+
+    def notices(self, resolved: Mapping[str, Any]) -> list[str]:
+        """What is to be said of an earlier run that used this folder."""
+        lines = [f"{self.path} was used with other settings: {line}" for line in self.differences(resolved)]
+        if resolved["resume"] == "never" and os.path.exists(os.path.join(self.path, "run.yaml")):
+            lines.append(
+                f"resume=never was set, but {self.path} was used before: a trainer sets its run aside, the rest stays"
+            )
+        return lines
 
     def result(self) -> Any:
         """What the app returned on rank 0, or None."""
@@ -126,6 +132,31 @@ class RunFolder:
                 return json.load(file)
         except (OSError, ValueError):
             return None
+
+
+def keep_apart(resolved: Mapping[str, Any], seen: dict[str, Mapping[str, Any]]) -> None:
+    """Look whether a job of a multirun uses the folder of an earlier one; with the same settings that is said.
+
+    Args:
+        resolved: The job's configuration.
+        seen: The settings of the earlier jobs, by folder; this one's are added.
+
+    Raises:
+        ConfigError: An earlier job uses the folder with other settings.
+    """
+    run, now = resolved["run"], dict(_settings(resolved))
+    if resolved["resume"] == "never" and not run["dir"]:
+        return  # each makes a new one
+    path = RunFolder.choose(resolved, shared=True).path
+    if path not in seen:
+        seen[path] = now
+    elif other := _differing(seen[path], now):
+        raise ConfigError(
+            f"jobs of this multirun share the folder {path} with other settings ({', '.join(other)}), so one would go "
+            f"on from another's files. Fix: name the setting in run.name: 'run.name=NAME-${{{other[0]}}}'."
+        )
+    else:
+        print(f"notice: jobs of this multirun share {path}: each goes on where the one before ended", file=sys.stderr)
 
 
 def default_name(app: Mapping[str, Any]) -> str:
@@ -148,6 +179,18 @@ def _plain(key: str, name: Any) -> str:
             "plain name, or run.dir to a path."
         )
     return text
+
+
+def _settings(resolved: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """What a result comes from: not how, where and on how many ranks it is made."""
+    yield from _flat(resolved["app"], "app.")
+    yield from _flat((resolved.get("env") or {}).get("variables") or {}, "env.variables.")
+    if resolved.get("rehearse"):
+        yield "rehearse", resolved["rehearse"]
+
+
+def _differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    return [key for key in {**before, **now} if before.get(key) != now.get(key)]
 
 
 def _flat(values: Mapping[str, Any], before: str) -> Iterator[tuple[str, Any]]:

@@ -180,6 +180,8 @@ class TrainerDDP:
         self._start_from_here(train_loader)
         self._loop.until_step = replay_if_asked(self.config, self._persistence.loaded, self._step, train_loader)
         is_trial = has_trial(self.world, trial)
+        if is_trial:
+            agree(lambda: self._persistence.mark_trial(getattr(trial, "number", None)), on=0)
         sampler = sampler_of(train_loader, "the training loader")
         signal_name = None
         with ExitStack() as stack:

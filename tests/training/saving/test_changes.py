@@ -118,6 +118,29 @@ def test_trials_that_share_a_path_do_not_share_a_result(tmp_path: Path) -> None:
         train(tmp_path, optimizer_kwargs={"lr": 0.1, "weight_decay": 0.1})
 
 
+def test_a_trial_goes_on_from_a_pruned_one_with_its_settings_alone(tmp_path: Path) -> None:
+    optuna = pytest.importorskip("optuna")
+
+    def train_trial(lr: float, trial: Any) -> TrainerDDP:
+        trainer = TrainerDDP(config=tiny.make_config(tmp_path, **{**BASE, "optimizer_kwargs": {"lr": lr}}))
+        trainer.prepare_dataloaders(train_dataset=tiny.make_data(35), val_dataset=tiny.make_data(9))
+        trainer.run_training(trial=trial)
+        return trainer
+
+    study = optuna.create_study(pruner=optuna.pruners.ThresholdPruner(upper=0.0))
+    with pytest.raises(optuna.TrialPruned, match="pruned after epoch 0"):
+        train_trial(0.01, study.ask())
+    before = contents(tmp_path)
+    with pytest.raises(ConfigError, match="is a trial's with other settings") as found:
+        train_trial(0.5, study.ask())
+    assert found.value.problems == ("training.optimizer_kwargs.lr: the run has 0.01, configured is 0.5",)
+    after = contents(tmp_path)
+    assert after == {**before, ".in-use": after[".in-use"]}
+    assert train_trial(0.01, None).epoch == 2, "the same trial once more"
+    with pytest.raises(ConfigError, match="is a trial's with other settings"):
+        train_trial(0.5, study.ask())
+
+
 def test_every_key_has_a_rule_and_the_documentation_lists_them() -> None:
     def keys(schema: Any, before: str = "") -> list[str]:
         found = []

@@ -106,14 +106,26 @@ def fate_of(key: str) -> Fate:
     return next(RULES[name] for n in range(len(parts), 0, -1) if (name := ".".join(parts[:n])) in RULES)
 
 
-def refuse(changes: list[Change], run: Path, *, is_over: bool) -> None:
+def refuse(changes: list[Change], run: Path, *, is_over: bool, is_trial: bool = False) -> None:
     """Raise where a change cannot be followed.
+
+    Args:
+        changes: All changes.
+        run: The run's folder.
+        is_over: Whether nothing is left to train.
+        is_trial: Whether the run is of one trial of a study, which has measured one set of settings.
 
     Raises:
         ConfigError: It lists every such setting.
     """
     fates = (Fate.REFUSED, Fate.TRAINS) if is_over else (Fate.REFUSED,)
     wrong = [str(change) for change in changes if change.fate in fates]
+    if is_trial and (of_trial := [str(change) for change in changes if change.fate is not Fate.FREE]):
+        raise ConfigError(
+            f"The run in {run} is a trial's with other settings: another trial would go on from its weights. "
+            'Fix: give each trial a training.path of its own, for example f"runs/trial-{trial.number}".',
+            of_trial,
+        )
     if wrong:
         why = "is complete, and was trained with" if is_over else "goes on from a checkpoint made with"
         raise ConfigError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping
 from contextlib import suppress
@@ -27,7 +28,7 @@ from everyrank.training.saving.changes import Change, Fate, effective, find_chan
 from everyrank.training.saving.ledger import Ledger, replace_file
 from everyrank.training.saving.replay import Replay
 from everyrank.training.saving.saved import SavedTraining
-from everyrank.training.saving.start import Start, find_start, make_way
+from everyrank.training.saving.start import TRIAL_MARK, Start, find_start, make_way
 
 logger = get_logger("training")
 
@@ -128,6 +129,10 @@ class Persistence:
                 "and make a new trainer, or name another training.path."
             )
 
+    def mark_trial(self, number: int | None) -> None:
+        """Note that this run is of one trial of a study; rank 0 calls it."""
+        replace_file(self._run / TRIAL_MARK, json.dumps({"number": number}) + "\n")
+
     def _look(self) -> Start:
         """Find where the run starts, holding the folder if there is one, so that it stays as it is found."""
         if self._run.is_dir():
@@ -147,7 +152,8 @@ class Persistence:
             return []
         source = self.loaded.path.parent.parent
         changes = find_changes(source, self._config)
-        refuse(changes, source, is_over=False)
+        is_trial = self._start.kind == "auto" and (self._run / TRIAL_MARK).exists()
+        refuse(changes, source, is_over=False, is_trial=is_trial)
         return changes
 
     def _take(self, is_over: bool) -> str:

@@ -15,8 +15,9 @@ from everyrank.training.saving.reload import find_in
 
 logger = get_logger("training")
 
+TRIAL_MARK = "trial.json"
 _MARK = "resumed-from.json"
-_LEFT_BY_A_RUN = ("checkpoints", "ledger", "history.jsonl", "tensorboard", "curves.png", _MARK)
+_LEFT_BY_A_RUN = ("checkpoints", "ledger", "history.jsonl", "tensorboard", "curves.png", _MARK, TRIAL_MARK)
 
 
 @dataclass(frozen=True)
