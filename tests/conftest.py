@@ -141,7 +141,7 @@ def run_cli(tmp_path: Path) -> RunCli:
     """Run ``python run.py ARGS`` in a fresh folder as a user would; returns the finished process with its output."""
 
     def run(
-        *args: str, timeout_s: float = 120, env: dict[str, str] | None = None, program: tuple[str, ...] = ()
+        *args: str, timeout_s: float = 200, env: dict[str, str] | None = None, program: tuple[str, ...] = ()
     ) -> subprocess.CompletedProcess[str]:
         command = [*(program or (sys.executable, str(ROOT / "run.py"))), *args]
         return subprocess.run(

@@ -18,7 +18,6 @@ CERTIFY = (sys.executable, "-m", "everyrank", "certify")
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_kills_and_resizes_leave_every_sample_exactly_once(run_cli: RunCli) -> None:
     # Killed loader processes leave their folders of sockets, whose names must be short.
     with tempfile.TemporaryDirectory(prefix="c-", dir="/var/tmp") as folder:
@@ -35,7 +34,6 @@ def test_kills_and_resizes_leave_every_sample_exactly_once(run_cli: RunCli) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_an_app_that_looks_at_its_rank_gets_no_certificate(run_cli: RunCli, tmp_path: Path) -> None:
     (tmp_path / "cheat.py").write_text(
         "import everyrank\n"

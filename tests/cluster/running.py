@@ -9,6 +9,8 @@ from collections.abc import Callable
 
 import pytest
 
+PATIENCE_S = 200.0  # beside other workers on two cores everything takes its time
+
 
 class Running:
     """A command line that runs on a host; its output is collected as it comes."""
@@ -30,7 +32,7 @@ class Running:
         """What it has printed so far."""
         return "".join(self._lines)
 
-    def wait(self, timeout_s: float = 50) -> int:
+    def wait(self, timeout_s: float = PATIENCE_S) -> int:
         """Its exit code."""
         try:
             code = self.process.wait(timeout_s)
@@ -39,7 +41,7 @@ class Running:
         self._reader.join(10)
         return code
 
-    def until_says(self, text: str, timeout_s: float = 40) -> None:
+    def until_says(self, text: str, timeout_s: float = PATIENCE_S) -> None:
         """Wait until it has printed ``text``."""
         wait_for(lambda: text in self.output, timeout_s, lambda: f"{self.name} did not say {text!r}:\n{self.output}")
 

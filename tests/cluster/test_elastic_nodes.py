@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from cluster.hosts import Host
-from cluster.running import Running, wait_for
+from cluster.running import PATIENCE_S, Running, wait_for
 
 pytestmark = pytest.mark.cluster
 Start = Callable[..., Running]
@@ -54,7 +54,7 @@ class Job:
                 f"no new world of size {size}; there were {sorted(p.name for p in self.folder.glob('world-*'))}\n{said}"
             )
 
-        wait_for(new_world, 40, explain)
+        wait_for(new_world, PATIENCE_S, explain)
         return int(json.loads(found[0].read_text()))
 
     def pid(self, node: int) -> int:
@@ -141,11 +141,11 @@ def test_every_sample_is_trained_on_once_while_nodes_come_and_go(start_on: Start
     def explain() -> str:
         return "\n".join(f"--- {node.name}\n{node.output}" for node in nodes)
 
-    wait_for(lambda: 2 in worlds(), 40, explain)
+    wait_for(lambda: 2 in worlds(), PATIENCE_S, explain)
     nodes.append(start_on(2, *settings))
-    wait_for(lambda: 3 in worlds(), 40, explain)
+    wait_for(lambda: 3 in worlds(), PATIENCE_S, explain)
     nodes[2].process.send_signal(signal.SIGKILL)
-    assert nodes[0].wait(90) == 0, explain()
+    assert nodes[0].wait() == 0, explain()
     assert nodes[1].wait() == 0, explain()
 
     uses: Counter[tuple[int, int]] = Counter()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from troubleshooting_page import ENTRIES
 
-from cluster.running import Running, wait_for
+from cluster.running import PATIENCE_S, Running, wait_for
 
 pytestmark = pytest.mark.cluster
 
@@ -32,7 +32,7 @@ def test_a_lost_host_is_named(start_on: Callable[..., Running], tmp_path: Path) 
         )
         for rank in (0, 1)
     ]
-    wait_for((folder / "world-0-2").exists, 40, lambda: nodes[0].output + nodes[1].output)
+    wait_for((folder / "world-0-2").exists, PATIENCE_S, lambda: nodes[0].output + nodes[1].output)
     nodes[1].process.kill()
     assert nodes[0].wait() == 1, nodes[0].output
     assert ENTRIES["verdict-lost-host"].missing(nodes[0].output) == [], nodes[0].output

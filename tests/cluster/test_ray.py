@@ -17,19 +17,17 @@ from pathlib import Path
 import pytest
 
 from cluster.hosts import Host
-from cluster.running import Running, wait_for
+from cluster.running import PATIENCE_S, Running, wait_for
 from conftest import RunCli
 
 pytestmark = [
     pytest.mark.cluster,
-    pytest.mark.timeout(600),
     pytest.mark.skipif(
         importlib.util.find_spec("ray") is None, reason="ray not installed (pip install 'everyrank[ray]')"
     ),
 ]
 Start = Callable[..., Running]
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}  # else Ray writes a token into the home folder
-STARTS_WITHIN_S = 250  # of Ray on two busy cores: its own actors first
 FAST_END = {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "1"}
 
 
@@ -50,7 +48,7 @@ def cluster(hosts: list[Host]) -> Iterator[str]:
         def explain() -> str:
             return f"Ray did not start on node{node}:\n{logs[node].read_text()}"
 
-        wait_for(lambda: "Ray runtime started" in logs[node].read_text(), 60, explain)
+        wait_for(lambda: "Ray runtime started" in logs[node].read_text(), PATIENCE_S, explain)
 
     try:
         start(0, "--head", "--port=6379", "--include-dashboard=false", f"--temp-dir={folder}/head")
@@ -101,7 +99,7 @@ def test_another_program_at_the_address_is_told_of_after_a_while(run_cli: RunCli
 @pytest.mark.slow
 def test_a_cluster_runs_an_app_on_two_hosts(start_on: Start, cluster: str) -> None:
     launch = start_on(0, "driver=ray", f"driver.address={cluster}", "app=hello_dist", env=QUIET)
-    assert launch.wait(STARTS_WITHIN_S) == 0, launch.output
+    assert launch.wait() == 0, launch.output
     assert "[Rank 0] Sum of all ranks: 1" in launch.output
     assert "launcher ray by" in launch.output
     assert "network interface: eth0" in launch.output, "the two ranks are on one host"
@@ -116,7 +114,7 @@ def test_a_ray_of_its_own_listens_on_loopback_only_and_names_the_guilty_rank(
     before = ",".join(f"'{line.split()[1]}'" for line in sockets if line.split()[3] == "0A")
     app = ("app=custom", "app._target_=elastic_apps.Listeners", "+app.guilty=1", f"+app.before=[{before}]")
     launch = start_on(2, "driver=ray", "driver.num_workers=2", *app, env=QUIET)
-    assert launch.wait(STARTS_WITHIN_S) == 1, launch.output
+    assert launch.wait() == 1, launch.output
     (log,) = tmp_path.glob("outputs/*/logs/rank-0.log")
     assert "sum 1, somebody listens on 127.0.0.1\n" in log.read_text()
     assert "error: rank 1 of 2 failed: LookupError: the sample 1 is missing" in launch.output
@@ -128,7 +126,7 @@ def test_ctrl_c_ends_it_and_leaves_nothing(start_on: Start, tmp_path: Path) -> N
     folder.mkdir()
     app = ("app=custom", "app._target_=elastic_apps.Loops", f"+app.folder={folder}")
     launch = start_on(2, "driver=ray", "driver.num_workers=2", *app, env=QUIET)
-    wait_for(lambda: (folder / "world-0-2").exists(), STARTS_WITHIN_S, lambda: launch.output)
+    wait_for(lambda: (folder / "world-0-2").exists(), PATIENCE_S, lambda: launch.output)
     launch.process.send_signal(signal.SIGINT)
     assert launch.wait() == 130, launch.output
     assert "ended by SIGINT; no rank is left" in launch.output

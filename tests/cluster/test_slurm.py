@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.running import Running, wait_for
+from cluster.running import PATIENCE_S, Running, wait_for
 from everyrank.training.saving.ledger import read_ledger
 
 pytestmark = pytest.mark.cluster
@@ -90,7 +90,7 @@ def test_a_preempted_job_goes_on_by_itself_and_a_cancelled_one_does_not(
         def explain() -> str:
             return f"the job did not go on after step {steps}:\n{launch.output}"
 
-        wait_for(lambda: (folder / "world-0-2").exists() and _steps(folder) > steps, 45, explain)
+        wait_for(lambda: (folder / "world-0-2").exists() and _steps(folder) > steps, PATIENCE_S, explain)
 
     def told(*command: str) -> int:
         helper = start_on(0, program=command, env=slurm)
@@ -141,7 +141,6 @@ class Training:
 
 
 @pytest.mark.nightly
-@pytest.mark.timeout(400)
 def test_a_time_limit_puts_the_job_back_and_it_goes_on_to_its_end(
     start_on: Start, slurm: dict[str, str], tmp_path: Path
 ) -> None:
@@ -156,7 +155,7 @@ def test_a_time_limit_puts_the_job_back_and_it_goes_on_to_its_end(
 @pytest.mark.nightly
 def test_a_preempted_job_goes_on_to_its_end(start_on: Start, slurm: dict[str, str], tmp_path: Path) -> None:
     training = Training(start_on, slurm, 25)
-    wait_for(lambda: any(tmp_path.glob("outputs/*/ledger/step-*.jsonl")), 60, lambda: training.launch.output)
+    wait_for(lambda: any(tmp_path.glob("outputs/*/ledger/step-*.jsonl")), PATIENCE_S, lambda: training.launch.output)
     urgent = start_on(0, program=("srun", "--partition=urgent", "-N2", "--exclusive", "true"), env=slurm)
     assert urgent.wait() == 0, urgent.output
     training.goes_on_to_its_end(tmp_path)
@@ -189,7 +188,7 @@ def test_the_certificate_holds_for_srun_and_mpirun(start_on: Start, slurm: dict[
         program=command,
         env=slurm,
     )
-    assert certify.wait(120) == 0, certify.output
+    assert certify.wait(400) == 0, certify.output
     lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in certify.output.splitlines() if "│" in line]
     assert [(line[0], line[3], line[5]) for line in lines] == [
         (name, "yes", "yes") for name in ("python", "driver=torchrun", "srun", "mpirun")

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cluster.running import Running, wait_for
+from cluster.running import PATIENCE_S, Running, wait_for
 
 pytestmark = pytest.mark.cluster
 Start = Callable[..., Running]
@@ -53,7 +53,7 @@ def test_the_nodes_end_with_the_command(start_on: Start, login: str, tmp_path: P
         *("driver=torchrun", "app=custom", "app._target_=elastic_apps.Loops", f"+app.folder={folder}"),
         *("driver.hosts=[node0,node1]", "driver.nproc_per_node=1", login),
     )
-    wait_for(lambda: (folder / "world-0-2").exists(), 40, lambda: launch.output)
+    wait_for(lambda: (folder / "world-0-2").exists(), PATIENCE_S, lambda: launch.output)
     ranks = [psutil.Process(json.loads((folder / f"pid-node{i}-0").read_text())) for i in (0, 1)]
     launch.process.send_signal(signum)
     launch.wait()

@@ -67,7 +67,6 @@ def _programs() -> dict[str, Program]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", sorted(_programs()))
 def test_a_program_of_others_does_its_work_under_every_launcher(tmp_path: Path, name: str) -> None:
     program = _programs()[name]
