@@ -7,6 +7,7 @@ is blocked. Its format is torch's own (version 2.10 in torch 2.13); only what is
 from __future__ import annotations
 
 import json
+import math
 import pickle
 import sys
 from collections import Counter
@@ -34,7 +35,7 @@ class Collective:
     """One collective that a rank has begun.
 
     Attributes:
-        group: Name of the process group.
+        group: Name of the process group; of a later world than this process's first one, with that world's number.
         seq: Its number in the group, from 1: the ranks of a group meet in the same number.
         op: Such as ``all_reduce``.
         sizes: Shapes of what was passed, as text.
@@ -66,8 +67,8 @@ class Collective:
 
     @property
     def content(self) -> tuple[str, ...]:
-        """What must be equal on all ranks."""
-        sizes = self.sizes if self.op in _SAME_SIZES else ""
+        """What must be equal on all ranks: not the shapes, for a column and a row of four meet well."""
+        sizes = str(num_elements(self.sizes)) if self.op in _SAME_SIZES else ""
         dtypes = self.dtypes if self.op in _SAME_TYPES else ""
         return (self.op, sizes, dtypes)
 
@@ -75,6 +76,11 @@ class Collective:
     def reduced_content(self) -> tuple[str, ...]:
         """The same, and the reduction."""
         return (*self.content, self.reduce)
+
+
+def num_elements(sizes: str) -> int:
+    """How many elements the shapes in a text such as ``2x3 scalar`` have: 7."""
+    return sum(math.prod(int(n) for n in size.split("x")) if size != "scalar" else 1 for size in sizes.split())
 
 
 Key = tuple[str, int]
@@ -99,14 +105,19 @@ def read_recorder() -> tuple[list[Collective], dict[str, list[int]]]:
     groups = {
         name: json.loads(group["ranks"]) for name, group in (trace.get("pg_config") or {}).items() if group["ranks"]
     }
-    entries = [_collective(entry) for entry in trace.get("entries") or () if not entry["is_p2p"]]
+    leave = getattr(sys.modules.get("torch.distributed.distributed_c10d"), "destroy_process_group", None)
+    last_ids = getattr(leave, "last_ids", ())  # see runtime/torch_cures.py
+    entries = [_collective(entry, last_ids) for entry in trace.get("entries") or () if not entry["is_p2p"]]
     return entries, groups
 
 
-def _collective(entry: Mapping[str, Any]) -> Collective:
+def _collective(entry: Mapping[str, Any], last_ids: Sequence[int]) -> Collective:
     sizes = entry["input_sizes"] or ()
+    # Torch numbers the groups of every world from 0: one that was joined after another was left has the same names.
+    num_left = sum(last < int(entry["pg_id"]) for last in last_ids)
+    name = str(entry["process_group"][0])
     return Collective(
-        group=str(entry["process_group"][0]),
+        group=f"{name} of world {num_left + 1}" if num_left else name,
         seq=int(entry["collective_seq_id"]),
         op=str(entry["profiling_name"]).rpartition(":")[2],
         sizes=" ".join("x".join(str(n) for n in size) or "scalar" for size in sizes),

@@ -79,13 +79,28 @@ def _cure(module: Any) -> None:
     if hasattr(original, "_outlives_reducers"):
         return
 
+    last_ids: list[int] = []
+
+    def noting_the_end(leave: Any) -> Any:
+        @functools.wraps(leave)
+        def left(*args: Any, **kwargs: Any) -> None:
+            newest, was_joined = _newest_group(), module.is_initialized()
+            leave(*args, **kwargs)
+            if was_joined and not module.is_initialized():
+                last_ids.append(newest)
+
+        return left
+
     @functools.wraps(original)
     def destroy_process_group(*args: Any, **kwargs: Any) -> None:
         _keep_for_reducers(list(module._world.pg_map))
-        original(*args, **kwargs)
+        destroy(*args, **kwargs)
 
+    destroy = noting_the_end(original)
     destroy_process_group._outlives_reducers = True  # type: ignore[attr-defined]
+    destroy_process_group.last_ids = last_ids  # type: ignore[attr-defined]
     module.destroy_process_group = destroy_process_group
+    module._abort_process_group = noting_the_end(module._abort_process_group)
     package: Any = sys.modules["torch.distributed"]
     if getattr(package, "destroy_process_group", None) is original:
         package.destroy_process_group = destroy_process_group
@@ -107,6 +122,15 @@ def _keep_for_reducers(groups: list[Any]) -> None:
             for part in (attributes["reducer"], attributes.get("logger")):  # each can be the last to hold the group
                 if part is not None:
                     weakref.finalize(part, _let_go, attributes["process_group"]).atexit = False
+
+
+def _newest_group() -> int:
+    """The highest id of a group in torch's Flight Recorder, by which those of the next world are told from it."""
+    import pickle
+
+    c10d: Any = sys.modules.get("torch._C._distributed_c10d")
+    trace = pickle.loads(c10d._dump_fr_trace(True, False, False)) if hasattr(c10d, "_dump_fr_trace") else {}
+    return max((int(entry["pg_id"]) for entry in trace.get("entries") or ()), default=-1)
 
 
 def _let_go(_group: Any) -> None:

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections import deque
+import time
+from collections import defaultdict, deque
+from collections.abc import Sequence
+from dataclasses import replace
 from types import CodeType, FrameType
-from typing import Any, NamedTuple
+from typing import Any
 
-from everyrank.diagnosis.flight import NUM_ENTRIES
+from everyrank.diagnosis.flight import NUM_ENTRIES, Collective
 from everyrank.diagnosis.frames import Place, where
 
 # Each collective of torch.distributed makes its options by one of these names.
@@ -31,15 +34,8 @@ _OPTIONS = (
 _MOST_FRAMES = 16
 _Stack = list[tuple[CodeType, int]]
 
-_made: deque[tuple[str, int, Any, _Stack]] = deque(maxlen=NUM_ENTRIES)
+_made: deque[tuple[str, float, Any, _Stack]] = deque(maxlen=NUM_ENTRIES)
 _noted: set[str] = set()
-
-
-class Call(NamedTuple):
-    """What Python asked of a collective."""
-
-    reduce: str
-    place: str
 
 
 def note_calls(c10d: Any) -> None:
@@ -60,7 +56,7 @@ def _noting(make: Any, c10d: Any) -> Any:
         with contextlib.suppress(Exception):  # never the program's trouble
             frame = sys._getframe(1)
             group = frame.f_locals.get("group") or c10d.GroupMember.WORLD
-            _made.append((group.group_name, group._get_sequence_number_for_group() + 1, options, _lines(frame)))
+            _made.append((group.group_name, time.time(), options, _lines(frame)))
         return options
 
     return noted
@@ -74,15 +70,30 @@ def _lines(frame: FrameType | None) -> _Stack:
     return lines
 
 
-def calls() -> dict[tuple[str, int], Call]:
-    """The latest collectives that Python called, by group and number."""
-    return {
-        (group, seq): Call(
-            _name(getattr(options, "reduceOp", None)),
-            where([Place(code.co_filename, line, code.co_name) for code, line in lines]) or "",
-        )
-        for group, seq, options, lines in list(_made)
-    }
+def with_calls(entries: Sequence[Collective]) -> list[Collective]:
+    """Add to a process's own collectives, oldest first, the line and the reduction of those that Python called.
+
+    A call is that of the collective that its group began next. By their numbers they could not be told: gloo counts
+    what is sent from one rank to another too, and the Flight Recorder does not.
+    """
+    noted: dict[str, deque[tuple[float, Any, _Stack]]] = defaultdict(deque)
+    for name, time_s, options, lines in list(_made):
+        noted[name].append((time_s, options, lines))
+    seen: set[str] = set()
+    found = []
+    for entry in entries:
+        calls, call = noted[entry.group.partition(" ")[0]], None
+        while calls and calls[0][0] <= entry.time_s:
+            call = calls.popleft()
+        is_first = entry.group not in seen and entry.seq > 1  # the call may be that of one which torch has forgotten
+        seen.add(entry.group)
+        found.append(entry if call is None or is_first else _called(entry, *call[1:]))
+    return found
+
+
+def _called(entry: Collective, options: Any, lines: _Stack) -> Collective:
+    place = where([Place(code.co_filename, line, code.co_name) for code, line in lines]) or ""
+    return replace(entry, reduce=_name(getattr(options, "reduceOp", None)), place=place)
 
 
 def _name(reduction: Any) -> str:

@@ -17,14 +17,13 @@ import sys
 import threading
 import time
 from collections import deque
-from dataclasses import replace
 from typing import Any, TextIO
 
 from everyrank.diagnosis.flight import read_recorder, to_json
 from everyrank.diagnosis.frames import Place, may_wait_in_backward, stack_of, waits_for_data, waits_in_collective, where
 from everyrank.diagnosis.proc import here, look_at, reads_from
 from everyrank.diagnosis.rank import last_words
-from everyrank.diagnosis.rank.calls import Call, calls, note_calls
+from everyrank.diagnosis.rank.calls import note_calls, with_calls
 from everyrank.diagnosis.rank.loader_workers import STACKS_SIGNAL, answer_with_samples, workers_of
 from everyrank.diagnosis.rank.record import describe_error, record_error
 from everyrank.diagnosis.rank_files import (
@@ -185,8 +184,6 @@ class Reporter:
             self._ended = ended
             stack = self._stack()
             collectives, groups = read_recorder()
-            asked, unknown = calls(), Call("", "")
-            collectives = [replace(c, **asked.get((c.group, c.seq), unknown)._asdict()) for c in collectives]
             facts = look_at(self.pid)
             handled = sys._current_exceptions().get(self._main.ident or 0)
             error = handled[1] if isinstance(handled, tuple) else handled
@@ -209,7 +206,7 @@ class Reporter:
                 "data_share": round(sum(self._in_data) / max(1, len(self._in_data)), 4),
                 "reads": reads_from(self.pid),
                 "handling": describe_error(error, self.rank, 1) if isinstance(error, Exception) else None,
-                "collectives": to_json(collectives),
+                "collectives": to_json(with_calls(collectives)),
                 "groups": groups,
                 "workers": self._workers() if thoroughly and waits_for_data(stack) else [],
             }
