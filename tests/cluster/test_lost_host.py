@@ -28,6 +28,7 @@ def test_a_lost_host_is_named(start_on: Callable[..., Running], tmp_path: Path) 
                 "driver.master_addr=node0",
                 "driver.master_port=29500",
                 "run.name=lost",
+                "watch.lost_after_s=3",
             ),
         )
         for rank in (0, 1)

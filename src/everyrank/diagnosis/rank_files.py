@@ -131,9 +131,24 @@ def end_file(attempt: str) -> str:
 
 
 def tell_to_end(attempt: str, rank: int | None) -> None:
-    """Tell this rank to end, and the others after it, on whatever host they are; None: all at once."""
+    """Tell this rank to end, and the others after it, on whatever host they are; None: all at once.
+
+    Those are told that have reported by now: a later launch in the same folder finds the file, and is not meant.
+    """
+    pids = {}
+    for path in glob.glob(os.path.join(glob.escape(attempt), "rank-*.report.json")):
+        if row := read_json(path):
+            pids[str(row["rank"])] = row["pid"]
     with contextlib.suppress(FileNotFoundError):
-        write_whole(end_file(attempt), "" if rank is None else str(rank))
+        write_whole(end_file(attempt), json.dumps({"rank": rank, "pids": pids}))
+
+
+def is_told_to_end(attempt: str, rank: int, pid: int) -> bool | None:
+    """Whether this process is told to end: True for at once, False for after the guilty one, None for not at all."""
+    told = read_json(end_file(attempt))
+    if told is None or told["pids"].get(str(rank)) != pid:
+        return None
+    return told["rank"] in (None, rank)
 
 
 def write_whole(path: str, text: str) -> None:

@@ -23,6 +23,12 @@ class WatchConfig:
         doc="Seconds until such a run is ended although it might go on; null: never. One that provably cannot go on is "
         "ended at once. On the command line the default is distributed.timeout_s.",
     )
+    lost_after_s: float = field(
+        default=90.0,
+        gt=0,
+        doc="On several hosts: seconds without a sign of life from one, while a rank waits for it, until it is held to "
+        "be lost. A host that is only slow must be heard by then.",
+    )
 
 
 def watch_variables(run_dir: str, enabled: bool, environ: Mapping[str, str]) -> dict[str, str]:

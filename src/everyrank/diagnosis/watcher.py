@@ -17,7 +17,7 @@ from dataclasses import replace
 from types import TracebackType
 
 from everyrank.diagnosis.frames import parse_stack
-from everyrank.diagnosis.judging.host_signs import HostSign, judge_lost, on_lost_hosts
+from everyrank.diagnosis.judging.host_signs import HostSign, HostWatch, judge_lost
 from everyrank.diagnosis.judging.pace import Slow, note_pace
 from everyrank.diagnosis.judging.stalls import Stall, judge_departure, judge_stall
 from everyrank.diagnosis.proc import look_at, oom_kills
@@ -43,9 +43,11 @@ _ASK_AFTER_S = 2.0  # without progress: reports are asked for, and what provably
 _ASK_AT_MOST_EVERY_S = 10.0
 _COMPARE_EVERY_S = 10.0
 _SLOW_TIMES = 3  # comparisons in a row that find the same rank slow, until it is said
-_ANSWER_S = 1.0
+_NUM_LOOKS, _LOOK_S = 20, 0.05  # for answers: looks are counted, not seconds, for a machine that slept has not looked
 _OLD_S = 60.0  # in a shared folder: what was written longer ago is an earlier launch's
 _ABSENT_S = 4.0  # between two looks: this process itself was stopped, or the machine slept
+_MOST_A_LOOK_S = 2.0  # counts of the time since the look before: what passed while this process was not run is nobody's
+_SURE_AFTER_S = 1.0  # what would end a run is looked at once more
 
 
 class Watcher:
@@ -130,9 +132,12 @@ class Watcher:
 
     def _reset(self) -> None:
         self._progress: tuple[tuple[int, int], ...] = ()
-        self._since_s = self._looked_s = time.monotonic()
+        self._still_s = 0.0
+        self._began_s = self._looked_s = time.monotonic()
         self._ask_at_s, self._pause_s = _ASK_AFTER_S, _ASK_AFTER_S
         self._noticed, self._ended = False, False
+        self._suspicion: tuple[int | None, str] | None = None
+        self._hosts = HostWatch(watch_dir(self.run_dir), self.config.lost_after_s)
         self._before: Mapping[int, Report] = {}
 
     def _run(self) -> None:
@@ -151,7 +156,7 @@ class Watcher:
         folder = attempt_dir(watch_dir(self.run_dir), attempt)
         beats = read_beats(folder)
         now_s = time.monotonic()
-        progress = tuple(sorted((rank, beat.seq) for rank, beat in beats.items()))
+        progress = _progress(beats)
         absent = now_s - self._looked_s > _ABSENT_S
         if progress != self._progress or absent:
             if self._noticed and not absent:
@@ -162,7 +167,8 @@ class Watcher:
                 self._compared_s = now_s
                 self._compare_aloud(folder, beats)
             return
-        still_s = now_s - self._since_s
+        self._still_s += min(now_s - self._began_s, _MOST_A_LOOK_S)
+        self._began_s, still_s = now_s, self._still_s
         if self._ended or not beats or still_s < self._ask_at_s:
             return
         self._ask_at_s = still_s + self._pause_s
@@ -182,7 +188,8 @@ class Watcher:
         reports = self._ask(folder, beats)
         stall = judge_stall(reports, self._before, self.world_size or len(beats))
         silent = [r for r in reports.values() if r.ended is None and (r.is_late or r.is_gone)]
-        if stall is not None and (lost := on_lost_hosts(watch_dir(self.run_dir), silent)):
+        lost = self._hosts.on_lost_hosts(silent, still_s)
+        if stall is not None and stall.is_seen and lost:
             stall = judge_lost(lost)
         moved = any(
             r.imports and (rank not in self._before or self._before[rank].stack != r.stack)
@@ -190,16 +197,19 @@ class Watcher:
         )
         self._before = self._before if self._before and still_s < self.config.stall_s and not moved else reports
         if moved:
-            self._since_s = time.monotonic()  # it imports: slow on a cold disk, and no fault
+            self._still_s = 0.0  # it imports: slow on a cold disk, and no fault
             self._ask_at_s = _ASK_AFTER_S
             return
-        if stall is None or read_beats(folder).keys() != beats.keys():
+        if stall is None or _progress(read_beats(folder)) != self._progress:
             return
-        limit_s = self.config.end_after_s
+        limit_s = self.config.end_after_s if stall.is_seen else None
         is_due = still_s >= self.config.stall_s
         departed = stall.provable and judge_departure(reports) is not None
+        suspicion = (stall.rank, stall.cause)
         if departed or (is_due and stall.provable) or (limit_s is not None and still_s >= limit_s):
-            self._end(stall, reports, still_s)
+            if departed or suspicion == self._suspicion:
+                self._end(stall, reports, still_s)
+            self._suspicion, self._ask_at_s = suspicion, still_s + _SURE_AFTER_S
         elif is_due and not self._noticed:
             self._noticed = True
             self._say(notice(stall, reports, still_s))
@@ -207,13 +217,13 @@ class Watcher:
     def _ask(self, folder: str, beats: Mapping[int, Beat], thoroughly: bool = True) -> dict[int, Report]:
         """Fresh reports of all ranks that can give one; of a process that is stopped, the latest it gave."""
         asked = ask_for_reports(folder, thoroughly)
-        deadline = time.monotonic() + _ANSWER_S
-        while True:
+        for _ in range(_NUM_LOOKS):
             reports = read_reports(folder)
             late = [r for r in beats if r not in reports or (reports[r].request < asked and _can_answer(reports[r]))]
-            if not late or time.monotonic() > deadline or self._stop.wait(0.05):
-                inside = {r: _look_inside(reports[r], folder) for r in late if r in reports and thoroughly}
-                return {r: _last_seen(report, beats.get(r)) for r, report in {**reports, **inside}.items()}
+            if not late or self._stop.wait(_LOOK_S):
+                break
+        inside = {r: _look_inside(reports[r], folder) for r in late if r in reports and thoroughly}
+        return {r: _last_seen(report, beats.get(r)) for r, report in {**reports, **inside}.items()}
 
     def _end(self, stall: Stall, reports: Mapping[int, Report], still_s: float) -> None:
         """Write the verdict and end the guilty rank; its launcher then ends the others, as after any failure."""
@@ -251,6 +261,10 @@ def stall_verdict(stall: Stall, reports: Mapping[int, Report], still_s: float, a
         detected_after_s=round(still_s, 1),
         attempt=attempt,
     )
+
+
+def _progress(beats: Mapping[int, Beat]) -> tuple[tuple[int, int], ...]:
+    return tuple(sorted((rank, beat.seq) for rank, beat in beats.items()))
 
 
 def _can_answer(report: Report) -> bool:

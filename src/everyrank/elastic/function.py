@@ -116,11 +116,11 @@ def _raise_for(outcome: Outcome, folder: str, num_oom_kills: int) -> None:
         raise UserError(outcome.message) if outcome.user_error else EveryrankError(outcome.message)
     if outcome.signum == signal.SIGINT:
         raise KeyboardInterrupt
+    if outcome.signum is not None and all(failure.ended_by_us for failure in outcome.failures):
+        raise EveryrankError(f"the ranks were ended by {signal.Signals(outcome.signum).name}")
     verdict = conclude(folder, outcome.failures, world_size=outcome.world_size, num_oom_kills=num_oom_kills)
     if verdict is not None:
         raise as_error(verdict, outcome.world_size) from _cause(os.path.join(folder, f"exception-{verdict.rank}"))
-    if outcome.signum is not None:
-        raise EveryrankError(f"the ranks were ended by {signal.Signals(outcome.signum).name}")
 
 
 def _cause(path: str) -> BaseException | None:

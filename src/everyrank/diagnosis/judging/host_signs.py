@@ -19,7 +19,8 @@ from everyrank.diagnosis.reports import Report
 from everyrank.diagnosis.verdict import LOST_HOST
 
 SIGN_EVERY_S = 1.0
-_PATIENCE_S = 4.0
+_NUM_LOOKS = 40  # looks are counted, not seconds: a machine that slept has not looked
+_LOOK_S = 0.1
 
 
 class HostSign:
@@ -47,16 +48,50 @@ class HostSign:
             os.remove(self._path)
 
 
-def on_lost_hosts(watch: str, reports: Iterable[Report]) -> list[Report]:
-    """The ranks whose hosts are lost: their launching processes give no sign of life; looks for up to four seconds.
+class HostWatch:
+    """Which launching processes have given no sign of life for so long that their hosts must be lost.
 
-    A host whose launching process has ended in good order, or has never given a sign, is not lost; nor is this one.
+    A host that is only slow, or a shared folder that shows its files late, must not be taken for one that is lost.
+
+    Args:
+        watch: The folder below which the ranks of the run report.
+        lost_after_s: How long.
+    """
+
+    def __init__(self, watch: str, lost_after_s: float) -> None:
+        self._watch, self._lost_after_s = watch, lost_after_s
+        self._seen: dict[str, tuple[dict[str, float], float]] = {}
+
+    def on_lost_hosts(self, reports: Iterable[Report], now_s: float) -> list[Report]:
+        """Those of these ranks whose hosts have been silent; to be asked again and again, by the watcher's own clock.
+
+        A host whose launching process has ended in good order, or has never given a sign, is not lost; nor is this one.
+
+        Args:
+            reports: Ranks of which nothing is known but what they said last.
+            now_s: Seconds, by a clock that stands still while this process is not run.
+        """
+        suspects = _elsewhere(reports)
+        signs = _signs(self._watch) if suspects else {}
+        for host in signs:
+            if host not in self._seen or self._seen[host][0] != signs[host]:
+                self._seen[host] = (signs[host], now_s)
+        silent = {host for host in signs if now_s - self._seen[host][1] >= self._lost_after_s}
+        return [report for report in suspects if report.host in silent]
+
+
+def _elsewhere(reports: Iterable[Report]) -> list[Report]:
+    return [report for report in reports if report.host != os.uname().nodename]
+
+
+def on_lost_hosts(watch: str, reports: Iterable[Report]) -> list[Report]:
+    """The ranks of a failed run whose hosts give no sign of life; looks for some four seconds, as it has failed anyway.
 
     Args:
         watch: The folder below which the ranks of the run report.
         reports: Ranks of which nothing is known but what they said last.
     """
-    suspects = [report for report in reports if report.host != os.uname().nodename]
+    suspects = _elsewhere(reports)
     silent = _lost({report.host for report in suspects}, watch) if suspects else set()
     return [report for report in suspects if report.host in silent]
 
@@ -79,9 +114,10 @@ def judge_lost(lost: Sequence[Report]) -> Stall:
 def _lost(hosts: set[str], watch: str) -> set[str]:
     before = _signs(watch)
     silent = {host for host in hosts if host in before}
-    deadline = time.monotonic() + _PATIENCE_S
-    while silent and time.monotonic() < deadline:
-        time.sleep(0.1)
+    for _ in range(_NUM_LOOKS):
+        if not silent:
+            break
+        time.sleep(_LOOK_S)
         now = _signs(watch)
         silent = {host for host in silent if now.get(host) == before[host]}
     return silent

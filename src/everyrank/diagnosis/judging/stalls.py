@@ -24,6 +24,7 @@ class Stall:
         where: The user's line.
         evidence: What shows it.
         provable: It cannot end by itself.
+        is_seen: A rank has just said that it waits, or was seen to. Else ranks are only silent, and may well go on.
     """
 
     rank: int | None
@@ -32,6 +33,7 @@ class Stall:
     where: str | None = None
     evidence: tuple[str, ...] = ()
     provable: bool = False
+    is_seen: bool = True
 
 
 def judge_stall(reports: Mapping[int, Report], earlier: Mapping[int, Report], world_size: int) -> Stall | None:
@@ -45,21 +47,23 @@ def judge_stall(reports: Mapping[int, Report], earlier: Mapping[int, Report], wo
     Returns:
         None if no rank waits for another.
     """
-    waiting = [rank for rank, report in reports.items() if report.waits and not report.is_gone]
+    late = [report for report in reports.values() if report.is_late]
+    # What a rank said a while ago tells nothing of now: it may have gone on.
+    waiting = [rank for rank, report in reports.items() if report.waits and not report.is_gone and not report.is_late]
     departure = judge_departure(reports)
     if departure is not None and (waiting or any(r.ended for r in reports.values())):
         return departure
     if not waiting:
-        return None
+        return replace(_late(late), is_seen=False) if any(report.waits for report in late) else None
     gone = [report for report in reports.values() if report.is_gone]
     if gone:
         first = min(gone, key=lambda report: report.time_s)
-        if first.ended == "exit" or first.ended is None:
-            return _left(first)
-        return None  # it raised or aborted: its end is judged as a crash
+        if first.ended not in ("exit", None) or _has_done(first, [reports[rank] for rank in waiting]):
+            return None  # its end is judged as a crash, if it was one; or the others are only slow to go on
+        return _left(first)
     if len(reports) < world_size:
         return None
-    if late := [report for report in reports.values() if report.is_late]:
+    if late:
         return _late(late)
     # Before what it said: that is of a moment before it was stopped.
     stopped = [report for report in reports.values() if report.is_stopped]
@@ -124,6 +128,12 @@ def _departed(departure: Departure) -> str:
     return f"called {odd.op} with another {what} than the others: {mine}, not {theirs}"
 
 
+def _has_done(gone: Report, waiting: Sequence[Report]) -> bool:
+    """Whether a rank that has left took its part in the collectives that the others are in."""
+    pending = {(c.group, c.seq) for report in waiting for c in report.collectives[-1:] if not c.done}
+    return bool(pending) and pending <= {(c.group, c.seq) for c in gone.collectives}
+
+
 def _left(report: Report) -> Stall:
     said = "left early: its program came to its end while the others were in a collective"
     if report.ended is None:
@@ -149,7 +159,7 @@ def _stopped(report: Report) -> Stall:
         said="is stopped: a signal (SIGSTOP, Ctrl-Z) or a debugger holds its process",
         where=report.where,
         evidence=(f"state {report.process.state} of pid {report.pid} in /proc",),
-        provable=True,
+        provable=report.process.state == "T",  # a debugger has somebody before it, who goes on
     )
 
 

@@ -21,25 +21,31 @@ from everyrank.diagnosis.proc import catches, children_of, look_at
 # A real-time signal: nobody's default, and no launcher's, scheduler's or library's.
 STACKS_SIGNAL = int(signal.SIGRTMIN) + 9 if hasattr(signal, "SIGRTMIN") else 0
 _SAMPLES = re.compile(r"^everyrank: worker (\d+) holds samples (.*)$", re.MULTILINE)
-_PATIENCE_S = 0.3
+_NUM_LOOKS, _LOOK_S = 15, 0.02  # looks are counted, not seconds: a machine that slept has not looked
 
 
 def answer_with_samples(file: TextIO) -> None:
-    """Make this process, and workers forked from it, print stacks and samples to ``file`` when a signal asks."""
-    owner = os.getpid()
+    """Make this process print its stack to ``file`` when a signal asks, and workers forked from it samples as well."""
 
     def samples(_signum: int, frame: FrameType | None) -> None:
         held = None
-        while frame is not None and os.getpid() != owner and held is None:
+        while frame is not None and held is None:
             if frame.f_code.co_name == "_worker_loop":
                 held = frame.f_locals.get("index")
             frame = frame.f_back
         if held is not None:
             os.write(file.fileno(), f"everyrank: worker {os.getpid()} holds samples {str(held)[:400]}\n".encode())
 
-    with contextlib.suppress(ValueError):  # not the main thread: stacks alone
+    def as_worker() -> None:
+        faulthandler.unregister(STACKS_SIGNAL)
         signal.signal(STACKS_SIGNAL, samples)
-    faulthandler.register(STACKS_SIGNAL, file=file, all_threads=False, chain=True)
+        faulthandler.register(STACKS_SIGNAL, file=file, all_threads=False, chain=True)
+
+    # Underneath the signal is ignored: a question that comes when the interpreter has ended must not end the process.
+    with contextlib.suppress(ValueError):  # not the main thread
+        signal.signal(STACKS_SIGNAL, signal.SIG_IGN)
+    faulthandler.register(STACKS_SIGNAL, file=file, all_threads=False)  # system calls go on where they were
+    os.register_at_fork(after_in_child=as_worker)
 
 
 def workers_of(pid: int, path: str) -> list[dict[str, Any]]:
@@ -79,10 +85,10 @@ def ask_for_stack(pid: int, path: str) -> str:
         file.seek(0, os.SEEK_END)
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, STACKS_SIGNAL)
-        text, deadline = "", time.monotonic() + _PATIENCE_S
-        while time.monotonic() < deadline and not _SAMPLES.search(text):
-            time.sleep(0.02)
+        text = ""
+        for look in range(_NUM_LOOKS):
+            time.sleep(_LOOK_S)
             text += file.read()
-            if text.count("\n") > 2 and time.monotonic() > deadline - _PATIENCE_S / 2:
+            if _SAMPLES.search(text) or (text.count("\n") > 2 and look > _NUM_LOOKS // 2):
                 break
     return text

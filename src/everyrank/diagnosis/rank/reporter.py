@@ -31,9 +31,9 @@ from everyrank.diagnosis.rank_files import (
     ask_for_reports,
     attempt_dir,
     beat_file,
-    end_file,
     error_file,
     fatal_file,
+    is_told_to_end,
     read_json,
     report_file,
     request_file,
@@ -47,6 +47,7 @@ _REPORT_EVERY_S = 10.0
 _BEAT_BYTES = 512
 _HOLD_S = 1.0  # how long a rank that lost a peer lets the others say what they do, before it ends
 _LAST_S = 5.0  # how long the others live on when the guilty rank is told to end
+_LEAVE_S = 10.0  # how long the end of the program waits for this thread, which may be writing to a slow disk
 _MAX_STACK = 60
 _NUM_LOOKS = 300  # of which it is remembered whether the rank waited for data: the latest minute
 
@@ -89,13 +90,15 @@ class Reporter:
         self._ended: str | None = None
         self._lock = threading.Lock()
         self._told_s = 0.0
+        self._leaves = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="everyrank-reporter", daemon=True)
         self._in_data: deque[bool] = deque(maxlen=_NUM_LOOKS)
 
     def begin(self) -> None:
         """Start the thread, and be told of the program's end."""
         atexit.register(self._at_exit)
         self._chain_excepthook()
-        threading.Thread(target=self._run, name="everyrank-reporter", daemon=True).start()
+        self._thread.start()
 
     def claim(self) -> None:
         """Report as the rank that the environment names, unless a parent of this process is that rank."""
@@ -118,11 +121,11 @@ class Reporter:
         self._report(None)  # who it is, also if it never says more
 
     def _run(self) -> None:
-        while self.pid == os.getpid():
+        while self.pid == os.getpid() and not self._leaves.is_set():
             # A rank that goes on without a reporter is better than one that ends because of it.
             with contextlib.suppress(OSError, RuntimeError, ValueError, KeyError, AttributeError):
                 self._tick()
-            time.sleep(_TICK_S)
+            self._leaves.wait(_TICK_S)
 
     def _tick(self) -> None:
         c10d: Any = sys.modules.get("torch.distributed.distributed_c10d")
@@ -147,12 +150,11 @@ class Reporter:
 
     def _end_if_told(self) -> None:
         """End as a rank that the watcher kills: itself if it is the guilty one, else when that one had its time."""
-        if not os.path.exists(end_file(self.folder)):
+        at_once = is_told_to_end(self.folder, self.rank or 0, self.pid)
+        if at_once is None:
             return
         self._told_s = self._told_s or time.monotonic()
-        with open(end_file(self.folder), encoding="ascii") as file:
-            named = file.read()
-        if named in ("", str(self.rank)) or time.monotonic() - self._told_s > _LAST_S:
+        if at_once or time.monotonic() - self._told_s > _LAST_S:
             os.kill(self.pid, signal.SIGKILL)
 
     def _request(self) -> int:
@@ -264,9 +266,14 @@ class Reporter:
 
     def _at_exit(self, at: str | None = None) -> None:
         last_words.forget()
-        if os.getpid() == self.pid and self.rank is not None and self._ended is None:
+        if os.getpid() != self.pid:
+            return
+        if self.rank is not None and self._ended is None:
             with contextlib.suppress(OSError, RuntimeError, ValueError):
                 self._report("exit", at=at)
+        # An interpreter that ends throws out a thread that asks for its lock: inside torch's C++ that is an abort.
+        self._leaves.set()
+        self._thread.join(_LEAVE_S)
 
     def end(self, at: str | None) -> None:
         """Leave the last report of a rank whose entry returns; a forked one runs no ``atexit``."""
