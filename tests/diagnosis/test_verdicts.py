@@ -76,6 +76,22 @@ def test_a_rank_that_leaves_no_word_is_named_by_its_launcher(
     assert (verdict["rank"], verdict["cause"], verdict["exit_code"]) == (1, "exited", 4)
 
 
+def test_a_rank_without_a_word_is_given_no_line_of_ours_and_no_words_of_an_earlier_run(
+    run_cli: RunCli, tmp_path: Path
+) -> None:
+    """It ends before it has run a line of its program, of which only an earlier run has printed anything."""
+    (tmp_path / "ends.py").write_text("import os\nif os.path.exists('again'):\n    os._exit(3)\nprint('from before')\n")
+    settings = ("driver=torchrun", "app=script", "run.dir=run", "--", "ends.py")
+    assert run_cli(*settings).returncode == 0
+    (tmp_path / "again").touch()
+    assert "from before" in (tmp_path / "run" / "logs" / "rank-1.log").read_text()
+    done = run_cli(*settings)
+    assert done.returncode == 1
+    assert "failed: exit code 3" in done.stderr
+    assert "from before" not in done.stderr
+    assert "at run.py" not in done.stderr
+
+
 def test_a_slow_rank_is_named_and_the_time_of_each_is_split(run_cli: RunCli, tmp_path: Path) -> None:
     """Nothing fails: rank 1 takes long to load each batch, rank 0 waits for it, and the run's files say so."""
     trainer = str(ROOT / "benchmarks" / "faulty_trainer.py")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import sysconfig
@@ -20,6 +21,8 @@ _LOADERS = ("torch/utils/data/dataloader.py", "everyrank/data/loader.py")
 # Coming and going: a rank that still starts keeps the others waiting there, until a timeout that names it.
 _JOINING_AND_LEAVING = {"init_process_group", "new_group", "_new_process_group_helper", "destroy_process_group"}
 _MAX_FRAMES = 200
+# Outside of these a forked rank still has the stack of the process that launched it: ``run.py``, a console script.
+_LAUNCHING = tuple(os.path.join(_PACKAGE, room, "") for room in ("cli", "elastic"))
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,8 @@ def raised_at(trace: TracebackType | None, text: str = "") -> str | None:
 
 def where(stack: Sequence[Place]) -> str | None:
     """The user's innermost line of a stack (innermost first), or the innermost of all."""
-    place = next((place for place in stack if place.is_users), stack[0] if stack else None)
+    of_rank = itertools.takewhile(lambda place: not place.file.startswith(_LAUNCHING), stack)
+    place = next((place for place in of_rank if place.is_users), stack[0] if stack else None)
     return None if place is None else str(place)
 
 

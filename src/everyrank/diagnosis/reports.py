@@ -44,7 +44,8 @@ class Report:
     """A rank's answer to a request, or its last words.
 
     ``process`` is what this host's kernel says of it now. A rank that has not answered the latest request ``is_late``;
-    where its stack could be had all the same, by a signal, it ``is_mute``.
+    where its stack could be had all the same, by a signal, it ``is_mute``. ``log_from`` is how long its log was when it
+    began.
     """
 
     rank: int
@@ -68,6 +69,7 @@ class Report:
     collectives: tuple[Collective, ...]
     groups: Mapping[str, list[int]]
     workers: tuple[Mapping[str, Any], ...]
+    log_from: int
     process: ProcessFacts | None = field(default=None)
     is_late: bool = field(default=False)
     is_mute: bool = field(default=False)

@@ -9,7 +9,7 @@ from typing import Any
 
 from everyrank.diagnosis import verdict as causes
 from everyrank.diagnosis.classify import OUT_OF_MEMORY, is_mismatch
-from everyrank.diagnosis.frames import parse_stack, where
+from everyrank.diagnosis.frames import is_users_place, parse_stack, where
 from everyrank.diagnosis.judging.host_signs import judge_lost, on_lost_hosts
 from everyrank.diagnosis.judging.stalls import Stall, judge_departure, judge_stall
 from everyrank.diagnosis.outcome import RankFailure
@@ -90,7 +90,7 @@ class _Case:
 
     def departure(self) -> Stall | None:
         texts = [str(error["text"]) for error in self.errors.values()]
-        texts += [_tail(f.log_file) for f in self.failures.values() if f.exit_code == -signal.SIGABRT]
+        texts += [self._log(rank) for rank, f in self.failures.items() if f.exit_code == -signal.SIGABRT]
         line = next((line for text in texts for line in text.splitlines() if is_mismatch(line)), None)
         found = judge_departure(self.reports)
         if found is None:
@@ -138,7 +138,7 @@ class _Case:
             said=f"failed: killed by {name}{hint}",
             where=where(stack) or self._last_seen(rank),
             evidence=(
-                *(_last_lines(self.failures[rank].log_file) if name != "SIGKILL" else ()),
+                *(_last_lines(self._log(rank)) if name != "SIGKILL" else ()),
                 *(() if where(stack) else self._moment(rank)),
             ),
         )
@@ -147,7 +147,7 @@ class _Case:
         for rank, failure in self._silent():
             if failure.exit_code > 0:
                 said = f"failed: exit code {failure.exit_code}"
-                evidence = (*_last_lines(failure.log_file), *self._moment(rank))
+                evidence = (*_last_lines(self._log(rank)), *self._moment(rank))
                 return Stall(rank=rank, cause=causes.EXITED, said=said, where=self._last_seen(rank), evidence=evidence)
         return None
 
@@ -196,6 +196,11 @@ class _Case:
         as_waiting = {**self.reports, **{k: _waiting(r) for k, r in lost.items()}}
         return judge_stall(as_waiting, {}, world_size)
 
+    def _log(self, rank: int) -> str:
+        """The end of what a rank has printed; an earlier run or attempt may have used the same log."""
+        report = self.reports.get(rank)
+        return _tail(self.failures[rank].log_file, report.log_from if report is not None else 0)
+
     def _moment(self, rank: int) -> tuple[str, ...]:
         """That the line is not of the end itself, where that is so."""
         report = self.reports.get(rank)
@@ -208,7 +213,7 @@ class _Case:
         if report is not None and report.ended == "exit" and report.where:
             return report.where
         beat = read_beats(self.folder).get(rank)
-        return beat.where or None if beat else None
+        return beat.where if beat and is_users_place(beat.where) else None
 
     def verdict(self, found: Stall, attempt: int) -> Verdict:
         rank = found.rank
@@ -253,16 +258,16 @@ def _waiting(report: Report) -> Report:
     return Report(**{**vars(report), "in_collective": True, "ended": None, "here": ""})
 
 
-def _tail(path: str | None) -> str:
+def _tail(path: str | None, start: int = 0) -> str:
     try:
         with open(path or os.devnull, "rb") as file:
             file.seek(0, os.SEEK_END)
-            file.seek(max(0, file.tell() - _TAIL_BYTES))
+            file.seek(max(start, file.tell() - _TAIL_BYTES))
             return file.read().decode("utf-8", errors="replace")
     except OSError:
         return ""
 
 
-def _last_lines(path: str | None, number: int = 3) -> tuple[str, ...]:
+def _last_lines(text: str, number: int = 3) -> tuple[str, ...]:
     """The last words of a rank that left no other."""
-    return tuple(line.rstrip()[:300] for line in _tail(path).splitlines() if line.strip())[-number:]
+    return tuple(line.rstrip()[:300] for line in text.splitlines() if line.strip())[-number:]

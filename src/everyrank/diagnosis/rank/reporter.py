@@ -32,8 +32,10 @@ from everyrank.diagnosis.rank_files import (
     attempt_dir,
     beat_file,
     error_file,
+    existing,
     fatal_file,
     is_told_to_end,
+    log_file,
     read_json,
     report_file,
     request_file,
@@ -90,6 +92,8 @@ class Reporter:
         self._ended: str | None = None
         self._lock = threading.Lock()
         self._told_s = 0.0
+        self._log_from = 0
+        self._logs = os.path.join(os.path.dirname(os.path.dirname(folder)), "logs")
         self._leaves = threading.Event()
         self._thread = threading.Thread(target=self._run, name="everyrank-reporter", daemon=True)
         self._in_data: deque[bool] = deque(maxlen=_NUM_LOOKS)
@@ -110,6 +114,8 @@ class Reporter:
     def _be(self, rank: int) -> None:
         os.makedirs(self.folder, exist_ok=True)
         self.rank = rank
+        log = existing(log_file(self._logs, rank))
+        self._log_from = os.stat(log).st_size if log else 0
         self._beat = os.open(beat_file(self.folder, rank), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
         if not faulthandler.is_enabled():
             self._files.append(open(fatal_file(self.folder, rank), "w", encoding="utf-8"))  # noqa: SIM115
@@ -211,6 +217,7 @@ class Reporter:
                 "collectives": to_json(with_calls(collectives)),
                 "groups": groups,
                 "workers": self._workers() if thoroughly and waits_for_data(stack) else [],
+                "log_from": self._log_from,
             }
             with contextlib.suppress(OSError):  # a full disk: what the rank itself has to say must still be heard
                 write_whole(report_file(self.folder, self.rank), json.dumps(report))
@@ -253,10 +260,9 @@ class Reporter:
             record = None
             is_news = os.getpid() == self.pid and self._ended is None
             if is_news and self.rank is not None and isinstance(error, Exception):
-                logs = os.path.join(os.path.dirname(os.path.dirname(self.folder)), "logs")
                 with contextlib.suppress(OSError):
-                    os.makedirs(logs, exist_ok=True)
-                    paths = (error_file(logs, self.rank), os.environ.get("TORCHELASTIC_ERROR_FILE"))
+                    os.makedirs(self._logs, exist_ok=True)
+                    paths = (error_file(self._logs, self.rank), os.environ.get("TORCHELASTIC_ERROR_FILE"))
                     record = record_error(error, self.rank, 1, *paths)
             before(kind, error, trace)
             if record is not None:
