@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,6 +18,20 @@ from conftest import ROOT, RunCli, cli_environment
 from everyrank.cli.main import run
 from everyrank.cli.run_folder import RunFolder
 from everyrank.errors import ConfigError
+
+
+def test_a_port_that_is_taken_leaves_no_folder(run_cli: RunCli, tmp_path: Path) -> None:
+    """Nor does it remove one of an earlier run, or a folder above that was there before."""
+    (tmp_path / "runs").mkdir()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = f"driver.master_port={taken.getsockname()[1]}"
+        done = run_cli("driver=torchrun", "app=hello_dist", "run.dir=runs/a/b", port)
+        assert done.returncode == 2
+        assert "is in use by another process" in done.stderr
+        assert list((tmp_path / "runs").iterdir()) == []
+        (tmp_path / "runs" / "c").mkdir()
+        assert run_cli("driver=torchrun", "app=hello_dist", "run.dir=runs/c", port).returncode == 2
+        assert (tmp_path / "runs" / "c").exists()
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from everyrank.diagnosis.flight import Collective
 from everyrank.diagnosis.judging.stalls import judge_stall
 from everyrank.diagnosis.proc import ProcessFacts, here
 from everyrank.diagnosis.rank.loader_workers import STACKS_SIGNAL
-from everyrank.diagnosis.rank_files import is_told_to_end, report_file, request_file, tell_to_end
+from everyrank.diagnosis.rank_files import clear_watch, is_told_to_end, report_file, request_file, tell_to_end
 from everyrank.diagnosis.reports import Report
 
 _EVERYRANK = (sys.executable, "-m", "everyrank")
@@ -104,6 +104,16 @@ def test_what_may_go_on_is_not_held_for_an_end() -> None:
     stall = judge_stall({0: waits, 1: held}, {}, 2)
     assert stall is not None
     assert (stall.cause, stall.provable) == ("stopped", False), "somebody debugs it"
+
+
+def test_a_clock_that_was_set_back_keeps_no_earlier_launch_alive(tmp_path: Path) -> None:
+    attempt = tmp_path / "attempt-0"
+    attempt.mkdir()
+    for path in (attempt / "rank-0.beat", tmp_path / "host-a-1.json"):
+        path.write_text("{}")
+        os.utime(path, (time.time() + 3600,) * 2)
+    clear_watch(str(tmp_path))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_who_is_told_to_end_is_told_once(tmp_path: Path) -> None:

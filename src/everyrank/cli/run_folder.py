@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -18,11 +19,12 @@ from typing import Any
 
 import yaml
 
-from everyrank.errors import ConfigError
+from everyrank.errors import ConfigError, UserError
 from everyrank.runtime.run_lock import RunLock, is_locked
 
 _MAX_COPIES = 1000
 _LOCK = ".lock"
+_WRITTEN_FIRST = {_LOCK, "logs", "run.yaml", "job.sh", "watch"}  # before a rank begins
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,8 @@ class RunFolder:
     def held(self) -> Iterator[bool]:
         """Create the folder and hold its lock, which the kernel releases if this process dies.
 
+        After a mistake of the user's, with which no rank began, what was created is removed again.
+
         Yields:
             False if another launch has taken it since it was chosen: then choose again.
 
@@ -78,6 +82,7 @@ class RunFolder:
             ConfigError: The folder cannot be used, or is one that was asked for by path and is in use.
         """
         path = Path(self.path)
+        created = [folder for folder in (path, *path.parents) if not folder.exists()]
         try:
             if self.is_new:
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -102,6 +107,14 @@ class RunFolder:
             return
         try:
             yield True
+        except UserError:
+            is_ours = {entry.name for entry in path.iterdir()} <= _WRITTEN_FIRST
+            if path in created and is_ours and not any((path / "logs").iterdir()):
+                shutil.rmtree(path, ignore_errors=True)
+                with contextlib.suppress(OSError):  # somebody else uses it by now
+                    for folder in created[1:]:
+                        folder.rmdir()
+            raise
         finally:
             if lock is not None:
                 lock.release()

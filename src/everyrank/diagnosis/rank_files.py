@@ -66,14 +66,17 @@ def newest_attempt(watch: str) -> int:
 
 
 def clear_watch(watch: str, older_than_s: float = 0.0) -> None:
-    """Remove what the ranks of an earlier launch reported; with ``older_than_s`` only what was written before that."""
+    """Remove what the ranks of an earlier launch reported; with ``older_than_s`` only what was written before that.
+
+    Without it everything goes: a clock that was set back since shows the files as not yet written.
+    """
     for folder in glob.glob(os.path.join(glob.escape(watch), "attempt-*")):
         newest_s = max((os.stat(path).st_mtime for path in glob.glob(f"{glob.escape(folder)}/*")), default=0.0)
-        if time.time() - newest_s >= older_than_s:
+        if not older_than_s or time.time() - newest_s >= older_than_s:
             shutil.rmtree(folder, ignore_errors=True)
     for path in glob.glob(os.path.join(glob.escape(watch), "host-*.json")):
         with contextlib.suppress(FileNotFoundError):
-            if time.time() - os.stat(path).st_mtime >= older_than_s:
+            if not older_than_s or time.time() - os.stat(path).st_mtime >= older_than_s:
                 os.remove(path)
 
 

@@ -201,6 +201,7 @@ class Watcher:
             self._ask_at_s = _ASK_AFTER_S
             return
         if stall is None or _progress(read_beats(folder)) != self._progress:
+            self._suspicion = None
             return
         limit_s = self.config.end_after_s if stall.is_seen else None
         is_due = still_s >= self.config.stall_s

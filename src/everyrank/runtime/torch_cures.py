@@ -129,7 +129,10 @@ def _newest_group() -> int:
     import pickle
 
     c10d: Any = sys.modules.get("torch._C._distributed_c10d")
-    trace = pickle.loads(c10d._dump_fr_trace(True, False, False)) if hasattr(c10d, "_dump_fr_trace") else {}
+    try:
+        trace = pickle.loads(c10d._dump_fr_trace(True, False, False))
+    except Exception:  # a torch that has none: no trouble of the program's
+        return -1
     return max((int(entry["pg_id"]) for entry in trace.get("entries") or ()), default=-1)
 
 
