@@ -42,6 +42,7 @@ from everyrank.rendezvous.ports import listen
 # job in two; four were not.
 _LAST_CALL_S, _KEEP_ALIVE_S, _MAX_MISSED = 2, 1, 4
 _CONTACT_S = 10.0  # a store that has not answered for so long is lost
+_SURE_S = 2.0
 _LOOK_S = 0.25
 _PLACE_S = 20.0
 
@@ -68,6 +69,7 @@ class ElasticRendezvous(RendezvousHandler):
         self._rank_store: TCPStore | None = None
         self._round = 0
         self._watch: _Watch | None = None
+        self._doubted_s: float | None = None
 
     @property
     def attempt(self) -> int:
@@ -243,7 +245,12 @@ class ElasticRendezvous(RendezvousHandler):
         return not thread.is_alive()
 
     def _is_lost(self) -> bool:
-        return self._watch is not None and self._watch.silent_s() > _CONTACT_S
+        """Whether the store is silent. Found twice: this process may have been stopped, or the machine asleep."""
+        if self._watch is None or self._watch.silent_s() <= _CONTACT_S:
+            self._doubted_s = None
+            return False
+        self._doubted_s = self._doubted_s or time.monotonic()
+        return time.monotonic() - self._doubted_s > _SURE_S
 
     def _stop_watch(self) -> None:
         if self._watch is not None:
