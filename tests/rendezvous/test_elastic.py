@@ -23,7 +23,7 @@ print("in contact", flush=True)
 
 
 def test_a_node_that_was_stopped_has_not_lost_the_store(free_port: int) -> None:
-    """For longer than a store may be silent: nobody has asked it meanwhile. Its ranks may start anew, but are not ended."""
+    """For longer than a store may be silent: nobody has asked it meanwhile. Its ranks may start anew, not end."""
     code = _CHECKS.format(port=free_port)
     node = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert node.stdout is not None
