@@ -92,6 +92,19 @@ def test_a_rank_without_a_word_is_given_no_line_of_ours_and_no_words_of_an_earli
     assert "at run.py" not in done.stderr
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="gives a process a host name of its own, which only root may")
+def test_a_stopped_rank_on_another_host_is_seen_and_ended_by_one_beside_it(run_cli: RunCli, tmp_path: Path) -> None:
+    """As under Slurm with a task a rank: no process of the launcher's is there to look at it, or to end it."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.write_text('#!/bin/sh\nexec unshare --uts sh -c \'hostname elsewhere; exec mpirun "$@"\' sh "$@"\n')
+    elsewhere.chmod(0o755)
+    settings = ("driver=mpi", f"driver.mpirun={elsewhere}", "watch.stall_s=4", "--", FAULTY, "stopped", "1", "5")
+    done = run_cli("run", *settings, program=_EVERYRANK)
+    assert done.returncode == 1, done.stderr
+    verdict = json.loads(next(tmp_path.glob("outputs/*/verdict.json")).read_text())
+    assert (verdict["rank"], verdict["cause"], verdict["host"]) == (1, "stopped", "elsewhere"), done.stderr
+
+
 def test_a_slow_rank_is_named_and_the_time_of_each_is_split(run_cli: RunCli, tmp_path: Path) -> None:
     """Nothing fails: rank 1 takes long to load each batch, rank 0 waits for it, and the run's files say so."""
     trainer = str(ROOT / "benchmarks" / "faulty_trainer.py")

@@ -36,6 +36,16 @@ def look_at(pid: int) -> ProcessFacts | None:
     return ProcessFacts(fields[0], (int(fields[11]) + int(fields[12])) / _TICKS, int(fields[19]))
 
 
+def stopped_processes() -> list[list[int]]:
+    """Pid and start of every process here that a signal has stopped."""
+    found = []
+    for name in os.listdir("/proc") if os.path.isdir("/proc") else ():
+        facts = look_at(int(name)) if name.isdigit() else None
+        if facts is not None and facts.state == "T":
+            found.append([int(name), facts.started])
+    return found
+
+
 def here() -> str:
     """A name for this host and its process ids: two processes with the same one can look at each other."""
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -45,7 +45,7 @@ class Report:
 
     ``process`` is what this host's kernel says of it now. A rank that has not answered the latest request ``is_late``;
     where its stack could be had all the same, by a signal, it ``is_mute``. ``log_from`` is how long its log was when it
-    began.
+    began. ``stopped`` are pid and start of stopped processes of its host, for a watcher that cannot look there.
     """
 
     rank: int
@@ -70,6 +70,7 @@ class Report:
     groups: Mapping[str, list[int]]
     workers: tuple[Mapping[str, Any], ...]
     log_from: int
+    stopped: tuple[list[int], ...]
     process: ProcessFacts | None = field(default=None)
     is_late: bool = field(default=False)
     is_mute: bool = field(default=False)
@@ -126,6 +127,13 @@ class Report:
             reads=None,
         )
 
+    def seen_by(self, others: Iterable[Report]) -> Report:
+        """This report of a rank that does not answer, with what another rank on its host has seen of its process."""
+        for other in others:
+            if (other.host, other.here) == (self.host, self.here) and [self.pid, self.started] in other.stopped:
+                return replace(self, is_late=False, process=ProcessFacts("T", self.cpu_s, self.started))
+        return self
+
 
 def _is_here(name: str, host: str) -> bool:
     return name == here() and host == os.uname().nodename  # hosts in namespaces have the same kernel
@@ -165,7 +173,8 @@ def read_reports(folder: str) -> dict[int, Report]:
 def _report(row: Mapping[str, Any]) -> Report:
     values = dict(row)
     values["collectives"] = tuple(Collective(**made) for made in row["collectives"])
-    values["stack"], values["workers"] = tuple(row["stack"]), tuple(row["workers"])
+    for name in ("stack", "workers", "stopped"):
+        values[name] = tuple(row[name])
     process = look_at(int(row["pid"])) if _is_here(row["here"], row["host"]) else None
     if process is not None and process.started != row["started"]:
         process = None  # another process has the pid now

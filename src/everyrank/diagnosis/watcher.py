@@ -224,6 +224,8 @@ class Watcher:
             if not late or self._stop.wait(_LOOK_S):
                 break
         inside = {r: _look_inside(reports[r], folder) for r in late if r in reports and thoroughly}
+        fresh = [report for report in reports.values() if report.request >= asked]
+        inside = {rank: report.seen_by(fresh) if report.is_late else report for rank, report in inside.items()}
         return {r: _last_seen(report, beats.get(r)) for r, report in {**reports, **inside}.items()}
 
     def _end(self, stall: Stall, reports: Mapping[int, Report], still_s: float) -> None:

@@ -21,7 +21,7 @@ from typing import Any, TextIO
 
 from everyrank.diagnosis.flight import read_recorder, to_json
 from everyrank.diagnosis.frames import Place, may_wait_in_backward, stack_of, waits_for_data, waits_in_collective, where
-from everyrank.diagnosis.proc import here, look_at, reads_from
+from everyrank.diagnosis.proc import here, look_at, reads_from, stopped_processes
 from everyrank.diagnosis.rank import last_words
 from everyrank.diagnosis.rank.calls import note_calls, with_calls
 from everyrank.diagnosis.rank.loader_workers import STACKS_SIGNAL, answer_with_samples, workers_of
@@ -42,6 +42,7 @@ from everyrank.diagnosis.rank_files import (
     stacks_file,
     write_whole,
 )
+from everyrank.diagnosis.reports import read_reports
 
 _WATCHED = "EVERYRANK_WATCHED"  # pid of the process that reports as RANK: its children do not
 _TICK_S = 0.2
@@ -160,8 +161,18 @@ class Reporter:
         if at_once is None:
             return
         self._told_s = self._told_s or time.monotonic()
+        if not at_once:
+            self._end_stopped()
         if at_once or time.monotonic() - self._told_s > _LAST_S:
             os.kill(self.pid, signal.SIGKILL)
+
+    def _end_stopped(self) -> None:
+        """End the guilty rank in its place, where it is stopped and can end nothing any more."""
+        stopped = stopped_processes()
+        for report in read_reports(self.folder).values():
+            ours = report.is_local and [report.pid, report.started] in stopped
+            if ours and is_told_to_end(self.folder, report.rank, report.pid):
+                os.kill(report.pid, signal.SIGKILL)
 
     def _request(self) -> int:
         try:
@@ -218,6 +229,7 @@ class Reporter:
                 "groups": groups,
                 "workers": self._workers() if thoroughly and waits_for_data(stack) else [],
                 "log_from": self._log_from,
+                "stopped": stopped_processes() if thoroughly else [],
             }
             with contextlib.suppress(OSError):  # a full disk: what the rank itself has to say must still be heard
                 write_whole(report_file(self.folder, self.rank), json.dumps(report))
