@@ -43,14 +43,14 @@ def conclude(
         num_oom_kills: Processes that the kernel has ended for want of memory during the run.
 
     Returns:
-        The verdict, or None if no rank failed.
+        The verdict, or None if no rank failed or was ended because it stood still.
     """
-    if not failures:
-        return None
     number = newest_attempt(watch_dir(run_dir)) if attempt is None else attempt
     written = read_verdict(run_dir)
     if written is not None and written.attempt == number and written.is_stall:
-        verdict = written  # the watcher ended what stood still: how the ranks then ended tells nothing
+        verdict = written  # the watcher ended what stood still: how the ranks then ended tells nothing, if it is known
+    elif not failures:
+        return None
     else:
         folder = attempt_dir(watch_dir(run_dir), number)
         known = (*failures, *_recorded_elsewhere(run_dir, folder, failures))

@@ -20,7 +20,7 @@ from everyrank.elastic import engine_pool
 from everyrank.elastic.machine import resolve_nproc
 from everyrank.elastic.process.torch_bound import check_torch
 from everyrank.elastic.spec import EngineRun, RankFunction
-from everyrank.errors import DriverError, EveryrankError, UserError, did_you_mean
+from everyrank.errors import EXIT_OK, DriverError, EveryrankError, UserError, did_you_mean
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -112,6 +112,8 @@ def launch(
 
 
 def _raise_for(outcome: Outcome, folder: str, num_oom_kills: int) -> None:
+    if outcome.exit_code == EXIT_OK:
+        return
     if outcome.message:
         raise UserError(outcome.message) if outcome.user_error else EveryrankError(outcome.message)
     if outcome.signum == signal.SIGINT:
