@@ -53,7 +53,7 @@ class RankProcess:
 class Forkserver:
     """The engine's handle on its forkserver process."""
 
-    def __init__(self, private: Iterable[int]) -> None:
+    def __init__(self, private: Iterable[int] = ()) -> None:
         """Fork it from this process; ``private`` are descriptors of this process that the ranks must not hold."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         pid = os.fork()
