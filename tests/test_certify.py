@@ -83,3 +83,32 @@ def test_a_kill_that_hit_no_rank_is_not_counted(tmp_path: Path) -> None:
     _, num_delivered = carry_out(trial, tmp_path, [], random.Random(0))
     assert num_delivered == 0
     assert trial.faults(num_delivered) == "0 of 1 x SIGKILL rank"
+
+
+# A step of the launch before is confirmed by the next one, which has taken none itself yet.
+_CONFIRMS = """
+import pathlib, sys, time
+run = pathlib.Path(sys.argv[1])
+(run / "logs").mkdir()
+log = (run / "logs" / "rank-0.log").open("w")
+(run / "ledger" / "step-00000004.pending").rename(run / "ledger" / "step-00000004.jsonl")
+time.sleep(0.5)
+(run / "has-trained").touch()
+(run / "ledger" / "step-00000006.jsonl").touch()
+time.sleep(600)
+"""
+
+
+def test_a_rank_is_killed_after_a_step_of_its_own(tmp_path: Path) -> None:
+    def command(_: int, args: Sequence[str]) -> list[str]:
+        script = "pass" if (tmp_path / "logs").exists() else _CONFIRMS
+        return [sys.executable, "-c", script, str(tmp_path)]
+
+    (tmp_path / "ledger").mkdir()
+    for name in ("step-00000002.jsonl", "step-00000004.pending"):
+        (tmp_path / "ledger" / name).touch()
+    next_step = random.Random(2)
+    assert random.Random(2).randint(1, 3) == 1
+    _, num_delivered = carry_out(Trial(Launcher("none", command), (1,), "SIGKILL rank", 1), tmp_path, [], next_step)
+    assert num_delivered == 1
+    assert (tmp_path / "has-trained").exists()

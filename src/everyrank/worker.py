@@ -13,6 +13,7 @@ import os
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from everyrank.diagnosis.rank import reporter
@@ -27,7 +28,6 @@ from everyrank.errors import (
     EXIT_PREEMPTED,
     ConfigError,
     Preempted,
-    UnwritableError,
     UserError,
     did_you_mean,
 )
@@ -221,11 +221,11 @@ def _write_result(path: str, result: Any) -> None:
     try:
         with open(path, "w", encoding="utf-8") as file:
             file.write(text)
-    except OSError as error:
-        raise UnwritableError(
-            f"the app is done, but {path} cannot be written: {error.strerror}. Fix: make room; the same command goes "
-            "on from what the app has saved."
-        ) from error
+    except OSError:
+        from everyrank.checkpoint.folder import said_plainly  # with torch, which an app may not need
+
+        with said_plainly(Path(path)):
+            raise
 
 
 if __name__ == "__main__":

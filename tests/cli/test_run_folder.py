@@ -140,7 +140,7 @@ def test_other_settings_in_the_same_folder_are_said(tmp_path: Path) -> None:
 
 def test_what_an_earlier_run_left_is_said_and_never_taken_for_this_runs(tmp_path: Path) -> None:
     app = ["driver=local", "app=custom", "app._target_=probe_apps.Returns"]
-    program = ["driver=local", "run.dir=two", "--", "-c", "print('ran')"]
+    program = ["driver=local", "run.dir=two", "--", sys.executable, "-c", "print('ran')"]
     launches = [
         [*app, "run.dir=one", "+app.value=1"],
         [*app, "run.dir=one", "+app.value=raise"],
@@ -153,6 +153,7 @@ def test_what_an_earlier_run_left_is_said_and_never_taken_for_this_runs(tmp_path
         ["-m", *app, "+app.value=3,4", "run.dir=three"],
         ["-m", *app, "+app.value=3,4", "run.name='value-${app.value}'"],
         ["-m", *app, "+app.value=5", "distributed.timeout_s=60,90", "run.name=five"],
+        ["-m", "driver=local", "app.name=six", "distributed.timeout_s=60,90", *program[2:]],
     ]
     done = subprocess.run(
         [sys.executable, "-c", _LAUNCHES, json.dumps(launches)],
@@ -165,8 +166,8 @@ def test_what_an_earlier_run_left_is_said_and_never_taken_for_this_runs(tmp_path
     assert done.returncode == 0, done.stderr
     codes, results = json.loads(done.stdout.splitlines()[-1])
     said = done.stderr.split("---\n")
-    assert codes == [0, 1, 0, 0, 0, 0, 2, 2, 2, 0, 0]
-    assert results == [1, None, None, 2, *[None] * 7], "an older result is not this run's"
+    assert codes == [0, 1, 0, 0, 0, 0, 2, 2, 2, 0, 0, 0]
+    assert results == [1, None, None, 2, *[None] * 8], "an older result is not this run's"
     assert "one was used with other settings: app.value: was 1, is 'raise'" in said[1]
     assert "result is not kept" in said[4]
     assert "one was used with other settings: env.variables.LR: was None, is '0.1'" in said[5]
@@ -177,11 +178,13 @@ def test_what_an_earlier_run_left_is_said_and_never_taken_for_this_runs(tmp_path
     assert "with other settings (app.value)" in said[8]
     assert said[9] == ""
     assert re.search(r"jobs of this multirun share .*five: each goes on where the one before ended", said[10])
+    [six] = (tmp_path / "outputs").glob("six-*")
+    assert f"jobs of this multirun share {six}: " in said[11]
     assert "Traceback" not in "".join(said[2:])
     assert not (tmp_path / "three").exists(), "nothing was started"
     assert not (tmp_path / "two").exists()
     folders = {path.name for path in (tmp_path / "outputs").iterdir()}
-    assert folders == {"multirun", "value-3", "value-4", "five"}
+    assert folders == {"multirun", "value-3", "value-4", "five", six.name}
 
 
 _LAUNCHES = """

@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import everyrank
 from everyrank.elastic import engine_pool
+from everyrank.elastic.process.fresh import read_too_early
 
 # What one rank sees of itself. Run by every start method; what may differ is listed below, and nothing else does.
 _PROBE = """
@@ -205,6 +208,18 @@ def test_variables_that_torch_reads_at_its_import_are_obeyed(capfd: pytest.Captu
     )
     assert (randomized, level) == (0, "DEBUG")
     assert "notice: PYTHONHASHSEED, TORCH_LOGS: read only when a process starts" in capfd.readouterr().err
+
+
+_EARLY = ("LD_PRELOAD", "MALLOC_ARENA_MAX", "LC_ALL", "LANG", "PYTHONHASHSEED", "PYTHONWARNINGS", "OMP_PROC_BIND")
+_LATE = ("OMP_NUM_THREADS", "TORCH_DISTRIBUTED_DEBUG", "PYTHONPATH", "PYTHONBREAKPOINT", "TORCH_HOME", "TZ", "X")
+_VALUES = st.dictionaries(st.sampled_from(_EARLY + _LATE), st.sampled_from("ab"))
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(at_start=_VALUES, wanted=_VALUES)
+def test_what_a_fork_cannot_obey_is_named_and_nothing_else(at_start: dict[str, str], wanted: dict[str, str]) -> None:
+    changed = {name for name in {*at_start, *wanted} if at_start.get(name) != wanted.get(name)}
+    assert read_too_early(at_start, wanted) == sorted(changed & set(_EARLY))
 
 
 def test_an_edited_module_is_imported_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,11 +24,20 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "each_step_saved": {"sample": EARLY, "checkpoint_every_steps": 1},
     "not_saved_by_itself": {"num_epochs": 5, "until": 1},
     "saved_by_hand": {"nan_policy": "skip", "how": "save"},
+    "spoilt_by_hand": {"nan_policy": "skip", "how": "spoilt"},
     "fsdp2": {"parallel": {"strategy": "fsdp2"}},
     "apart": {"parallel": {"local_updates": {"every": 4}}},
     "statistics": {"nan_policy": "skip", "model": numerics.NormNet, "how": "nan", "sample": EARLY, "drop_last": True},
 }
-STOPPED = ("last_step", "last_step_average", "each_step_saved", "not_saved_by_itself", "fsdp2", "apart")
+STOPPED = (
+    "last_step",
+    "last_step_average",
+    "each_step_saved",
+    "not_saved_by_itself",
+    "spoilt_by_hand",
+    "fsdp2",
+    "apart",
+)
 
 
 def test_a_finite_loss_with_a_gradient_that_is_not(tmp_path: Path) -> None:

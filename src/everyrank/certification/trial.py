@@ -109,7 +109,8 @@ def _took_effect(trial: Trial, code: int) -> bool:
 
 def _hurt(process: subprocess.Popen[bytes], fault: str, run: Path, chance: random.Random) -> bool:
     """Wait until some steps more are committed, then send the signal; whether it was sent to a living process."""
-    target = _num_committed(run) + chance.randint(1, 4)
+    # Steps that the launch before has left pending are confirmed by this one, before it takes any of its own.
+    target = _num_committed(run, "step-*") + chance.randint(1, 3)
     deadline = time.monotonic() + _PATIENCE_S
     while _num_committed(run) < target:
         if process.poll() is not None:
@@ -139,8 +140,8 @@ def _hurt(process: subprocess.Popen[bytes], fault: str, run: Path, chance: rando
     return True
 
 
-def _num_committed(run: Path) -> int:
-    return len(list((run / "ledger").glob("step-*.jsonl")))
+def _num_committed(run: Path, files: str = "step-*.jsonl") -> int:
+    return len(list((run / "ledger").glob(files)))
 
 
 def ranks(root: int, run: Path) -> list[int]:

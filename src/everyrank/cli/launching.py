@@ -50,9 +50,7 @@ def launch_config(cfg: DictConfig, words: Sequence[str] | None = None, sys_path:
     Raises:
         UserError: The configuration, or the launch, is wrong; nothing was started.
     """
-    resolved = _resolved(cfg)
-    if words is not None:  # not before: neither Hydra nor OmegaConf is to read anything into them
-        resolved["app"]["command"] = list(words)
+    resolved = _resolved(cfg, words)
     driver_config, driver_class = _driver(resolved["driver"])
     foreign = _foreign_world()
     shared = foreign is not None or driver_config.shares_folder
@@ -94,15 +92,22 @@ def _carry_out(
     return _finish(outcome, folder, watcher.num_oom_kills)
 
 
-def check_jobs(argv: Sequence[str]) -> None:
+def check_jobs(argv: Sequence[str], words: Sequence[str] | None) -> None:
     """Look whether the jobs of a multirun get in each other's way, before the first is started.
+
+    Args:
+        argv: Their settings.
+        words: A program of the user's own and its arguments.
 
     Raises:
         ConfigError: They share a folder with other settings.
     """
     seen: dict[str, Mapping[str, Any]] = {}
     for cfg in compose(argv):
-        keep_apart(_resolved(cfg), seen)
+        resolved = _resolved(cfg, words)
+        if resolved["app"].get("_target_") == SCRIPT_APP:
+            name_script(resolved["app"])
+        keep_apart(resolved, seen)
 
 
 def plan_config(cfg: DictConfig) -> tuple[LaunchPlan, int]:
@@ -164,7 +169,7 @@ def _request(
     return request, folder
 
 
-def _resolved(cfg: DictConfig) -> dict[str, Any]:
+def _resolved(cfg: DictConfig, words: Sequence[str] | None = None) -> dict[str, Any]:
     missing = sorted(OmegaConf.missing_keys(cfg))
     if missing:
         raise ConfigError(f"{', '.join(missing)}: no value was set. Set {missing[0]}=VALUE on the command line.")
@@ -173,6 +178,8 @@ def _resolved(cfg: DictConfig) -> dict[str, Any]:
     variables = (resolved.get("env") or {}).get("variables")
     if isinstance(variables, dict):  # YAML reads 1 and true as a number and a truth value; a variable is text
         resolved["env"]["variables"] = {name: _as_text(value) for name, value in variables.items()}
+    if words is not None:  # not before: neither Hydra nor OmegaConf is to read anything into them
+        resolved["app"]["command"] = list(words)
     return resolved  # type: ignore[return-value]
 
 

@@ -138,7 +138,7 @@ def _compose_and_launch(argv: list[str], program: list[str] | None, sys_path: li
         return result
 
     if {"-m", "--multirun"} & set(argv) and not any(arg.lstrip("+").startswith("hydra/") for arg in argv):
-        check_jobs(argv)  # a sweeper of another kind finds its jobs by their results
+        check_jobs(argv, program)  # a sweeper of another kind finds its jobs by their results
     for_each_composed(argv, task)
 
 

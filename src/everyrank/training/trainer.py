@@ -259,7 +259,8 @@ class TrainerDDP:
             shuffle=False,
             drop_last=False,
         )
-        return self._evaluation.predict(self.tester, loader, function, self._position)
+        with at_work(loader):
+            return self._evaluation.predict(self.tester, loader, function, self._position)
 
     def start_from(
         self,

@@ -64,7 +64,9 @@ def train_treacherous(folder: Path, variants: dict[str, dict[str, Any]]) -> dict
             try:
                 trainer.run_training(train_loader, until_epoch=until)
                 result: dict[str, Any] = {"error": ""}
-                if how == "save":
+                if how == "spoilt":  # where no step has looked at them
+                    nn.init.constant_(next(trainer.module.parameters()), torch.nan)
+                if how in ("save", "spoilt"):
                     trainer.save_checkpoint()
             except (NonFiniteLossError, Preempted) as error:
                 result = {"error": f"{type(error).__name__}: {error}", "step": trainer.step}

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import runpy
 import shutil
 import typing
+from contextlib import nullcontext
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from torch.utils.data import TensorDataset
 
 from everyrank import ConfigError, TrainerDDP
 from everyrank.config.schema import section_of
-from everyrank.config.yaml_loader import read_names
+from everyrank.config.yaml_loader import read_names, to_yaml
 from everyrank.training.config import TrainerConfig, plain_config, read_config
-from everyrank.training.saving.changes import RULES, Fate, fate_of
+from everyrank.training.saving.changes import OF_THE_RATE, RULES, Fate, fate_of, find_changes, refuse
 
 ROOT = Path(__file__).parents[3]
 STEP_LR = {"type": torch.optim.lr_scheduler.StepLR, "kwargs": {"step_size": 9}}
@@ -156,6 +161,38 @@ def test_every_key_has_a_rule_and_the_documentation_lists_them() -> None:
     assert runpy.run_path(str(ROOT / "scripts" / "write_reference.py"))["changes"]() in (
         ROOT / "docs" / "runs.md"
     ).read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def record(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("record")
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(data=st.data(), other=st.one_of(st.integers(), st.floats(allow_nan=False), st.booleans(), st.text(), st.none()))
+def test_whatever_differs_is_found_and_has_its_fate(record: Path, data: st.DataObject, other: Any) -> None:
+    """One setting of any section in the file of the run is another: it alone is found, and refused where it must be."""
+    config = read_config(tiny.make_config(record, **{**BASE, "scheduler": STEP_LR, "parallel": {}, "ema": {}}))
+    values = plain_config(config)
+    section, path = values, []
+    while not path or (isinstance(section.get(path[-1]), dict) and section[path[-1]]):
+        section = section[path[-1]] if path else section
+        path.append(data.draw(st.sampled_from(sorted(section))))
+    key, now = ".".join(path), section[path[-1]]
+    assume(other != now and not (other is None and now in ({}, [])))
+    section[path[-1]] = other
+    (record / "config.yaml").write_text(to_yaml(values), encoding="utf-8")
+    found = find_changes(record, config)
+    if key in ("training.path", "training.resume", "parallel.rank", "parallel.world_size"):
+        assert found == [], "where it runs is no setting of what is trained"
+        return
+    assert [(change.key, change.old) for change in found] == [(key, other)]
+    fate = Fate.REFUSED if key == OF_THE_RATE else fate_of(key)
+    assert found[0].fate is fate
+    for is_over, is_trial in product((False, True), repeat=2):
+        is_refused = fate is Fate.REFUSED or (is_over and fate is Fate.TRAINS) or (is_trial and fate is not Fate.FREE)
+        with pytest.raises(ConfigError, match=re.escape(key)) if is_refused else nullcontext():
+            refuse(found, record, is_over=is_over, is_trial=is_trial)
 
 
 def test_an_unchanged_configuration_is_no_change(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from everyrank.checkpoint.checkpointer import Checkpointer, LoadedCheckpoint
-from everyrank.checkpoint.folder import new_token
+from everyrank.checkpoint.folder import new_token, said_plainly
 from everyrank.checkpoint.rng import capture_rng
 from everyrank.config.yaml_loader import to_yaml
 from everyrank.errors import CheckpointError, ConfigError
@@ -130,8 +130,14 @@ class Persistence:
             )
 
     def mark_trial(self, number: int | None) -> None:
-        """Note that this run is of one trial of a study; rank 0 calls it."""
-        replace_file(self._run / TRIAL_MARK, json.dumps({"number": number}) + "\n")
+        """Note that this run is of one trial of a study; rank 0 calls it.
+
+        Raises:
+            UnwritableError: It cannot be written.
+        """
+        mark = self._run / TRIAL_MARK
+        with said_plainly(mark):
+            replace_file(mark, json.dumps({"number": number}) + "\n")
 
     def _look(self) -> Start:
         """Find where the run starts, holding the folder if there is one, so that it stays as it is found."""
