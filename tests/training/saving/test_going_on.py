@@ -110,6 +110,20 @@ def test_a_damaged_checkpoint_is_set_aside_and_good_ones_are_kept(tmp_path: Path
     assert {path.name for path in checkpoints.iterdir()} == {"step-00000010", f"damaged-{newest.name}"}
 
 
+def test_of_two_trainers_in_a_process_the_one_that_was_overtaken_does_not_write(tmp_path: Path) -> None:
+    first, reader = make(tmp_path), make(tmp_path)
+    first.run_training(until_epoch=1)
+    second = make(tmp_path)
+    assert second.step == first.step > reader.step
+    first.save_checkpoint()
+    make(tmp_path).run_training()
+    for trainer in (first, second, reader):
+        for call in (trainer.run_training, trainer.save_checkpoint):
+            with pytest.raises(ConfigError, match=r"another trainer of this process has saved .*Fix: "):
+                call()
+    assert counts(tmp_path) == {1: 86}
+
+
 def test_the_same_path_again_goes_on_where_it_was(tmp_path: Path) -> None:
     make(tmp_path / "a", keep_last=9).run_training()
     source = str(tmp_path / "a" / "checkpoints" / "step-00000004")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from functools import cached_property
@@ -32,6 +34,9 @@ from everyrank.training.saving.start import TRIAL_MARK, Start, find_start, make_
 
 logger = get_logger("training")
 
+# The lock is the process's: of two trainers in it, the one that has not seen the other's checkpoints must not write.
+_num_saves: Counter[str] = Counter()
+
 
 class Persistence:
     """Writes checkpoints and ledger together, and finds what to resume from. Every rank has one.
@@ -59,6 +64,8 @@ class Persistence:
         self._run, self._config, self._world, self._device = run, config, world, device
         self._lock: RunLock | None = None
         self._why_not = ""  # why nothing is written, if nothing is
+        self._place = os.path.realpath(run)
+        self._num_saves = _num_saves[self._place]
         training = config.training
         after_save = training.after_save
         self._start = agree(self._look, on=0)
@@ -118,11 +125,17 @@ class Persistence:
         return self._config.is_sharded and self._world.is_distributed
 
     def need_to_write(self, what: str) -> None:
-        """Raise where this run is only read.
+        """Raise where this run is only read, or has gone on without this trainer.
 
         Raises:
             ConfigError: On all ranks.
         """
+        if self._num_saves != _num_saves[self._place]:
+            raise ConfigError(
+                f"{what} was called, but another trainer of this process has saved checkpoints in {self._run} since: "
+                "this one would train on its samples again. Fix: make a new trainer, which goes on from the newest "
+                "checkpoint, or give each a training.path of its own."
+            )
         if self._why_not:
             raise ConfigError(
                 f"{what} was called, but the run's folder {self._run} {self._why_not}. Fix: wait until that run ends "
@@ -203,6 +216,8 @@ class Persistence:
             own = None
         if self.ledger is not None:
             self.ledger.write_pending(step)
+        _num_saves[self._place] += 1
+        self._num_saves = _num_saves[self._place]
         if metric is None and step == self._last_saved:
             metric = self._metric  # the same weights again: what they are worth is known
         rank_state = {"rng": capture_rng(self._device)}
