@@ -75,11 +75,13 @@ def _nothing_is_left(_scratch: Path) -> Iterator[None]:
 
 
 def _idle_engine() -> set[psutil.Process]:
-    """The engine that this process's next launch will use, and the process from which that will fork ranks."""
+    """The engine that this process's next launch will use, and its forkservers: a rank has a session of its own."""
     engines = [child for child in _living_children(psutil.Process()) if "everyrank.elastic.engine" in child.cmdline()]
-    kept = [child for engine in engines for child in _living_children(engine)]
-    if len(engines) == 1 and len(kept) <= 1 and not any(map(_living_children, kept)):
-        return {*engines, *kept}
+    if len(engines) != 1:
+        return set()
+    with contextlib.suppress(psutil.Error, ProcessLookupError):
+        below = engines[0].children(recursive=True)
+        return {engines[0], *(process for process in below if os.getsid(process.pid) == engines[0].pid)}
     return set()
 
 
