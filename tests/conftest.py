@@ -69,7 +69,8 @@ def _nothing_is_left(_scratch: Path) -> Iterator[None]:
         process.kill()
     assert not described, f"processes were left behind: {described}"
     assert _listening_ports() <= ports, f"ports were left open: {_listening_ports() - ports}"
-    # A loader process that a signal ends leaves its folder of sockets: multiprocessing's, not ours to remove.
+    # multiprocessing's folder of a loader process, which that removes when it ends by itself. Those of a rank that is
+    # killed are killed too, and torch kills one that has not ended 5 s after it was told to (a crowded machine).
     left_files = {name for name in set(os.listdir(_scratch)) - files if not name.startswith("pymp-")}
     assert not left_files, f"temporary files were left behind: {left_files}"
 
