@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -23,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 _MARK = "EVERYRANK_TEST_SESSION"
 _SESSION = uuid.uuid4().hex
 _NETWORKED = ("tests/cluster/", "tests/rendezvous/test_two_hosts.py")  # hosts of their own: one set of them at a time
+_STARTS = re.compile(r"run_cli|subprocess|start_on|Popen|launch\(|spawn\(|nbclient|nbformat")
 # Started by the standard library for a whole session, on purpose.
 _SESSION_PROCESSES = ("multiprocessing.resource_tracker",)
 
@@ -130,8 +132,17 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Workers:
     return Workers(config, log)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add ``--quick``."""
+    parser.addoption("--quick", action="store_true", help="only tests in files that start no process")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Begin with what takes long, so that no worker is left alone with it at the end."""
+    if config.getoption("--quick"):
+        starting = {path for path in {item.path for item in items} if _STARTS.search(path.read_text(encoding="utf-8"))}
+        config.hook.pytest_deselected(items=[item for item in items if item.path in starting])
+        items[:] = [item for item in items if item.path not in starting]
     long = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: (not item.nodeid.startswith(_NETWORKED), item.path not in long))  # stable
 
