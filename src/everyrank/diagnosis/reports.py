@@ -10,7 +10,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from everyrank.diagnosis.flight import Collective
-from everyrank.diagnosis.frames import Place, may_wait_in_backward, waits_for_data, waits_in_collective, where
+from everyrank.diagnosis.frames import (
+    Place,
+    is_users_place,
+    may_wait_in_backward,
+    waits_for_data,
+    waits_in_collective,
+    where,
+)
 from everyrank.diagnosis.proc import ProcessFacts, here, look_at
 from everyrank.diagnosis.rank_files import read_json
 
@@ -28,7 +35,7 @@ class Beat:
         seq: How many collectives the rank has begun, over all its groups.
         pid: Its process.
         collective: Its main thread is inside a call of torch.distributed.
-        where: The user's line it was at.
+        where: The user's line it was at; empty where it was at none.
     """
 
     rank: int
@@ -154,7 +161,7 @@ def read_beats(folder: str) -> dict[int, Beat]:
                 seq=int(row["seq"]),
                 pid=int(row["pid"]),
                 collective=bool(row["collective"]),
-                where=str(row["where"]),
+                where=str(row["where"]) if is_users_place(str(row["where"])) else "",
             )
     return beats
 

@@ -47,7 +47,7 @@ _NUM_LOOKS, _LOOK_S = 20, 0.05  # for answers: looks are counted, not seconds, f
 _OLD_S = 60.0  # in a shared folder: what was written longer ago is an earlier launch's
 _ABSENT_S = 4.0  # between two looks: this process itself was stopped, or the machine slept
 _MOST_A_LOOK_S = 2.0  # counts of the time since the look before: what passed while this process was not run is nobody's
-_SURE_AFTER_S = 1.0  # what would end a run is looked at once more
+_SURE_AFTER_S = 1.0  # what would end a run, and was not seen so in the look before, is looked at once more
 
 
 class Watcher:
@@ -206,11 +206,11 @@ class Watcher:
         limit_s = self.config.end_after_s if stall.is_seen else None
         is_due = still_s >= self.config.stall_s
         departed = stall.provable and judge_departure(reports) is not None
-        suspicion = (stall.rank, stall.cause)
+        before, self._suspicion = self._suspicion, (stall.rank, stall.cause)
         if departed or (is_due and stall.provable) or (limit_s is not None and still_s >= limit_s):
-            if departed or suspicion == self._suspicion:
+            if departed or self._suspicion == before:
                 self._end(stall, reports, still_s)
-            self._suspicion, self._ask_at_s = suspicion, still_s + _SURE_AFTER_S
+            self._ask_at_s = still_s + _SURE_AFTER_S
         elif is_due and not self._noticed:
             self._noticed = True
             self._say(notice(stall, reports, still_s))

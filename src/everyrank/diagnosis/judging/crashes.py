@@ -9,7 +9,7 @@ from typing import Any
 
 from everyrank.diagnosis import verdict as causes
 from everyrank.diagnosis.classify import OUT_OF_MEMORY, is_mismatch
-from everyrank.diagnosis.frames import is_users_place, parse_stack, where
+from everyrank.diagnosis.frames import parse_stack, where
 from everyrank.diagnosis.judging.host_signs import judge_lost, on_lost_hosts
 from everyrank.diagnosis.judging.stalls import Stall, judge_departure, judge_stall
 from everyrank.diagnosis.outcome import RankFailure
@@ -213,7 +213,7 @@ class _Case:
         if report is not None and report.ended == "exit" and report.where:
             return report.where
         beat = read_beats(self.folder).get(rank)
-        return beat.where if beat and is_users_place(beat.where) else None
+        return beat.where or None if beat else None
 
     def verdict(self, found: Stall, attempt: int) -> Verdict:
         rank = found.rank
