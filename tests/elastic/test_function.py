@@ -8,9 +8,11 @@ import socket
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import psutil
 import pytest
+from waiting import wait_for
 
 import everyrank
 from conftest import cli_environment
@@ -150,3 +152,24 @@ def test_a_script_from_standard_input_needs_no_main_guard() -> None:
         check=False,
     )
     assert done.stdout.splitlines() == ["[0, 1, 4]", "False"], done.stderr
+
+
+def test_a_caller_that_is_told_to_stop_blames_no_rank(tmp_path: Path) -> None:
+    """As by ``timeout 600 python train.py``: the ranks end because of it, and none of them has failed."""
+    script = """
+        import everyrank, pathlib, sys
+        def waits(folder):
+            import os, signal
+            pathlib.Path(folder, os.environ["RANK"]).touch()
+            signal.pause()
+        try:
+            everyrank.launch(waits, sys.argv[1])
+        except everyrank.EveryrankError as error:
+            print(type(error).__name__, error)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script), str(tmp_path)]
+    process = subprocess.Popen(command, env=cli_environment(), stdout=subprocess.PIPE, text=True)
+    for rank in ("0", "1"):
+        wait_for(tmp_path / rank)
+    process.terminate()
+    assert process.communicate(timeout=60)[0] == "EveryrankError the ranks were ended by SIGTERM\n"

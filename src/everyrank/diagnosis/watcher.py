@@ -137,6 +137,7 @@ class Watcher:
         self._ask_at_s, self._pause_s = _ASK_AFTER_S, _ASK_AFTER_S
         self._noticed, self._ended = False, False
         self._suspicion: tuple[int | None, str] | None = None
+        self._suspected_s = 0.0
         self._hosts = HostWatch(watch_dir(self.run_dir), self.config.lost_after_s)
         self._before: Mapping[int, Report] = {}
 
@@ -204,14 +205,19 @@ class Watcher:
             self._suspicion = None
             return
         limit_s = self.config.end_after_s if stall.is_seen else None
-        is_due = still_s >= self.config.stall_s
         departed = stall.provable and judge_departure(reports) is not None
-        before, self._suspicion = self._suspicion, (stall.rank, stall.cause)
-        if departed or (is_due and stall.provable) or (limit_s is not None and still_s >= limit_s):
-            if departed or self._suspicion == before:
-                self._end(stall, reports, still_s)
+        is_new = self._suspicion != (stall.rank, stall.cause)
+        if is_new:
+            self._suspicion, self._suspected_s = (stall.rank, stall.cause), still_s
+        sure_s = self._suspected_s + self.config.stall_s  # who is stopped for a moment of a long phase goes on
+        is_over = limit_s is not None and still_s >= limit_s
+        if departed or (stall.provable and still_s >= sure_s) or (is_over and not is_new):
+            self._end(stall, reports, still_s)
+        elif is_over:
             self._ask_at_s = still_s + _SURE_AFTER_S
-        elif is_due and not self._noticed:
+        elif stall.provable:
+            self._ask_at_s = min(self._ask_at_s, sure_s)
+        if still_s >= self.config.stall_s and not self._noticed and not self._ended:
             self._noticed = True
             self._say(notice(stall, reports, still_s))
 

@@ -58,8 +58,10 @@ def judge_stall(reports: Mapping[int, Report], earlier: Mapping[int, Report], wo
     gone = [report for report in reports.values() if report.is_gone]
     if gone:
         first = min(gone, key=lambda report: report.time_s)
-        if first.ended not in ("exit", None) or _has_done(first, [reports[rank] for rank in waiting]):
-            return None  # its end is judged as a crash, if it was one; or the others are only slow to go on
+        if first.ended not in ("exit", None):
+            return None  # it raised or aborted: its end is judged as a crash
+        if first.ended and _has_done(first, [reports[rank] for rank in waiting]):
+            return None  # the others are only slow to go on
         return _left(first)
     if len(reports) < world_size:
         return None
