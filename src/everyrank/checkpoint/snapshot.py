@@ -75,7 +75,7 @@ class Snapshot:
 
     def __init__(self) -> None:
         self._buffers: dict[str, _Buffer] = {}
-        self._copied: torch.cuda.Event | None = None
+        self._copied: list[torch.cuda.Event] = []  # one for each GPU that tensors were copied from
 
     def prepare(self, groups: Mapping[str, Tensors]) -> None:
         """Set memory aside for these groups, so that the first ``take`` is as fast as the later ones."""
@@ -87,8 +87,9 @@ class Snapshot:
     def take(self, groups: Mapping[str, Tensors]) -> dict[str, Group]:
         """Copy the tensors. Copies from a GPU are only started; ``synchronize`` waits for them.
 
-        Work that the caller queues on the current stream afterwards, such as the next optimizer step, comes after the
-        copies. Shared, strided and empty tensors are each stored as what they look like.
+        A GPU's tensors are copied on its current stream, which must be the one that wrote them: the copies come after
+        what wrote the tensors, and before what the caller queues there afterwards, such as the next optimizer step.
+        Shared, strided and empty tensors are each stored as what they look like.
 
         Raises:
             CheckpointError: If a tensor cannot be stored.
@@ -96,18 +97,24 @@ class Snapshot:
         self.prepare(groups)
         with torch.no_grad():
             _copy([piece for group, tensors in groups.items() for piece in self._buffers[group].fill(tensors)])
-        self._copied = None
-        if any(tensor.is_cuda for tensors in groups.values() for tensor in tensors.values()):
-            self._copied = torch.cuda.Event()
-            self._copied.record()
+        every = (tensor for tensors in groups.values() for tensor in tensors.values())
+        devices = dict.fromkeys(tensor.device for tensor in every if tensor.is_cuda)
+        # Not of the current device alone: a tensor's copy runs on the stream of the device that the tensor is on.
+        self._copied = [_record(torch.cuda.current_stream(device)) for device in devices]
         return {
             group: Group(header=self._buffers[group].layout.header, data=self._buffers[group].data) for group in groups
         }
 
     def synchronize(self) -> None:
         """Wait until the copies of the last ``take`` are in host memory. May be called from another thread."""
-        if self._copied is not None:
-            self._copied.synchronize()
+        for event in self._copied:
+            event.synchronize()
+
+
+def _record(stream: torch.cuda.Stream) -> torch.cuda.Event:
+    event = torch.cuda.Event(blocking=True)  # the writer's thread must sleep meanwhile: training needs its core
+    event.record(stream)
+    return event
 
 
 def _copy(pieces: list[_Piece]) -> None:
