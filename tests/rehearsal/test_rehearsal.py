@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -9,6 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
+
+import everyrank
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "training" / "programs"))
+
+import tiny
 
 PROGRAMS = Path(__file__).parent / "programs"
 REHEARSED = (sys.executable, "-m", "everyrank.rehearsal", "-n", "2", "--")
@@ -90,6 +97,29 @@ def test_libraries_choose_cuda_by_themselves(tmp_path: Path, library: str) -> No
     assert loss is not None, plain
     for rank in (0, 1):
         assert f"rank {rank} of 2 on cuda:{rank}: 12 steps, loss {loss[1]}" in rehearsed
+
+
+def test_ranks_join_and_train_as_on_gpus(tmp_path: Path) -> None:
+    program = PROGRAMS / "joined.py"
+    output = _run(*REHEARSED, *TORCHRUN, program, tmp_path / "run", cwd=tmp_path)
+    found = sorted((json.loads(text) for text in re.findall(r"FOUND (.*)", output)), key=lambda one: one["rank"])
+    for rank, one in enumerate(found):
+        assert one["backend"] == "cpu:gloo,cuda:nccl"
+        assert one["device"] == f"cuda:{rank}"
+        assert one["interfaces"] == ["lo", "lo"]
+        assert one["agreed"] is True
+        assert set(one["wrong"]) == {"nowhere", "=l"}
+        for value, message in one["wrong"].items():
+            assert f"NCCL_SOCKET_IFNAME={value} was set on " in message
+            assert f"there is no interface {value.lstrip('=')} there, but " in message
+            assert "Fix: unset it (then lo is used, as all ranks are on this machine)" in message
+    assert len(found) == 2
+    with everyrank.join(device="cpu"):
+        config = tiny.make_config(tmp_path / "alone", optimizer_kwargs={"lr": 0.05})
+        trainer = everyrank.TrainerDDP(config=config)
+        trainer.prepare_dataloaders(train_dataset=tiny.make_data(), val_dataset=tiny.make_data(23, seed=1))
+        trainer.run_training()
+    assert found[0]["weight"] == found[1]["weight"] == pytest.approx(trainer.module[0].weight.sum().item(), abs=1e-12)
 
 
 def test_a_sitecustomize_of_the_users_runs_as_well(tmp_path: Path) -> None:

@@ -32,3 +32,32 @@ def test_the_interface_towards_an_address() -> None:
         probe.connect(("192.0.2.1", 9))
         own = probe.getsockname()[0]
     assert interfaces.interface_towards(own) == default[0]  # not lo, though the kernel routes it there
+
+
+@pytest.mark.parametrize(
+    ("value", "towards", "found"),
+    [
+        ("lo", None, ""),
+        ("eth", "node0", ""),  # the beginning of a name
+        ("=eth1,eth0", "node0", ""),
+        ("^lo,docker", "node0", ""),
+        ("=eth", "node0", "there is no interface eth there, but lo, eth0. Did you mean eth0?"),
+        ("ib", "node0", "there is no interface ib there, but lo, eth0."),
+        ("ib0", "node0", "the interface ib0 has no address there; lo, eth0 have"),
+        ("^lo,eth", "node0", "there is no interface besides lo, eth there, but lo, eth0."),
+        ("lo", "node0", "the loopback leads to no other node"),
+    ],
+)
+def test_what_is_set_for_nccl(monkeypatch: pytest.MonkeyPatch, value: str, towards: str | None, found: str) -> None:
+    there = {"lo": ["127.0.0.1"], "eth0": ["192.0.2.7"], "ib0": []}
+    monkeypatch.setattr(interfaces, "interfaces", lambda: there)
+    monkeypatch.setattr(interfaces, "interface_towards", lambda host: "eth0")
+    environ = {"NCCL_SOCKET_IFNAME": value}
+    assert interfaces.wrong_interface(environ, towards) == "", "without nccl nobody reads it"
+    problem = interfaces.wrong_interface(environ, towards, nccl=True)
+    if not found:
+        assert problem == ""
+        return
+    assert found in problem
+    assert problem.startswith(f"NCCL_SOCKET_IFNAME={value} was set on ")
+    assert "Fix: unset it (then " in problem

@@ -103,10 +103,10 @@ def check_settings(environ: Mapping[str, str]) -> Iterator[Check]:
         value = environ.get(name, "")
         if value not in ("", "0", "OFF", "INFO"):
             yield Check(name, "warn", f"{value}: {effect}", f"unset {name}")
-    problem = wrong_interface(environ, None)
+    problem = wrong_interface(environ, None, nccl=num_gpus() > 0)
     if problem:
         found_text, _, fix = problem.partition("Fix: ")
-        yield Check("GLOO_SOCKET_IFNAME", "wrong", found_text.strip(), fix)
+        yield Check(problem.partition("=")[0], "wrong", found_text.strip(), fix)
 
 
 def _said(command: list[str]) -> tuple[int, str]:

@@ -103,7 +103,10 @@ def _hello(environment: ProcessEnvironment, environ: Mapping[str, str], gpu: str
         "everyrank": __version__,
         "gpu": gpu,
         # Which of the two holds is known when all are here.
-        "wrong_interface": {"alone": wrong_interface(environ, None), "among others": wrong_interface(environ, master)},
+        "wrong_interface": {
+            "alone": wrong_interface(environ, None, nccl=bool(gpu)),
+            "among others": wrong_interface(environ, master, nccl=bool(gpu)),
+        },
     }
 
 

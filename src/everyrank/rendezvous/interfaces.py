@@ -87,37 +87,57 @@ def is_loopback_address(address: str) -> bool:
     return address.startswith("127.") or address == "::1"
 
 
-def wrong_interface(environ: Mapping[str, str], towards: str | None) -> str:
-    """Say what is wrong with the interface that the user has set for gloo.
+def wrong_interface(environ: Mapping[str, str], towards: str | None, *, nccl: bool = False) -> str:
+    """Say what is wrong with the interfaces that the user has set for gloo, and for nccl where that is used.
 
     Args:
         environ: Environment variables.
         towards: Host of rank 0 on another machine; None where all ranks are on this one.
+        nccl: Whether nccl is used; gloo always is.
 
     Returns:
         What was set, what was found and how to mend it; empty if nothing is wrong, or not on Linux.
     """
-    value, there = environ.get("GLOO_SOCKET_IFNAME", ""), interfaces()
-    if not value or not there:
-        return ""
+    there = interfaces()
     usable = [name for name, addresses in there.items() if addresses]
-    useless = next((name for name in value.split(",") if name not in usable), None)
-    hint, cure = "", "set one of these"
-    if useless in there:
-        found = f"the interface {useless} has no address there; {', '.join(usable)} have"
-    elif useless is not None:
-        found = f"there is no interface {useless} there, but {', '.join(usable)}"
-        hint = did_you_mean(useless, usable)
-    elif towards is not None and value == loopback_interface():
-        found, cure = "the loopback leads to no other node", "set one that leads to the others"
-    else:
-        return ""
-    right = loopback_interface() if towards is None else interface_towards(towards)
-    why = "as all ranks are on this machine" if towards is None else f"which leads to {towards}"
-    return (
-        f"GLOO_SOCKET_IFNAME={value} was set on {socket.gethostname()}, but {found}.{hint} Fix: unset it"
-        f"{f' (then {right} is used, {why})' if right else ''}, or {cure}."
-    )
+    for variable in ("GLOO_SOCKET_IFNAME", *(["NCCL_SOCKET_IFNAME"] if nccl else [])):
+        value = environ.get(variable, "")
+        if not value or not there:
+            continue
+        chosen, useless = (_named_for_gloo if variable[0] == "G" else _named_for_nccl)(value, usable)
+        hint, cure = "", "set one of these"
+        if useless in there:
+            found = f"the interface {useless} has no address there; {', '.join(usable)} have"
+        elif useless is not None:
+            found = f"there is no interface {useless} there, but {', '.join(usable)}"
+            hint = did_you_mean(useless, usable)
+        elif towards is not None and chosen == [loopback_interface()]:
+            found, cure = "the loopback leads to no other node", "set one that leads to the others"
+        else:
+            continue
+        right = loopback_interface() if towards is None else interface_towards(towards)
+        why = "as all ranks are on this machine" if towards is None else f"which leads to {towards}"
+        return (
+            f"{variable}={value} was set on {socket.gethostname()}, but {found}.{hint} Fix: unset it"
+            f"{f' (then {right} is used, {why})' if right else ''}, or {cure}."
+        )
+    return ""
+
+
+def _named_for_gloo(value: str, usable: list[str]) -> tuple[list[str], str | None]:
+    """Return the interfaces that a value names, and the first name in it that is of no use."""
+    names = value.split(",")
+    return names, next((name for name in names if name not in usable), None)
+
+
+def _named_for_nccl(value: str, usable: list[str]) -> tuple[list[str], str | None]:
+    """As for gloo, but names are beginnings of names, or whole ones after ``=``, or those to leave out after ``^``."""
+    excludes = value.startswith("^")
+    exact = value.removeprefix("^").startswith("=")
+    names = value.removeprefix("^").removeprefix("=").split(",")
+    fit = [one for one in usable if any(one == name if exact else one.startswith(name) for name in names)]
+    chosen = [one for one in usable if one not in fit] if excludes else fit
+    return chosen, None if chosen else (f"besides {', '.join(names)}" if excludes else names[0])
 
 
 def machine_identity() -> str:

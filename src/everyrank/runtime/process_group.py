@@ -78,7 +78,8 @@ def join(
         LaunchEnvironmentError: The launcher's variables are half-set or contradict each other.
         ConfigError: The device or backend does not exist here.
         RendezvousError: The master is unreachable, its port is taken, ranks are missing at the timeout or do not fit
-            together or cannot reach each other, or GLOO_SOCKET_IFNAME names an interface that cannot carry the run.
+            together or cannot reach each other, or GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME names an interface that
+            cannot carry the run.
         ProcessGroupError: This process is in a group already.
 
     Of these the first three are a person's mistakes: a script that does not catch them ends with the message alone,
