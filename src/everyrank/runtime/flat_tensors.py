@@ -17,11 +17,14 @@ def send_from_main(tensors: Sequence[Tensor]) -> None:
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return
     with torch.no_grad():
-        for bucket in flat_buckets([(tensor, tensor) for tensor in tensors]):
-            flat = torch.cat([as_real(tensor).reshape(-1) for tensor, _ in bucket])
+        # As bytes, so that tensors of all types travel in one message.
+        for bucket in flat_buckets([(tensor.contiguous().view(-1).view(torch.uint8), tensor) for tensor in tensors]):
+            sizes = [data.numel() for data, _ in bucket]
+            flat = torch.cat([data for data, _ in bucket])
             dist.broadcast(flat, src=0)
-            for (tensor, _), sent in zip(bucket, split_flat(flat, [t for t, _ in bucket]), strict=True):
-                tensor.copy_(sent)
+            for (_, tensor), sent in zip(bucket, flat.split(sizes), strict=True):
+                # A copy: a part may begin where its type may not.
+                tensor.copy_(sent.clone().view(tensor.dtype).view(tensor.shape))
 
 
 def flat_buckets(pairs: Sequence[tuple[Tensor, Tensor]]) -> Iterator[list[tuple[Tensor, Tensor]]]:
