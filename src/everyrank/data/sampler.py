@@ -8,7 +8,8 @@ for code that uses ``DistributedSampler``.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +60,13 @@ def split_evenly(start: int, stop: int, rank: int, world_size: int) -> tuple[int
     return begin, begin + size + (rank < extra)
 
 
+def split_in_proportion(start: int, stop: int, rank: int, shares: Sequence[float]) -> tuple[int, int]:
+    """Return this rank's contiguous part of ``start .. stop``, in proportion to its share, to within one."""
+    whole = sum(shares)
+    begin, end = (start + round((stop - start) * (sum(shares[:n]) / whole)) for n in (rank, rank + 1))
+    return begin, stop if rank == len(shares) - 1 else end
+
+
 class GlobalBatchSampler(Sampler[list[int]]):
     """Yields, for each global batch of an epoch, the samples of this rank.
 
@@ -82,6 +90,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
         seed: Seed of the permutation, the same on all ranks.
         shuffle: If false, samples come in the order of the dataset.
         drop_last: Leave out an epoch's last global batch if it is short.
+        shares: A positive number for each rank, in proportion to which they share a global batch; None: evenly.
 
     Raises:
         DataError: If a number is out of range, or nothing would be left of an epoch.
@@ -102,6 +111,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
         seed: int = 0,
         shuffle: bool = True,
         drop_last: bool = False,
+        shares: Sequence[float] | None = None,
     ) -> None:
         check_rank(rank, world_size)
         self.permutation = GlobalPermutation(num_samples, seed=seed, shuffle=shuffle)
@@ -110,6 +120,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
         self.world_size = world_size
         self.seed = seed
         self.drop_last = drop_last
+        self.set_shares(shares)
         self._set_global_batch_size(global_batch_size)
         self._epoch = 0
         self._position = 0
@@ -123,6 +134,23 @@ class GlobalBatchSampler(Sampler[list[int]]):
                 f"{self.num_samples} samples. Set drop_last=False or a global_batch_size of at most {self.num_samples}."
             )
         self.global_batch_size = global_batch_size
+
+    @property
+    def shares(self) -> list[float] | None:
+        """The numbers in proportion to which the ranks share a global batch; None: evenly."""
+        return self._shares
+
+    def set_shares(self, shares: Sequence[float] | None) -> None:
+        """Let the ranks share global batches otherwise. Call it between epochs, on all ranks with the same numbers.
+
+        Raises:
+            DataError: If there is not one positive number for each rank.
+        """
+        if shares is not None and (len(shares) != self.world_size or not all(0 < n < math.inf for n in shares)):
+            raise DataError(
+                f"shares={list(shares)} was given for {self.world_size} ranks; it must be one positive number for each."
+            )
+        self._shares = None if shares is None else list(shares)
 
     @property
     def epoch(self) -> int:
@@ -164,7 +192,10 @@ class GlobalBatchSampler(Sampler[list[int]]):
             raise IndexError(f"global batch {batch} was asked for, but an epoch has {len(self)}")
         global_start = batch * self.global_batch_size
         global_stop = min(global_start + self.global_batch_size, self.num_samples)
-        start, stop = split_evenly(global_start, global_stop, self.rank, self.world_size)
+        if self._shares is None:
+            start, stop = split_evenly(global_start, global_stop, self.rank, self.world_size)
+        else:
+            start, stop = split_in_proportion(global_start, global_stop, self.rank, self._shares)
         return Share(start, stop, global_start, global_stop)
 
     def loss_weight(self, batch: int) -> float:

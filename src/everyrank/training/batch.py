@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,23 +14,63 @@ from torch.nn.utils.rnn import PackedSequence
 from everyrank.data.containers import is_graph, map_tensors
 
 
-def make_mover(device: torch.device, dtype: torch.dtype | None) -> Callable[[Any], Any] | None:
+def make_converter(device: torch.device, dtype: torch.dtype | None, channels_last: bool) -> Callable[[Tensor], Tensor]:
+    """Return a function that moves a tensor to ``device`` and, if it is floating-point, casts it to ``dtype``.
+
+    Args:
+        device: Where to.
+        dtype: The type, or None.
+        channels_last: Whether a four-dimensional tensor (N, C, H, W) is laid out with its channels last.
+    """
+
+    def convert(tensor: Tensor) -> Tensor:
+        wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+        tensor = tensor.to(device, wanted, non_blocking=True)
+        return tensor.contiguous(memory_format=torch.channels_last) if channels_last and tensor.dim() == 4 else tensor
+
+    return convert
+
+
+def make_mover(
+    device: torch.device, dtype: torch.dtype | None, channels_last: bool = False
+) -> Callable[[Any], Any] | None:
     """Return a function that moves a batch to ``device`` and casts its floating-point tensors to ``dtype``.
 
     Returns:
         None if there is nothing to do, so that the step need not ask.
     """
-    if device.type == "cpu" and dtype is None:
+    if device.type == "cpu" and dtype is None and not channels_last:
         return None
-
-    def convert(tensor: Tensor) -> Tensor:
-        wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-        return tensor.to(device, wanted, non_blocking=True)
+    convert = make_converter(device, dtype, channels_last)
 
     def move(item: Any) -> Any:
         return item.to(device) if callable(getattr(item, "to", None)) else item
 
     return lambda batch: map_tensors(batch, convert, move)
+
+
+def is_there(tensor: Tensor, device: torch.device) -> bool:
+    """Tell whether a tensor is on ``device``; one without an index is any of its kind."""
+    return tensor.device.type == device.type and device.index in (None, tensor.device.index)
+
+
+def place_criterion(criterion: Any, device: torch.device, dtype: torch.dtype | None, *, in_place: bool) -> Any:
+    """Return a criterion whose buffers and parameters (weights of classes, say) are where the batches go.
+
+    Args:
+        criterion: Any callable; only a module is looked at.
+        device: Where the batches go.
+        dtype: Type of the batches' floating-point tensors; None leaves it.
+        in_place: Move the module itself; else a copy of it, if there is anything to change.
+    """
+    if not isinstance(criterion, nn.Module):
+        return criterion
+    if all(
+        is_there(tensor, device) and (not tensor.is_floating_point() or dtype in (None, tensor.dtype))
+        for tensor in (*criterion.parameters(), *criterion.buffers())
+    ):
+        return criterion
+    return (criterion if in_place else copy.deepcopy(criterion)).to(device=device, dtype=dtype)
 
 
 def make_apply(module: nn.Module, batch: Any) -> Callable[[nn.Module, Any], Any]:

@@ -11,11 +11,13 @@ from torch import nn
 from everyrank.config.resolve import construct
 from everyrank.errors import ConfigError
 from everyrank.runtime.world import World
+from everyrank.training.batch import place_criterion
 from everyrank.training.config import CompileConfig, SchedulerConfig, TrainerConfig, TrainingConfig
 from everyrank.training.config_data import EvaluatorConfig
 from everyrank.training.decisions.early_stopping import DefaultEarlyStopping
 from everyrank.training.ema import WeightAverage
 from everyrank.training.evaluation.evaluators import DefaultTester, DefaultValidator
+from everyrank.training.hardware.kernels import fused_if_possible
 from everyrank.training.parallel.local_updates import make_local_updates
 from everyrank.training.parallel.wrapping import powersgd_of, prepare_module, wrap
 from everyrank.training.parameter_groups import Frozen, optimizer_groups
@@ -71,6 +73,8 @@ def build_model(config: TrainerConfig, world: World, device: torch.device) -> nn
         raise ConfigError(f"model.type gave a {type(module).__name__}; it must give a torch.nn.Module.")
     dtype = DTYPES[config.training.dtype] if config.training.dtype else None
     module = module.to(device=None if config.is_sharded else device, dtype=dtype)
+    if config.training.channels_last:
+        _put_channels_last(module)
     module = prepare_module(module, config.parallel, world, device)
     if config.training.compile:
         options = config.training.compile
@@ -78,6 +82,12 @@ def build_model(config: TrainerConfig, world: World, device: torch.device) -> nn
         # In place, so that names in the state stay those of the bare model.
         module.compile(mode=given.mode, dynamic=given.dynamic, fullgraph=given.fullgraph, backend=given.backend)
     return module
+
+
+def _put_channels_last(module: nn.Module) -> None:
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.dim() == 4:
+            tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
 
 
 def build_optimizer(module: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
@@ -92,6 +102,7 @@ def build_optimizer(module: nn.Module, config: TrainingConfig) -> torch.optim.Op
         )
     kind, args, kwargs = config.optimizer_type, config.optimizer_args, config.optimizer_kwargs
     groups = optimizer_groups(module, config.parameter_groups)
+    kwargs = {**fused_if_possible(kind, config, module), **kwargs}
     return construct("training.optimizer_type", kind, groups, *args, **kwargs)
 
 
@@ -163,7 +174,7 @@ def _build_evaluator(
     where = device if given.device is None else resolve_device(given.device, world, f"{key}.device")
     precision = config.training.mixed_precision
     return kind(
-        make_criterion(config),
+        make_criterion(config, device),
         where,
         *given.args,
         world=world,
@@ -172,20 +183,22 @@ def _build_evaluator(
         on=on,
         dtype=DTYPES[config.training.dtype] if config.training.dtype else None,
         autocast=AUTOCAST[precision] if precision else None,
+        channels_last=config.training.channels_last,
         **given.kwargs,
     )
 
 
-def make_criterion(config: TrainerConfig) -> Any:
-    """Return the criterion; a class is made an object first.
+def make_criterion(config: TrainerConfig, device: torch.device) -> Any:
+    """Return the criterion, a module's buffers and parameters on the device; a class is made an object first.
 
     Raises:
         ConfigError: If the class needs arguments.
     """
+    dtype = DTYPES[config.training.dtype] if config.training.dtype else None
     if not isinstance(config.criterion, type):
-        return config.criterion
+        return place_criterion(config.criterion, device, dtype, in_place=True)
     try:
-        return config.criterion()
+        return place_criterion(config.criterion(), device, dtype, in_place=True)
     except TypeError as error:
         raise ConfigError(
             f"criterion is the class {config.criterion.__name__}, which cannot be made without arguments ({error}). "

@@ -19,7 +19,7 @@ from everyrank.training.config_data import (
     TestingConfig,
     ValidationConfig,
 )
-from everyrank.training.parallel.config import ParallelConfig
+from everyrank.training.parallel.config import ParallelConfig, against_local_updates
 from everyrank.training.parameter_groups import FrozenConfig, ParameterGroupConfig
 
 
@@ -121,6 +121,27 @@ class TrainingConfig(LoaderConfig):
     )
     ema: EMAConfig | None = field(default=None, doc="Keep a moving average of the weights; null: none.")
     shuffle: Bool = field(default=True, doc="A new order of the samples each epoch, the same whatever the world size.")
+    tf32: Bool | None = field(
+        default=None,
+        doc="Let CUDA compute float32 matrix products and convolutions in TF32 (10 bits of mantissa, several times as "
+        "fast); null leaves PyTorch's choice. It holds while the trainer works.",
+    )
+    cudnn_benchmark: Bool | None = field(
+        default=None,
+        doc="Let cuDNN measure its algorithms once for each shape and take the fastest, which may differ from run to "
+        "run; null leaves PyTorch's choice. It holds while the trainer works.",
+    )
+    channels_last: Bool = field(
+        default=False,
+        doc="Lay out the model's and the batches' four-dimensional tensors with channels last, as a GPU's convolutions "
+        "in half precision want them.",
+    )
+    gc_every_steps: Int | None = field(
+        default=None,
+        ge=1,
+        doc="Collect Python's garbage after every n-th optimizer step, on all ranks at once, and never in between; "
+        "what lives after warm-up is left out. null leaves it to Python.",
+    )
     nan_policy: Literal["stop", "skip", "continue"] = field(
         default="stop",
         doc="When a loss is not finite: `stop` the run, `skip` the optimizer step (looks at every step's gradients), "
@@ -302,31 +323,19 @@ def _contradictions(config: TrainerConfig) -> list[str]:
             and getattr(training.scheduler.type, "__name__", "") == "ReduceLROnPlateau",
             "training.scheduler.interval: found 'step', but ReduceLROnPlateau needs a validation result; use 'epoch'.",
         ),
-        *(
-            (
-                fsdp2 and section.on == "rank0",
-                f"{name}.on: found 'rank0', but with parallel.strategy fsdp2 no rank holds the whole model; use 'all'.",
-            )
-            for name, section in (("validation", config.validation), ("testing", config.testing))
-        ),
         (
-            fsdp2 and training.mixed_precision == "fp16",
-            "training.mixed_precision: found 'fp16', which parallel.strategy fsdp2 does not scale; use 'bf16'.",
-        ),
-        (
-            fsdp2 and parallel.comm_hook is not None,
-            "parallel.comm_hook: it compresses DDP's gradients; with parallel.strategy fsdp2 leave it null.",
-        ),
-        (
-            fsdp2 and parallel.sync_batchnorm,
-            "parallel.sync_batchnorm: only with parallel.strategy ddp; with fsdp2 use layers without batch statistics.",
+            parallel.shares == "measured" and (fsdp2 or bool(training.compile)),
+            "parallel.shares: found 'measured', but a rank's own time cannot be told where its forward pass "
+            f"{'gathers parameters (parallel.strategy fsdp2)' if fsdp2 else 'is compiled (training.compile)'}; give a "
+            "list of numbers, or even.",
         ),
         (
             config.data is not None and min(config.data.split) < 0,
             "data.split: its three numbers must not be negative.",
         ),
     ]
-    rules += _against_local_updates(parallel)
+    rules += against_local_updates(parallel)
+    rules += _against_fsdp2(config) if fsdp2 else []
     for name in ("training", "validation", "testing"):
         part = getattr(config, name)
         rules.append(
@@ -339,28 +348,31 @@ def _contradictions(config: TrainerConfig) -> list[str]:
     return [message for broken, message in rules if broken] + config.model.problems()
 
 
-def _against_local_updates(parallel: ParallelConfig) -> list[tuple[bool, str]]:
-    """Return what does not go with ``parallel.local_updates``: what would send something in each step."""
-    if parallel.local_updates is None:
-        return []
+def _against_fsdp2(config: TrainerConfig) -> list[tuple[bool, str]]:
+    """Return what does not go with a sharded model."""
+    training, parallel = config.training, config.parallel or ParallelConfig()
     return [
+        *(
+            (
+                section.on == "rank0",
+                f"{name}.on: found 'rank0', but with parallel.strategy fsdp2 no rank holds the whole model; use 'all'.",
+            )
+            for name, section in (("validation", config.validation), ("testing", config.testing))
+        ),
         (
-            parallel.strategy == "fsdp2",
-            "parallel.local_updates: every rank needs a whole model, but parallel.strategy is 'fsdp2'; use 'ddp'.",
+            training.mixed_precision == "fp16",
+            "training.mixed_precision: found 'fp16', which parallel.strategy fsdp2 does not scale; use 'bf16'.",
         ),
         (
             parallel.comm_hook is not None,
-            f"parallel.comm_hook: found {parallel.comm_hook!r}, but with parallel.local_updates no gradients travel; "
-            "leave it null, and set parallel.local_updates.compress to 'bf16' to send less.",
+            "parallel.comm_hook: it compresses DDP's gradients; with parallel.strategy fsdp2 leave it null.",
         ),
         (
             parallel.sync_batchnorm,
-            "parallel.sync_batchnorm: found true, but it sends statistics in each step, which parallel.local_updates "
-            "is there to avoid; set it to false, or use layers without batch statistics (LayerNorm, GroupNorm).",
+            "parallel.sync_batchnorm: only with parallel.strategy ddp; with fsdp2 use layers without batch statistics.",
         ),
         (
-            parallel.static_graph or parallel.find_unused_parameters,
-            "parallel.static_graph and parallel.find_unused_parameters: they are DDP's, which parallel.local_updates "
-            "does without; leave them out.",
+            training.channels_last,
+            "training.channels_last: parallel.strategy fsdp2 shards rows of plain tensors only; leave it false.",
         ),
     ]

@@ -90,7 +90,11 @@ class LoaderConfig:
     """What the sections ``training``, ``validation`` and ``testing`` say of a loader."""
 
     num_workers: Int = field(default=0, ge=0, doc="Loader processes per rank.")
-    pin_memory: Bool = field(default=False, doc="Load into page-locked memory (has an effect with CUDA only).")
+    pin_memory: Bool | None = field(
+        default=None,
+        doc="Load into page-locked memory, from which copies to a GPU run beside its work; null: if the batches go to "
+        "a GPU. Elsewhere it has no effect.",
+    )
     drop_last: Bool = field(
         default=False, doc="Leave out the last global batch if it is short; otherwise each sample counts."
     )

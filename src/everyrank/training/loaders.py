@@ -34,6 +34,7 @@ def build_loader(
     shuffle: bool,
     collate_fn: Callable[[list[Any]], Any] | None = None,
     drop_last: bool | None = None,
+    device: torch.device,
 ) -> Any:
     """Return a loader of this rank's shares of global batches.
 
@@ -47,6 +48,7 @@ def build_loader(
         shuffle: Whether each epoch has a new order.
         collate_fn: Makes a batch of a list of samples.
         drop_last: Whether a short last batch is left out; None: as the options say.
+        device: Where the batches go.
     """
     sampler = GlobalBatchSampler(
         num_samples(dataset),
@@ -61,7 +63,7 @@ def build_loader(
         dataset,
         sampler,
         num_workers=options.num_workers,
-        pin_memory=options.pin_memory and torch.cuda.is_available(),
+        pin_memory=device.type == "cuda" and options.pin_memory is not False,
         prefetch_factor=options.prefetch_factor,
         collate_fn=collate_fn,
     )
@@ -171,6 +173,7 @@ def prepare_loaders(
     global_batch_size: int,
     datasets: tuple[Any, Any, Any],
     collate_fn: Callable[[list[Any]], Any] | None,
+    devices: tuple[torch.device, torch.device, torch.device],
 ) -> tuple[Any, Any, Any]:
     """Return loaders of training, validation and test data; None for a part without data.
 
@@ -180,6 +183,7 @@ def prepare_loaders(
         global_batch_size: Samples of a global training batch over all ranks.
         datasets: The three datasets; the second and third may be None or empty.
         collate_fn: Makes a batch of a list of samples; None for the usual one.
+        devices: Where the batches of each go.
 
     Raises:
         DataError: If the training data are empty, or there are no data at all.
@@ -205,7 +209,7 @@ def prepare_loaders(
         ("Test", config.testing, evaluation_size(config.testing.batch_size, testers), testers),
     )
     loaders: list[Any] = []
-    for dataset, (name, options, size, ranks) in zip(datasets, plans, strict=True):
+    for dataset, device, (name, options, size, ranks) in zip(datasets, devices, plans, strict=True):
         if dataset is None or num_samples(dataset) == 0:
             loaders.append(None)
             continue
@@ -220,6 +224,7 @@ def prepare_loaders(
             seed=training.seed,
             shuffle=options is training and training.shuffle,
             collate_fn=collate_fn,
+            device=device,
         )
         loaders.append(loader)
     return loaders[0], loaders[1], loaders[2]

@@ -135,6 +135,7 @@ class EpochLoop:
         iterator = iter(loader)
         if self.world.world_size > 1:
             iterator = self._timed = TimedBatches(iterator)
+        iterator = step.feed.of(loader, iterator)
         self._since_s, self._trained_s, next_sync = time.monotonic(), 0.0, self._next_sync()
         while batch < end:
             if batch + every < num_batches:

@@ -63,6 +63,18 @@ def notice_differences(config: TrainerConfig, world: World) -> None:
             )
 
 
+def training_device(config: TrainerConfig, world: World) -> torch.device:
+    """Return the device to train on, and make it the current one: streams and events are the current device's.
+
+    Raises:
+        ConfigError: As ``resolve_device``.
+    """
+    device = resolve_device(config.training.device, world)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
 def resolve_device(name: str, world: World, key: str = "training.device") -> torch.device:
     """Return the device that ``name`` means on this rank.
 
@@ -83,6 +95,11 @@ def resolve_device(name: str, world: World, key: str = "training.device") -> tor
                 f"{key} is {name!r}, but each rank has its own GPU ({world.device} here). Set it to cuda."
             )
         device = world.device if device.index is None and world.device.type == "cuda" else device
+        if (device.index or 0) >= (visible := torch.cuda.device_count()):
+            raise ConfigError(
+                f"{key} is {name!r}, but {visible} GPU{'s are' if visible != 1 else ' is'} visible to this process. "
+                "Fix: set it to auto or cuda, or widen CUDA_VISIBLE_DEVICES."
+            )
         return torch.device("cuda", device.index or 0)
     if world.is_distributed and world.backend == "nccl" and dist.get_backend() == "nccl":
         raise ConfigError(f"{key} is {name!r}, but the process group's backend is nccl. Join with backend='gloo'.")

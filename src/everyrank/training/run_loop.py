@@ -23,6 +23,7 @@ from everyrank.training.evaluation.evaluators import DefaultValidator, Evaluatio
 from everyrank.training.failures import SignalNoticed
 from everyrank.training.loaders import sampler_of
 from everyrank.training.loop import EpochLoop, Position
+from everyrank.training.parallel.shares import SpeedMeter
 from everyrank.training.saving.ledger import Ledger
 from everyrank.training.shared_model import Evaluation
 from everyrank.training.step import TrainStep, step_by_results
@@ -50,6 +51,7 @@ class RunLoop:
         stopped_early: Whether early stopping has ended the run.
         watch: Notices signals; None: they are not looked for.
         until_step: Save after this step and end the program; None: go on to the end.
+        meter: Shares the batches of each epoch by the ranks' speed in the last; None: they are shared as they are.
     """
 
     config: TrainerConfig
@@ -65,6 +67,7 @@ class RunLoop:
     stopped_early: bool = False
     watch: PreemptionWatch | None = None
     until_step: int | None = None
+    meter: SpeedMeter | None = None
     _failure: str = field(default="", init=False)
     _sync_every: int = field(default=1, init=False)
 
@@ -212,6 +215,8 @@ class RunLoop:
             position.epoch += 1
             position.loss_sum, position.num_samples = 0.0, 0
             sampler.set_epoch(position.epoch)
+            if self.meter is not None:
+                self.meter.new_epoch(self.world)
         self.stopped_early = verdict.stop
         if is_due or verdict.improved or verdict.stop:
             self.save(values.get(training.best_metric))

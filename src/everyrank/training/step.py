@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from everyrank.checkpoint.rng import capture_rng, restore_rng
 from everyrank.errors import ConfigError
-from everyrank.training.batch import make_apply, make_mover
+from everyrank.training.batch import make_apply
 from everyrank.training.config import TrainerConfig
 from everyrank.training.decisions.criterion import look_at_criterion
+from everyrank.training.hardware.feeding import Feed
 from everyrank.training.parallel.wrapping import recording, records_its_graph, without_sync
 from everyrank.training.parts import Parts
 from everyrank.training.saving.finite import FiniteWeights
@@ -35,6 +36,9 @@ class TrainStep:
         criterion: ``(output, data)`` to the mean loss over the samples of the batch.
         config: The whole configuration.
         device: Where the model is.
+
+    Attributes:
+        feed: Makes a loader's batches ready for the step.
     """
 
     def __init__(
@@ -57,7 +61,8 @@ class TrainStep:
             if type(self.optimizer).zero_grad is torch.optim.Optimizer.zero_grad
             else self.optimizer.zero_grad
         )
-        self._move = make_mover(device, DTYPES[training.dtype] if training.dtype else None)
+        self.feed = Feed(device, DTYPES[training.dtype] if training.dtype else None, training.channels_last)
+        self._move = self.feed.move
         self._autocast = AUTOCAST[training.mixed_precision] if training.mixed_precision else None
         clips = training.clip_grad_norm or training.clip_grad_value
         own_ways = (training.mixed_precision, clips, training.nan_policy == "skip")
@@ -68,7 +73,7 @@ class TrainStep:
         """Take one optimizer step.
 
         Args:
-            batches: Where the next batches come from; one is taken for each weight.
+            batches: Where the next batches come from (see ``feed``); one is taken for each weight.
             weights: For each batch ``num_local * world_size / num_global``.
 
         Returns:

@@ -20,15 +20,18 @@ from everyrank.training.decisions.judge import Judge
 from everyrank.training.decisions.pruning import has_trial, report_and_prune
 from everyrank.training.evaluation.evaluators import EvaluationResult
 from everyrank.training.failures import SignalNoticed
+from everyrank.training.hardware.garbage import collecting_every
+from everyrank.training.hardware.kernels import chosen_kernels
 from everyrank.training.loaders import at_work, build_loader, prepare_loaders, sampler_of, three_parts
 from everyrank.training.loop import Position
 from everyrank.training.parallel.own_state import pack_own
-from everyrank.training.placement import notice_differences, resolve_device, resolve_world, run_folder
+from everyrank.training.parallel.shares import SpeedMeter, given_shares, is_measured
+from everyrank.training.placement import notice_differences, resolve_world, run_folder, training_device
 from everyrank.training.run_loop import RunLoop
 from everyrank.training.saving.changes import apply_changes, hyperparameters
 from everyrank.training.saving.persistence import Persistence
 from everyrank.training.saving.reload import load_model
-from everyrank.training.saving.replay import replay_if_asked
+from everyrank.training.saving.replay import is_one_rank, replay_if_asked
 from everyrank.training.saving.state import pack, put_foreign, unpack
 from everyrank.training.seeding import seed_rank
 from everyrank.training.shared_model import Evaluation
@@ -78,7 +81,8 @@ class TrainerDDP:
         training = self.config.training
         self.world = resolve_world(rank, world, self.config)
         notice_differences(self.config, self.world)
-        self.device = resolve_device(training.device, self.world)
+        self.device = training_device(self.config, self.world)
+        self._shares = None if is_one_rank() else given_shares(self.config.parallel, self.world.world_size)
         self.early_stopping = build.build_early_stopping(self.config)
         self.validator = build.build_validator(self.config, self.world, self.device)
         self.tester = build.build_tester(self.config, self.world, self.device)
@@ -87,7 +91,7 @@ class TrainerDDP:
         self.scheduler, self.ema = parts.scheduler, parts.ema
         self.run, self.history = run_folder(self.config), History(None)
         self._persistence = Persistence(self.run, self.config, self.world, self.device)
-        self._step = TrainStep(parts, build.make_criterion(self.config), self.config, self.device)
+        self._step = TrainStep(parts, build.make_criterion(self.config, self.device), self.config, self.device)
         self._evaluation = Evaluation(parts, self.world)
         self._position = Position()
         self._loop = RunLoop(
@@ -149,7 +153,8 @@ class TrainerDDP:
             DataError: If no data are given or configured, or the dataset or the training data are empty.
         """
         datasets = three_parts(self.config, dataset, split, (train_dataset, val_dataset, test_dataset))
-        self._loaders = prepare_loaders(self.config, self.world, self.global_batch_size, datasets, collate_fn)
+        devices = (self.device, self.validator.device, self.tester.device)
+        self._loaders = prepare_loaders(self.config, self.world, self.global_batch_size, datasets, collate_fn, devices)
         return self._loaders
 
     def run_training(
@@ -187,7 +192,11 @@ class TrainerDDP:
         with ExitStack() as stack:
             observers = stack.enter_context(Observers.of(self.config, self.run, self.world, sampler, self.step))
             stack.callback(self._persistence.settle)
+            stack.enter_context(chosen_kernels(self.config.training, self.device))
+            stack.enter_context(collecting_every(self.config.training.gc_every_steps, self.optimizer))
             stack.enter_context(at_work(train_loader, val_loader))
+            meter = SpeedMeter.of(self.config, self._parts, sampler, self.device, self.world)
+            self._loop.meter = stack.enter_context(meter)
             self._loop.watch = stack.enter_context(PreemptionWatch()) if self.config.training.handle_signals else None
             try:
                 self.model.train()
@@ -225,7 +234,7 @@ class TrainerDDP:
         if loader is None:
             raise DataError("There is no test data: the split leaves none, or no test_dataset was given.")
         self.tester.step = self.step
-        with at_work(loader):
+        with at_work(loader), chosen_kernels(self.config.training, self.tester.device):
             result = self._evaluation.evaluate(self.tester, loader, self._position, self.config.test_on == "all")
         self.tester.report(result)
         self.history.add_other("test", {"step": self.step, **result.as_dict()})
@@ -258,8 +267,9 @@ class TrainerDDP:
             seed=self.config.training.seed,
             shuffle=False,
             drop_last=False,
+            device=self.tester.device,
         )
-        with at_work(loader):
+        with at_work(loader), chosen_kernels(self.config.training, self.tester.device):
             return self._evaluation.predict(self.tester, loader, function, self._position)
 
     def start_from(
@@ -314,6 +324,8 @@ class TrainerDDP:
         if before is not sampler and before.position > 0:  # another loader in the middle of an epoch
             sampler.load_state_dict(before.state_dict())
         self._train_loader = train_loader
+        if self._shares is not None:
+            sampler.set_shares(self._shares)
         saved, self._resume_from = self._resume_from, None
         if saved is None and self._is_foreign:
             every = self.config.training.accumulation_steps
@@ -330,6 +342,8 @@ class TrainerDDP:
             return
         sampler.load_state_dict(saved.state["sampler"])
         self._persistence.say_what_changed(sampler.global_batch_size)
+        if is_measured(self.config.parallel, self.world) and saved.world_size == self.world.world_size:
+            sampler.set_shares(saved.state["shares"])
         if saved.world_size == self.world.world_size:
             restore_rng(saved.rank_states[self.world.rank]["rng"], self.device)
         else:
@@ -347,6 +361,7 @@ class TrainerDDP:
             self._position,
             {
                 "sampler": sampler_of(self._train_loader, "the training loader").state_dict(),
+                "shares": sampler_of(self._train_loader, "the training loader").shares,
                 "history": self.history.state_dict(),
                 "best": self._loop.judge.best,
                 "stopped_early": self._loop.stopped_early,

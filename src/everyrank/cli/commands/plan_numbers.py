@@ -15,6 +15,7 @@ from everyrank.training.build import build_optimizer, build_scheduler
 from everyrank.training.config import TrainerConfig
 from everyrank.training.parallel.config import ParallelConfig
 from everyrank.training.parallel.local_updates import build_outer_optimizer
+from everyrank.training.parallel.shares import given_shares
 from everyrank.training.step import DTYPES
 
 MOST_SIMULATED = 200_000  # scheduler steps that are walked through, a few microseconds each
@@ -82,7 +83,8 @@ def compute(config: TrainerConfig, num_samples: int, world_size: int) -> Numbers
     fractions = config.data.split if config.data is not None else [0.8, 0.1, 0.1]
     num_train, num_validation, num_test = split_sizes(num_samples, fractions)
     global_batch = training.global_batch_size or (training.batch_size or 1) * world_size
-    batches, last, epoch_per_rank = _epoch(num_train, global_batch, world_size, training.drop_last)
+    shares = given_shares(config.parallel, world_size)
+    batches, last, epoch_per_rank = _epoch(num_train, global_batch, world_size, training.drop_last, shares)
     steps_per_epoch = -(-batches // training.accumulation_steps)
     num_steps = training.num_steps or steps_per_epoch * (training.num_epochs or 0)
     num_epochs = training.num_epochs or num_steps // max(steps_per_epoch, 1)
@@ -118,7 +120,9 @@ def compute(config: TrainerConfig, num_samples: int, world_size: int) -> Numbers
     )
 
 
-def _epoch(num_train: int, global_batch: int, world_size: int, drop_last: bool) -> tuple[int, int, tuple[int, int]]:
+def _epoch(
+    num_train: int, global_batch: int, world_size: int, drop_last: bool, shares: list[float] | None
+) -> tuple[int, int, tuple[int, int]]:
     """Batches of an epoch, samples of its last one, and the fewest and most samples of an epoch on one rank.
 
     A rank's share of whole batches is the same in each of them, so two batches tell the epoch.
@@ -135,6 +139,7 @@ def _epoch(num_train: int, global_batch: int, world_size: int, drop_last: bool) 
             world_size=world_size,
             shuffle=False,
             drop_last=drop_last,
+            shares=shares,
         )
         batches = len(sampler)
         if batches == 0:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import secrets
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Literal
@@ -21,9 +21,16 @@ from everyrank.runtime.handover import Handover
 from everyrank.runtime.logs import get_logger
 from everyrank.runtime.process_group import current_world
 from everyrank.runtime.world import World
-from everyrank.training.batch import make_apply, make_mover, sample_losses, vectorised_losses
+from everyrank.training.batch import (
+    is_there,
+    make_apply,
+    place_criterion,
+    sample_losses,
+    vectorised_losses,
+)
 from everyrank.training.evaluation.metrics import MetricSet
 from everyrank.training.failures import describe_samples
+from everyrank.training.hardware.feeding import Feed
 from everyrank.training.loaders import sampler_of
 
 logger = get_logger("training")
@@ -63,7 +70,8 @@ class DefaultValidator:
     Override ``compute_batch`` for other outputs or losses, and ``report`` for other words.
 
     Args:
-        criterion: ``(output, data)`` to the mean loss over the samples of the batch.
+        criterion: ``(output, data)`` to the mean loss over the samples of the batch. A module with buffers or
+            parameters elsewhere than on ``device`` is copied there.
         device: Where to evaluate; by default the world's device.
         world: The joined world; by default the current one.
         apply_model: ``(model, data)`` to the output; by default see ``everyrank.training.batch.make_apply``.
@@ -72,6 +80,7 @@ class DefaultValidator:
         on: ``"all"``: each rank evaluates its share. ``"rank0"``: rank 0 evaluates everything, the others wait.
         dtype: Type that floating-point tensors of the batches are cast to; None leaves them.
         autocast: A type for mixed precision, or None.
+        channels_last: Whether four-dimensional tensors of the batches are laid out with channels last.
     """
 
     name = "Validation"
@@ -87,10 +96,11 @@ class DefaultValidator:
         on: Literal["all", "rank0"] = "all",
         dtype: torch.dtype | None = None,
         autocast: torch.dtype | None = None,
+        channels_last: bool = False,
     ) -> None:
-        self.criterion = criterion
         self.world = world if world is not None else current_world()
         self.device = torch.device(device) if device is not None else self.world.device
+        self.criterion = place_criterion(criterion, self.device, dtype, in_place=False)
         self.apply_model = apply_model
         self.on = on
         self.metrics = MetricSet(metrics or {}, self.device)
@@ -98,7 +108,7 @@ class DefaultValidator:
         self.batch = 0  # the batch that is loaded or evaluated, for messages
         self.step = 0  # optimizer steps that the model has done, where a trainer evaluates it
         self._autocast = autocast
-        self._move = make_mover(self.device, dtype)
+        self._feed = Feed(self.device, dtype, channels_last)
         self._vectorised = True
         self._group: Any = None
         self._handover: Handover | None = None
@@ -204,11 +214,11 @@ class DefaultValidator:
                 yield number, self.apply_model(evaluated, data), data
 
     def _batches(self, loader: Any) -> Iterator[tuple[int, Any]]:
-        batches = iter(loader)
+        batches, move = self._feed.of(loader), self._feed.move
         for number in range(len(sampler_of(loader, f"the {self.name.lower()} loader"))):
             self.batch = number
             data = next(batches)
-            yield number, self._move(data) if self._move else data
+            yield number, move(data) if move else data
 
     def _add(self, sums: Tensor, output: Any, loss: Tensor, data: Any, num_samples: int) -> bool:
         """Add a batch; return whether it could not be taken apart into samples."""
@@ -242,8 +252,10 @@ class DefaultValidator:
         modes = {module: module.training for module in model.modules()}
         model.eval()
         autocast = torch.autocast(self.device.type, dtype=self._autocast, enabled=self._autocast is not None)
+        # Streams and events are those of the current device.
+        current = torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
         try:
-            with torch.no_grad(), autocast:
+            with current, torch.no_grad(), autocast:
                 yield model
         finally:
             for module, training in modes.items():
@@ -292,6 +304,6 @@ class DefaultTester(DefaultValidator):
 
 def _on_device(model: nn.Module, device: torch.device) -> nn.Module:
     parameter = next(model.parameters(), None)
-    if parameter is None or parameter.device.type == device.type:
+    if parameter is None or is_there(parameter, device):
         return model
     return copy.deepcopy(model).to(device)

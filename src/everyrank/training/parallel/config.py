@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+import pydantic
 
 from everyrank.config.resolve import import_object
 from everyrank.config.schema import Bool, Float, Int, ObjectRef, field, section
+from everyrank.errors import did_you_mean
 
 
 @section
@@ -40,6 +43,18 @@ class LocalUpdatesConfig:
     compress: Literal["bf16"] | None = field(
         default=None, doc="Send the updates in bfloat16, half the bytes; null sends them as they are."
     )
+
+
+def _shares(value: Any) -> Any:
+    if value in ("even", "measured"):
+        return value
+    numbers = isinstance(value, list) and all(isinstance(n, int | float) and not isinstance(n, bool) for n in value)
+    if not value or not numbers or not all(0 < n < float("inf") for n in value):
+        hint = did_you_mean(value, ("even", "measured")) if isinstance(value, str) else ""
+        raise ValueError(
+            f"found {value!r}, but it must be even, measured, or a list of positive numbers, one for each rank.{hint}"
+        )
+    return [float(n) for n in value]
 
 
 @section
@@ -99,8 +114,47 @@ class ParallelConfig:
         ge=2,
         doc="Optimizer steps with exact gradients before PowerSGD begins (it is unstable in early training).",
     )
+    shares: Annotated[Any, pydantic.BeforeValidator(_shares), "`even`, `measured` or a list of numbers"] = field(
+        default="even",
+        doc="How the ranks share each global batch of the training: `even`; in proportion to a list of numbers, one "
+        "for each rank, such as `[3, 1]` for a GPU that is three times as fast as the other; `measured`: by the "
+        "speed of each rank, measured in the first steps of each epoch and followed from the next epoch on. The "
+        "steps are the same, to rounding, however the batch is shared.",
+    )
     local_updates: LocalUpdatesConfig | None = field(
         default=None,
         doc="Let each rank take optimizer steps on its own and bring the ranks together now and then; null shares the "
         "gradients of every step. **The result then depends on the number of ranks.**",
     )
+
+
+def against_local_updates(parallel: ParallelConfig) -> list[tuple[bool, str]]:
+    """Return what does not go with ``parallel.local_updates``: what would send something in each step."""
+    if parallel.local_updates is None:
+        return []
+    return [
+        (
+            parallel.strategy == "fsdp2",
+            "parallel.local_updates: every rank needs a whole model, but parallel.strategy is 'fsdp2'; use 'ddp'.",
+        ),
+        (
+            parallel.comm_hook is not None,
+            f"parallel.comm_hook: found {parallel.comm_hook!r}, but with parallel.local_updates no gradients travel; "
+            "leave it null, and set parallel.local_updates.compress to 'bf16' to send less.",
+        ),
+        (
+            parallel.sync_batchnorm,
+            "parallel.sync_batchnorm: found true, but it sends statistics in each step, which parallel.local_updates "
+            "is there to avoid; set it to false, or use layers without batch statistics (LayerNorm, GroupNorm).",
+        ),
+        (
+            parallel.shares != "even",
+            f"parallel.shares: found {parallel.shares!r}, but with parallel.local_updates each rank takes steps of its "
+            "own, all of one weight; leave it even.",
+        ),
+        (
+            parallel.static_graph or parallel.find_unused_parameters,
+            "parallel.static_graph and parallel.find_unused_parameters: they are DDP's, which parallel.local_updates "
+            "does without; leave them out.",
+        ),
+    ]

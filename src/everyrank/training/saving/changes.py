@@ -37,6 +37,7 @@ RULES: Mapping[str, Fate] = {
     "training.seed": Fate.REFUSED,
     "training.dtype": Fate.TRAINS,
     "training.mixed_precision": Fate.TRAINS,
+    "training.tf32": Fate.TRAINS,
     "training.optimizer_type": Fate.REFUSED,
     "training.optimizer_args": Fate.REFUSED,
     "training.optimizer_kwargs": Fate.TRAINS,

@@ -24,6 +24,7 @@ from everyrank.errors import EXIT_OK, CheckpointError, ConfigError
 from everyrank.training.config import TrainerConfig
 from everyrank.training.failures import describe_samples
 from everyrank.training.loaders import sampler_of
+from everyrank.training.parallel.shares import given_shares
 from everyrank.training.step import TrainStep
 
 VARIABLE = "EVERYRANK_REPLAY"
@@ -64,6 +65,12 @@ def folder_of(path: Path) -> Path:
     return path if replay is None else Path(replay.folder)
 
 
+def is_one_rank() -> bool:
+    """Whether this process stands for one rank of a run with several."""
+    replay = Replay.asked()
+    return replay is not None and replay.rank is not None
+
+
 def replay_if_asked(config: TrainerConfig, saved: LoadedCheckpoint | None, step: TrainStep, loader: Any) -> int | None:
     """Do one rank's step as it was done in the run, and end the program; or say after which step all ranks are to end.
 
@@ -88,15 +95,21 @@ def replay_if_asked(config: TrainerConfig, saved: LoadedCheckpoint | None, step:
     if parallel is not None and (parallel.local_updates is not None or parallel.strategy != "ddp"):
         what = "parallel.local_updates" if parallel.local_updates is not None else "parallel.strategy: fsdp2"
         raise ConfigError(f"the run has {what}: a rank of it cannot do a step alone. Fix: replay runs of plain DDP.")
+    if parallel is not None and parallel.shares == "measured":
+        raise ConfigError(
+            "the run has parallel.shares: measured, so that no other run shares its batches alike. Fix: replay runs "
+            "whose shares are even or a list."
+        )
     if replay.rank is None:
         return replay.step - 1
     if saved is None or saved.step != replay.step - 1:
         raise CheckpointError(f"step {replay.step} cannot be run again: {replay.folder} is not at the step before.")
     sampler = sampler_of(loader, "the training loader")
     sampler.rank, sampler.world_size = replay.rank, replay.world_size
+    sampler.set_shares(given_shares(parallel, replay.world_size))
     restore_rng(saved.rank_states[replay.rank]["rng"], step.device)
     step.model.train()
-    _do(replay, sampler, config.training.accumulation_steps, step, iter(loader))
+    _do(replay, sampler, config.training.accumulation_steps, step, step.feed.of(loader))
     raise SystemExit(EXIT_OK)
 
 

@@ -16,6 +16,7 @@ from everyrank.checkpoint.encoding import flatten_state, unflatten_state
 from everyrank.checkpoint.shards import laid_out_like
 from everyrank.errors import CheckpointError
 from everyrank.runtime.world import World
+from everyrank.training.hardware.kernels import with_own_kernels
 from everyrank.training.loop import Position
 from everyrank.training.parallel.own_state import OwnStates
 from everyrank.training.parallel.wrapping import free_gathered
@@ -70,7 +71,7 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, loaded: LoadedCheckpo
             number: {key: _fitted(value, parameters[number]) for key, value in of_one.items()}
             for number, of_one in state["state"].items()
         }
-        optimizer.load_state_dict({**state, "state": moments})
+        optimizer.load_state_dict(with_own_kernels(optimizer, {**state, "state": moments}))
     except (ValueError, KeyError, IndexError, RuntimeError) as error:
         raise CheckpointError(
             f"The optimizer's state in {loaded.path} does not fit the configured {type(optimizer).__name__}: {error}. "
@@ -168,7 +169,7 @@ def put_foreign(
         if parts.ema is not None:
             parts.ema.load(average if average is not None else model, 0)
         if state is not None:
-            parts.optimizer.load_state_dict(dict(state))
+            parts.optimizer.load_state_dict(with_own_kernels(parts.optimizer, state))
     except (ValueError, KeyError, RuntimeError) as error:
         raise CheckpointError(f"The state to start from does not fit this run: {error}") from error
     for group, rate in zip(parts.optimizer.param_groups, rates, strict=True):
