@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from everyrank import TrainerDDP
+from everyrank.cli.commands import report
 from everyrank.errors import ConfigError
 from everyrank.training.config import read_config
+from everyrank.training.hardware.flops import peak_flops
 
 PROGRAM = Path(__file__).parent / "programs" / "on_gpu.py"
 
@@ -149,3 +151,35 @@ def test_channels_last_is_another_layout_of_the_same_numbers(tmp_path: Path) -> 
     config["parallel"] = {"strategy": "fsdp2"}
     with pytest.raises(ConfigError, match=r"training.channels_last: parallel.strategy fsdp2 .* leave it false"):
         read_config(config)
+
+
+def test_the_use_of_a_gpu_is_told_where_its_peak_is_known(answers: dict[str, Any]) -> None:
+    found = answers["how_much_of_a_gpu_is_used"]
+    known, unknown = (found["rows"][name] for name in ("NVIDIA A100-SXM4-80GB", "NVIDIA Unheard-Of"))
+    # Per sample 4 x 8 and 8 x 2 multiplications and additions forward; backward once as many for each layer's weights,
+    # and once more for the second layer's input.
+    per_sample = 2 * (2 * 4 * 8 + 3 * 8 * 2)
+    for row in (known, unknown):
+        assert row["tflops_per_s"] * 1e12 == pytest.approx(per_sample * row["samples_per_s"])
+    assert known["mfu"] == pytest.approx(known["tflops_per_s"] / 19.5)  # of float32 without TF32
+    assert "mfu" not in unknown
+    assert report.main([str(Path(found["folder"]) / "NVIDIA A100-SXM4-80GB")]) == 0
+    page = (Path(found["folder"]) / "NVIDIA A100-SXM4-80GB" / "report.html").read_text()
+    assert "samples/s" in page
+    assert "MFU" in page
+
+
+def test_peaks_are_those_of_the_very_device() -> None:
+    names = {
+        "NVIDIA H100 80GB HBM3": 989e12,
+        "NVIDIA H100 PCIe": 756e12,
+        "NVIDIA A100 80GB PCIe": 312e12,
+        "NVIDIA A10": 125e12,
+        "NVIDIA A10G": None,
+        "NVIDIA L4": 121e12,
+        "NVIDIA L40": None,
+        "Tesla T4": 65e12,
+    }
+    assert {name: peak_flops(name, "half") for name in names} == names
+    assert peak_flops("Tesla T4", "tf32") == peak_flops("Tesla T4", "float32") == 8.1e12
+    assert peak_flops("NVIDIA L4", "float64") is None

@@ -62,6 +62,9 @@ def _heading(facts: RunFacts) -> str:
         losses = [row["val_loss"] for row in epochs if is_number(row.get("val_loss"))]
         if losses:
             cards.append(("lowest validation loss", _number(min(losses))))
+        for name, title, form in (("samples_per_s", "samples/s", ",.0f"), ("mfu", "MFU", ".1%")):
+            if is_number(value := epochs[-1].get(name)):
+                cards.append((title, format(value, form)))
     sizes = facts.ledger.world_sizes if facts.ledger else tuple({i.world_size: 0 for i in facts.checkpoints})
     if any(sizes):
         cards.append(("world size", " → ".join(str(size) for size in sizes if size)))

@@ -136,6 +136,11 @@ class TrainingConfig(LoaderConfig):
         doc="Lay out the model's and the batches' four-dimensional tensors with channels last, as a GPU's convolutions "
         "in half precision want them.",
     )
+    count_flops: Bool = field(
+        default=False,
+        doc="Count the floating-point operations of the run's first step; each epoch's row then has `samples_per_s`, "
+        "`tflops_per_s` and, on a GPU whose peak is known, `mfu`.",
+    )
     gc_every_steps: Int | None = field(
         default=None,
         ge=1,

@@ -101,6 +101,7 @@ class EpochLoop:
     _since_s: float = field(default=0.0, init=False)
     _trained_s: float = field(default=0.0, init=False)
     _timed: TimedBatches | None = field(default=None, init=False)
+    _speed: tuple[int, float] = field(default=(0, 0.0), init=False)  # samples and seconds, with ``count_flops`` only
 
     def run(self, loader: Any) -> Iterator[list[LossRow]]:
         """Train from the sampler's cursor to the end of its epoch, or to the run's last step.
@@ -136,6 +137,11 @@ class EpochLoop:
         if self.world.world_size > 1:
             iterator = self._timed = TimedBatches(iterator)
         iterator = step.feed.of(loader, iterator)
+        if step.flops is not None:
+            self._speed = (0, 0.0)
+            if step.flops.flops is None:
+                first = range(batch, min(batch + every, num_batches))
+                step.flops.num_samples = sum(max(1, sampler.share(number).num_local) for number in first)
         self._since_s, self._trained_s, next_sync = time.monotonic(), 0.0, self._next_sync()
         while batch < end:
             if batch + every < num_batches:
@@ -160,6 +166,12 @@ class EpochLoop:
         if self._timed is None or self._trained_s < LEAST_S:
             return None
         return rank_seconds(self._trained_s, self._timed.seconds)
+
+    def figures(self) -> dict[str, float]:
+        """How fast the epoch was, with ``count_flops``; else nothing. Collective."""
+        if self.step.flops is None:
+            return {}
+        return self.step.flops.figures(self.config, self.world, *self._speed)
 
     def _synchronize(self, sampler: GlobalBatchSampler) -> list[LossRow]:
         """Bring everything up to date with the steps taken since the last time. Collective."""
@@ -188,6 +200,9 @@ class EpochLoop:
         self._losses.clear()
         self._steps.clear()
         self._trained_s += shared[len(steps)]
+        if self.step.flops is not None and not self.step.flops.is_new():  # the step that is counted is no measure
+            samples, seconds = self._speed
+            self._speed = samples + sum(step.num_samples for step in steps), seconds + shared[len(steps)]
         self._place_next(shared[len(steps)] / len(steps))
         if self.step.local is not None and self.step.local.is_due(self.position.step):
             self.step.local.synchronize()

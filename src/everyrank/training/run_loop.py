@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -122,9 +122,9 @@ class RunLoop:
                         self._save_and_exit()
                     if self.stopped_early:
                         return
-                shares = loop.rank_seconds()
+                further = {**({"rank_seconds": shares} if (shares := loop.rank_seconds()) else {}), **loop.figures()}
                 result = self._validate(val_loader) if agenda.validates_after(position) else None
-                yield self._conclude("epoch", result, started, sampler, shares)
+                yield self._conclude("epoch", result, started, sampler, further)
                 if position.step == self.until_step:
                     self._save_and_exit()
 
@@ -187,7 +187,7 @@ class RunLoop:
         result: EvaluationResult | None,
         started: float,
         sampler: GlobalBatchSampler,
-        shares: dict[str, list[float]] | None = None,
+        further: Mapping[str, Any] | None = None,
     ) -> Row:
         """Record an epoch or a validation, decide, step the scheduler, move on and save what is due."""
         training, position = self.config.training, self.position
@@ -196,8 +196,7 @@ class RunLoop:
             values.update({f"val_{name}": value for name, value in result.as_dict().items()})
         row: Row = {"epoch": position.epoch, "step": position.step, **values}
         row.update(lr=float(self.step.optimizer.param_groups[0]["lr"]), seconds=time.monotonic() - started)
-        if shares is not None:
-            row["rank_seconds"] = shares
+        row.update(further or {})
         verdict = self.judge.decide(position.epoch, values, validated=result is not None)
         moves_on = kind == "epoch" and _is_trained(sampler)
         step_by_results(self.scheduler, self.config, values, epoch_ended=moves_on)

@@ -9,6 +9,7 @@ global batches of the step.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from everyrank.training.batch import make_apply
 from everyrank.training.config import TrainerConfig
 from everyrank.training.decisions.criterion import look_at_criterion
 from everyrank.training.hardware.feeding import Feed
+from everyrank.training.hardware.flops import FlopCount
 from everyrank.training.parallel.wrapping import recording, records_its_graph, without_sync
 from everyrank.training.parts import Parts
 from everyrank.training.saving.finite import FiniteWeights
@@ -39,6 +41,7 @@ class TrainStep:
 
     Attributes:
         feed: Makes a loader's batches ready for the step.
+        flops: The count of the first step's operations, or None.
     """
 
     def __init__(
@@ -63,6 +66,7 @@ class TrainStep:
         )
         self.feed = Feed(device, DTYPES[training.dtype] if training.dtype else None, training.channels_last)
         self._move = self.feed.move
+        self.flops = FlopCount() if training.count_flops else None
         self._autocast = AUTOCAST[training.mixed_precision] if training.mixed_precision else None
         clips = training.clip_grad_norm or training.clip_grad_value
         own_ways = (training.mixed_precision, clips, training.nan_policy == "skip")
@@ -114,7 +118,8 @@ class TrainStep:
         try:
             if len(weights) > 1 and records_its_graph(self.model):
                 self._record_graph(moved, weights[0])
-            loss = self._accumulate(_Chain(data, batches), weights)
+            with self.flops.counting() if self.flops is not None else nullcontext():
+                loss = self._accumulate(_Chain(data, batches), weights)
         except Exception as error:
             if guessed:
                 error.add_note(

@@ -191,6 +191,22 @@ def what_waits_for_the_device(folder: Path) -> dict[str, Any]:
     return {"steps": steps, "evaluations": counts}
 
 
+def how_much_of_a_gpu_is_used(folder: Path) -> dict[str, Any]:
+    """The figures of an epoch, on devices with these names."""
+    found = {}
+    named = torch.cuda.get_device_name
+    try:
+        for name in ("NVIDIA A100-SXM4-80GB", "NVIDIA Unheard-Of"):
+            torch.cuda.get_device_name = lambda device=None, name=name: name
+            keys = {"count_flops": True, "dtype": "float32", "accumulation_steps": 2}
+            trainer = make_trainer(folder / name, **keys)
+            trainer.run_training()
+            found[name] = trainer.history.epochs[-1]
+    finally:
+        torch.cuda.get_device_name = named
+    return {"rows": found, "folder": str(folder)}
+
+
 def how_batches_travel(folder: Path) -> dict[str, Any]:
     """The order of calls for batches of a loader; one of them cannot be loaded."""
     calls: list[str] = []
@@ -320,6 +336,7 @@ QUESTIONS: tuple[Callable[[Path], dict[str, Any]], ...] = (
     how_batches_travel,
     what_comes_out,
     what_waits_for_the_device,
+    how_much_of_a_gpu_is_used,
 )
 
 
