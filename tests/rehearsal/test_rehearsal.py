@@ -114,11 +114,9 @@ def test_ranks_join_and_train_as_on_gpus(tmp_path: Path) -> None:
             assert f"there is no interface {value.lstrip('=')} there, but " in message
             assert "Fix: unset it (then lo is used, as all ranks are on this machine)" in message
     assert len(found) == 2
-    with everyrank.join(device="cpu"):
-        config = tiny.make_config(tmp_path / "alone", optimizer_kwargs={"lr": 0.05})
-        trainer = everyrank.TrainerDDP(config=config)
-        trainer.prepare_dataloaders(train_dataset=tiny.make_data(), val_dataset=tiny.make_data(23, seed=1))
-        trainer.run_training()
+    trainer = everyrank.TrainerDDP(config=tiny.make_config(tmp_path / "alone", optimizer_kwargs={"lr": 0.05}))
+    trainer.prepare_dataloaders(train_dataset=tiny.make_data(), val_dataset=tiny.make_data(23, seed=1))
+    trainer.run_training()
     assert found[0]["weight"] == found[1]["weight"] == pytest.approx(trainer.module[0].weight.sum().item(), abs=1e-12)
 
 

@@ -41,7 +41,7 @@ def test_the_interface_towards_an_address() -> None:
         ("eth", "node0", ""),  # the beginning of a name
         ("=eth1,eth0", "node0", ""),
         ("^lo,docker", "node0", ""),
-        ("=eth", "node0", "there is no interface eth there, but lo, eth0. Did you mean eth0?"),
+        ("=eth", "node0", "there is no interface eth there, but lo, eth0. Did you mean 'eth0'?"),
         ("ib", "node0", "there is no interface ib there, but lo, eth0."),
         ("ib0", "node0", "the interface ib0 has no address there; lo, eth0 have"),
         ("^lo,eth", "node0", "there is no interface besides lo, eth there, but lo, eth0."),

@@ -14,6 +14,7 @@ import tiny
 import torch
 from torch import Tensor, nn
 
+from conftest import ROOT
 from everyrank import TrainerDDP
 from everyrank.cli.commands import report
 from everyrank.errors import ConfigError
@@ -183,3 +184,31 @@ def test_peaks_are_those_of_the_very_device() -> None:
     assert {name: peak_flops(name, "half") for name in names} == names
     assert peak_flops("Tesla T4", "tf32") == peak_flops("Tesla T4", "float32") == 8.1e12
     assert peak_flops("NVIDIA L4", "float64") is None
+
+
+@pytest.mark.slow
+def test_the_benchmark_for_gpus_runs_to_its_end(tmp_path: Path) -> None:
+    """So that its first hour on a GPU is not spent on its mistakes; the figures mean nothing here."""
+    benchmark, written = ROOT / "benchmarks" / "gpu.py", tmp_path / "gpu.json"
+    command = [
+        sys.executable,
+        "-m",
+        "everyrank.rehearsal",
+        "--",
+        sys.executable,
+        benchmark,
+        "--tiny",
+        "--json",
+        written,
+    ]
+    environ = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=280, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(written.read_text())
+    assert found["tiny"] is True
+    assert set(found["vrt"]) == {"everyrank fp32", "everyrank fp32 compiled", "reference fp32"}
+    assert found["vrt"]["everyrank fp32"]["speed_ratio"] > 0
+    assert found["gpt2"]["eager"]["ratio"] > 0
+    assert found["gpt2"]["compiled"]["TrainerDDP_tokens_per_s"] > 0
+    assert found["checkpoint"]["ratio"] > 0
+    assert found["join"]["ranks"] == 1

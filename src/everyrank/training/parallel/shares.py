@@ -5,6 +5,7 @@ The gradient is that of the whole batch whatever the shares are: each rank's los
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -139,20 +140,24 @@ class SpeedMeter:
     def seconds_per_sample(self) -> float | None:
         """What was measured since ``start``; None if this rank had no sample. Waits for the device."""
         pairs = list(zip(self._marks[::2], self._marks[1::2], strict=False))
-        num_samples = sum(self._sampler.share(batch).num_local for batch in self._batches)
-        if not pairs or not num_samples:
+        counts = [self._sampler.share(batch).num_local for batch in self._batches]
+        if not pairs or not all(counts) or len(pairs) % len(counts):
             return None
         if self._device.type == "cuda":
             pairs[-1][1].synchronize()
-            return sum(begin.elapsed_time(end) for begin, end in pairs) / 1e3 / num_samples
-        return sum(end - begin for begin, end in pairs) / num_samples
+            seconds = [begin.elapsed_time(end) / 1e3 for begin, end in pairs]
+        else:
+            seconds = [end - begin for begin, end in pairs]
+        passes = len(pairs) // len(counts)  # a batch may go through the model more than once
+        of_batches = [sum(seconds[n * passes : (n + 1) * passes]) / count for n, count in enumerate(counts)]
+        return statistics.median(of_batches)  # a rank that was interrupted once is not slow
 
     def new_epoch(self, world: World) -> None:
         """Share the batches of the epoch that begins by what was measured in the last. Collective."""
         found = gather_objects(self.seconds_per_sample())
         self.stop()
         if all(found):
-            shares = shares_of_speeds([1 / seconds for seconds in found if seconds])
+            shares = shares_of_speeds([1 / seconds for seconds in found if seconds], self._sampler.global_batch_size)
             if worth_it(self._sampler.shares or [1.0] * world.world_size, shares):
                 self._sampler.set_shares(shares)
                 if world.is_main:
@@ -161,9 +166,14 @@ class SpeedMeter:
         self.start()
 
 
-def shares_of_speeds(speeds: Sequence[float]) -> list[float]:
-    """Return each rank's part of the whole, in thousandths."""
-    return [round(speed / sum(speeds), 3) for speed in speeds]
+def shares_of_speeds(speeds: Sequence[float], global_batch_size: int) -> list[float]:
+    """Return each rank's part of the whole, large enough for a sample of a batch if there are as many.
+
+    A rank without one could not be measured again.
+    """
+    least = min(1.5 / global_batch_size, 1 / len(speeds))
+    parts = [max(speed / sum(speeds), least) for speed in speeds]
+    return [round(part / sum(parts), 4) for part in parts]
 
 
 def worth_it(old: Sequence[float], new: Sequence[float]) -> bool:
