@@ -17,17 +17,13 @@ from everyrank.training.config import read_config
 from everyrank.training.parallel.shares import shares_of_speeds, worth_it
 
 KEYS: dict[str, Any] = {"num_epochs": 2, "accumulation_steps": 2, "clip_grad_norm": 0.5}
+MEASURED: dict[str, Any] = {"num_epochs": 3, "model": shared.Slow, "parallel": {"shares": "measured"}}
 VARIANTS: dict[str, dict[str, Any]] = {
     "even": KEYS,
     "three to one": {**KEYS, "parallel": {"shares": [3, 1]}},
     "all to one": {**KEYS, "parallel": {"shares": [1, 1000]}},
-    "measured": {
-        **KEYS,
-        "num_epochs": 3,
-        "accumulation_steps": 1,
-        "model": shared.Slow,
-        "parallel": {"shares": "measured"},
-    },
+    "measured": MEASURED,
+    "measured again": {**MEASURED, "folder": "measured"},
     "wrong length": {**KEYS, "parallel": {"shares": [3, 1, 1]}},
     # One run: an epoch and a half, then to the end with another split.
     "begun": {**KEYS, "num_epochs": None, "num_steps": 8, "folder": "resumed", "parallel": {"shares": [3, 1]}},
@@ -77,6 +73,7 @@ def test_the_fast_rank_is_given_more_once_it_is_measured(found: tuple[Path, list
     assert shares[0][0] > 0.6
     counts = [rank["measured"]["counts"][0] for rank in ranks]
     assert sum(counts) == 10
+    assert [rank["measured again"]["shares"] for rank in ranks] == shares, "a run goes on with the shares it has"
     assert min(counts) > 0, "a rank without samples could not be measured again"
     assert "by its measured speed: rank 0: " in (folder / "measured" / "logs" / "rank-0.log").read_text()
     used = Counter(i for e in everyrank.read_ledger(folder / "measured" / "ledger") for i in e["samples"])

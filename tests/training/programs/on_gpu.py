@@ -37,11 +37,22 @@ class Weighted(nn.Module):
         return ((output - data[1]).square() * self.weight).mean()
 
 
+class SparseNet(tiny.TinyNet):
+    """A network with an embedding whose gradients are sparse."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.extra = nn.Embedding(3, 2, sparse=True)
+
+
 def make_trainer(folder: Path, criterion: Any = tiny.compute_loss, **training: Any) -> TrainerDDP:
     """Return a trainer on ``cuda:1`` with its data; validated on ``cuda:0``."""
     validation = {"batch_size": 7, "validator": {"device": "cuda:0"}}
     given = {"device": "cuda:1", "num_epochs": 1, "validation": validation, **training}
+    model = given.pop("model", None)
     config = {**tiny.make_config(folder, **given), "criterion": criterion}
+    if model is not None:
+        config["model"] = {"type": model}
     trainer = TrainerDDP(config=config)
     trainer.prepare_dataloaders(train_dataset=tiny.make_data(), val_dataset=tiny.make_data(23, seed=1))
     return trainer
@@ -313,6 +324,8 @@ def which_optimizers_are_fused(folder: Path) -> dict[str, Any]:
         "a group asked not to": {**adamw, "parameter_groups": [{"match": ["0"], "optimizer_kwargs": {"fused": False}}]},
         "fp16": {**adamw, "mixed_precision": "fp16", "dtype": None},
         "Adadelta": {"optimizer_type": torch.optim.Adadelta, "optimizer_kwargs": {}},
+        "Adagrad": {"optimizer_type": torch.optim.Adagrad, "optimizer_kwargs": {}},  # fused on a CPU only
+        "sparse gradients": {"model": SparseNet},
         "CPU": {**adamw, "device": "cpu", "validation": {"batch_size": 7}},
     }
     found = {}

@@ -30,6 +30,7 @@ class Feed:
 
     def __init__(self, device: torch.device, dtype: torch.dtype | None, channels_last: bool = False) -> None:
         self._device, self._options = device, (dtype, channels_last)
+        self._side: torch.cuda.Stream | None = None
         is_gpu = device.type == "cuda"
         self.move: Callable[[Any], Any] | None = None if is_gpu else make_mover(device, dtype, channels_last)
 
@@ -45,7 +46,9 @@ class Feed:
             return batches
         # Without processes the loader works in this one: fetching ahead would gain nothing, and what a dataset draws
         # from this process's random numbers would be in a checkpoint one batch too early.
-        return OnGpu(batches, self._device, *self._options, ahead=getattr(loader, "num_workers", 0) > 0)
+        ahead = getattr(loader, "num_workers", 0) > 0
+        self._side = self._side or torch.cuda.Stream(self._device)  # one for good: memory belongs to its stream
+        return OnGpu(batches, self._device, *self._options, ahead=ahead, side=self._side)
 
 
 class OnGpu(Iterator[Any]):
@@ -57,6 +60,7 @@ class OnGpu(Iterator[Any]):
         dtype: Type that floating-point tensors are cast to, on the GPU; None leaves them.
         channels_last: As in ``Feed``.
         ahead: Whether the copy of the next batch is started before a batch is given out.
+        side: The stream to copy on; None makes one.
     """
 
     def __init__(
@@ -67,10 +71,11 @@ class OnGpu(Iterator[Any]):
         channels_last: bool = False,
         *,
         ahead: bool,
+        side: torch.cuda.Stream | None = None,
     ) -> None:
         self._batches, self._device, self._ahead = batches, device, ahead
         self._convert = make_converter(device, dtype, channels_last)
-        self._side = torch.cuda.Stream(device)
+        self._side = side if side is not None else torch.cuda.Stream(device)
         self._coming: list[Callable[[], Any]] = []  # at most one
 
     def __next__(self) -> Any:

@@ -10,10 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from everyrank.checkpoint.shards import is_spread
 from everyrank.training.config import TrainingConfig
 
 # What an optimizer's group holds that says how a step is computed, not which step: another machine has its own.
 _HOW = ("fused", "foreach")
+# Those whose fused step exists on CUDA; Adagrad's, for one, is the CPU's alone.
+_FUSED = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
 
 
 @contextmanager
@@ -56,13 +59,14 @@ def fused_if_possible(kind: Any, config: TrainingConfig, module: nn.Module) -> d
     given = {*config.optimizer_kwargs, *(key for group in config.parameter_groups for key in group.optimizer_kwargs)}
     if config.mixed_precision == "fp16" or given & {*_HOW, "differentiable"}:
         return {}
-    try:
-        parameter = inspect.signature(kind).parameters.get("fused")
-    except (TypeError, ValueError):
-        return {}  # a class whose arguments cannot be seen
+    if not (isinstance(kind, type) and issubclass(kind, _FUSED)) or "fused" not in inspect.signature(kind).parameters:
+        return {}
     trained = [weight for weight in module.parameters() if weight.requires_grad]
-    fits = all(weight.is_cuda and weight.is_floating_point() for weight in trained)
-    return {"fused": True} if fits and parameter is not None and parameter.kind is parameter.KEYWORD_ONLY else {}
+    if issubclass(kind, torch.optim.SGD) and any(is_spread(weight) for weight in trained):
+        return {}  # torch has no rule for sharded tensors here
+    has_sparse_gradients = any(getattr(part, "sparse", False) for part in module.modules())  # embeddings
+    fits = all(weight.is_cuda and weight.is_floating_point() for weight in trained) and not has_sparse_gradients
+    return {"fused": True} if fits else {}
 
 
 def with_own_kernels(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> dict[str, Any]:
