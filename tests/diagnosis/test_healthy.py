@@ -55,6 +55,35 @@ def test_an_unusual_program_is_not_accused(run_cli: RunCli, tmp_path: Path) -> N
     assert list(tmp_path.glob("outputs/*/verdict*.json")) == []
 
 
+_SLOW_DISK = """
+import os, time
+opened = os.open
+def open_slowly(path, *args, **kwargs):
+    if str(path).endswith(".beat"):
+        time.sleep(2)
+    return opened(path, *args, **kwargs)
+os.open = open_slowly
+"""
+_NAMES_THREADS = """
+import threading, time
+import torch.distributed as dist
+dist.init_process_group("gloo")
+dist.barrier()
+time.sleep(1)
+print("reports", "everyrank-reporter" in [thread.name for thread in threading.enumerate()])
+dist.destroy_process_group()
+"""
+
+
+def test_a_rank_whose_first_word_comes_late_goes_on_reporting(run_cli: RunCli, tmp_path: Path) -> None:
+    """One that falls silent would be taken for one that hangs."""
+    (tmp_path / "sitecustomize.py").write_text(_SLOW_DISK)
+    (tmp_path / "names_threads.py").write_text(_NAMES_THREADS)
+    done = run_cli("run", "-n", "2", "--", "names_threads.py", program=_EVERYRANK, env={"PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("reports True") == 2, done.stdout + done.stderr
+
+
 def test_time_in_which_the_machine_slept_is_nobodys(
     start_cli: Callable[..., subprocess.Popen[str]], tmp_path: Path
 ) -> None:

@@ -114,10 +114,10 @@ class Reporter:
 
     def _be(self, rank: int) -> None:
         os.makedirs(self.folder, exist_ok=True)
-        self.rank = rank
         log = existing(log_file(self._logs, rank))
         self._log_from = os.stat(log).st_size if log else 0
         self._beat = os.open(beat_file(self.folder, rank), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self.rank = rank  # last: the thread takes it as the word to write
         if not faulthandler.is_enabled():
             self._files.append(open(fatal_file(self.folder, rank), "w", encoding="utf-8"))  # noqa: SIM115
             faulthandler.enable(self._files[-1])
@@ -129,8 +129,8 @@ class Reporter:
 
     def _run(self) -> None:
         while self.pid == os.getpid() and not self._leaves.is_set():
-            # A rank that goes on without a reporter is better than one that ends because of it.
-            with contextlib.suppress(OSError, RuntimeError, ValueError, KeyError, AttributeError):
+            # Nothing that goes wrong here may end the thread: a rank that falls silent is taken for one that hangs.
+            with contextlib.suppress(Exception):
                 self._tick()
             self._leaves.wait(_TICK_S)
 
@@ -193,7 +193,7 @@ class Reporter:
             "collective": waits_in_collective(stack),
             "where": (where(stack) or "")[-300:],
         }
-        assert self._beat is not None
+        assert self._beat is not None  # see _be
         os.pwrite(self._beat, json.dumps(beat).encode()[:_BEAT_BYTES].ljust(_BEAT_BYTES), 0)
 
     def _report(self, ended: str | None, thoroughly: bool = False, at: str | None = None) -> None:
