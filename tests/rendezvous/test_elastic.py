@@ -19,6 +19,7 @@ while time.monotonic() < end_s:
     rendezvous.check_contact()
     time.sleep(0.01)
 print("in contact", flush=True)
+rendezvous.shutdown()
 """
 
 
