@@ -31,11 +31,14 @@ _SESSION_PROCESSES = ("multiprocessing.resource_tracker",)
 os.environ[_MARK] = _SESSION
 # Several workers share the cores: a second thread of each would spend them on waiting for the other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Ignored in a shell's background job, but what the tests start must hear Ctrl-C and Ctrl-\\.
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-if signal.getsignal(signal.SIGQUIT) is signal.SIG_IGN:
-    signal.signal(signal.SIGQUIT, signal.SIG_DFL)
+# Ignored in a shell's background job or under nohup, but what the tests start must hear them.
+for _signum, _usual in (
+    (signal.SIGINT, signal.default_int_handler),
+    (signal.SIGQUIT, signal.SIG_DFL),
+    (signal.SIGHUP, signal.SIG_DFL),
+):
+    if signal.getsignal(_signum) is signal.SIG_IGN:
+        signal.signal(_signum, _usual)
 
 
 @pytest.fixture(scope="session", autouse=True)
