@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -28,6 +29,32 @@ def test_the_reader_of_a_rank_is_in_no_session_of_the_rank(tmp_path: Path) -> No
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stderr == "processes in the session: 1\n"
     assert (tmp_path / "rank-0.log").read_text() == done.stderr
+
+
+_LINES = """
+import sys
+from everyrank.program.output import divert_output
+divert_output(sys.argv[1], prefix=sys.argv[2], on_console=True)
+for block in range(40):
+    sys.stdout.write("".join(sys.argv[2] * (1 + line % 99) + "\\n" for line in range(400)))
+"""
+
+
+def test_lines_of_two_ranks_do_not_run_into_each_other_on_a_full_console(tmp_path: Path) -> None:
+    """A pipe takes no more than PIPE_BUF bytes at once: a longer write lets the other rank's lines in."""
+    reading, writing = os.pipe()
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", _LINES, str(tmp_path / f"{name}.log"), name], stdout=writing)
+        for name in "ab"
+    ]
+    os.close(writing)
+    with open(reading) as console:
+        lines = console.read().splitlines()
+    assert [rank.wait() for rank in ranks] == [0, 0]
+    assert {len(set(line)) for line in lines} == {1}, [line for line in lines if len(set(line)) != 1][:5]
+    expected = [2 + line % 99 for line in range(400)] * 40  # the prefix, and the line
+    assert [len(line) for line in lines if line[0] == "a"] == expected
+    assert [len(line) for line in lines if line[0] == "b"] == expected
 
 
 @pytest.mark.parametrize("driver", ["torchrun", "spawn"])

@@ -15,7 +15,7 @@ import select
 import signal
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TextIO
 
 from everyrank.elastic.process.sweep import SCRIBE
@@ -171,12 +171,24 @@ class _Stream:
             text = text.replace(b"\r\n", b"\n").replace(b"\r", b"\r" + self._prefix)
             self._in_line = not data.endswith(b"\n")
             data = first + text
-        if not _write(self._console, data):
-            self._console = None  # closed, as by an ssh session that ended: the log goes on
+        for lines in _whole_writes(data):
+            if not _write(self._console, lines):
+                self._console = None  # closed, as by an ssh session that ended: the log goes on
+                break
 
 
 def _as_log(data: bytes) -> bytes:
     return for_log(data.decode("utf-8", "replace")).encode("utf-8", "replace") if data else b""
+
+
+def _whole_writes(data: bytes) -> Iterator[bytes]:
+    """Cut data where lines end, into pieces that a pipe takes whole: more than PIPE_BUF mixes with other writers'."""
+    start = 0
+    while len(data) - start > select.PIPE_BUF:
+        end = data.rfind(b"\n", start, start + select.PIPE_BUF) + 1 or start + select.PIPE_BUF
+        yield data[start:end]
+        start = end
+    yield data[start:]
 
 
 def _write(fd: int, data: bytes) -> bool:
