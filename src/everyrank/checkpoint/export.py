@@ -53,19 +53,27 @@ def export(path: Path | str, out: Path | str, *, group: str = "model", allow_non
             + did_you_mean(group, found.groups)
         )
     stored = found.group(group)
-    names = () if allow_non_finite else stored.tensors
-    if not_finite := [bad for name in names for bad in name_not_finite({name: stored.read(name)})]:
-        raise CheckpointError(
-            f"{checkpoint} holds NaN or infinity in {say_names(not_finite)}. Fix: export an earlier checkpoint; "
-            "or, if that is meant (a mask), allow it: --allow-non-finite (allow_non_finite=True)."
-        )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+    not_finite: list[str] = []
+
+    def read(name: str) -> torch.Tensor:
+        tensor = stored.read(name)
+        not_finite.extend(name_not_finite({name: tensor}))
+        return tensor
+
+    # Each tensor is read once, so whether all are finite is known when they are written: no folder is made before.
+    there = next(folder for folder in target.absolute().parents if folder.is_dir())
+    temporary = there / f".{target.name}.{secrets.token_hex(4)}"
     try:
         if target.suffix == SUFFIX:
-            write_one_by_one(temporary, stored.tensors, stored.read)
+            write_one_by_one(temporary, stored.tensors, read)
         else:
-            torch.save({name: stored.read(name) for name in stored.tensors}, temporary)
+            torch.save({name: read(name) for name in stored.tensors}, temporary)
+        if not_finite and not allow_non_finite:
+            raise CheckpointError(
+                f"{checkpoint} holds NaN or infinity in {say_names(not_finite)}. Fix: export an earlier checkpoint; "
+                "or, if that is meant (a mask), allow it: --allow-non-finite (allow_non_finite=True)."
+            )
+        target.parent.mkdir(parents=True, exist_ok=True)
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)

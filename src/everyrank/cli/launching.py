@@ -105,8 +105,7 @@ def check_jobs(argv: Sequence[str], words: Sequence[str] | None) -> None:
     seen: dict[str, Mapping[str, Any]] = {}
     for cfg in compose(argv):
         resolved = _resolved(cfg, words)
-        if resolved["app"].get("_target_") == SCRIPT_APP:
-            name_script(resolved["app"])
+        name_script(resolved["app"])
         keep_apart(resolved, seen)
 
 
@@ -140,8 +139,7 @@ def _request(
     run, app = resolved["run"], resolved["app"]
     described = describe_app(app)
     _section(RunConfig, resolved, "run")
-    if described.target == SCRIPT_APP:
-        name_script(app)
+    name_script(app)
     if run["prefix"] == "auto" and not shared:  # the ranks may see a terminal that mpirun has made for them
         run["prefix"] = "rank" if sys.stdout.isatty() else "none"
     folder = RunFolder.choose(resolved, shared)

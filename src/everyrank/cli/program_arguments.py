@@ -69,13 +69,32 @@ def _num_ranks(settings: list[str]) -> list[str]:
 
 
 def script_words(app: Mapping[str, Any]) -> list[str]:
-    """The words of ``app.command``; a single text is split as a shell would."""
+    """The words of ``app.command``; a single text is split as a shell would.
+
+    Raises:
+        ConfigError: It is neither a text nor a list of words.
+    """
     words = app["command"]
-    return shlex.split(words) if isinstance(words, str) else [str(word) for word in words]
+    try:
+        words = shlex.split(words) if isinstance(words, str) else words
+    except ValueError as error:
+        raise ConfigError(f"app.command={words} was set, which no shell can split: {error}.") from error
+    if not isinstance(words, list) or not all(isinstance(word, str | int | float) for word in words):
+        raise ConfigError(
+            f"app.command={words} was set; it is a program and its arguments, as a text or a list. "
+            "Fix: app.command='train.py --epochs 3', or app.command=[train.py,--epochs,3]."
+        )
+    return [str(word) for word in words]
 
 
 def name_script(app: dict[str, Any]) -> None:
-    """Name a run after its program: ``train`` for ``train.py`` and for ``-m package.train``."""
+    """Name a run of ``app=script`` after its program: ``train`` for ``train.py`` and for ``-m package.train``.
+
+    Raises:
+        ConfigError: There is no program in its command.
+    """
+    if app.get("_target_") != SCRIPT_APP:
+        return
     words = script_words(app)
     named = next((w for w in words if not w.startswith("-") and not os.path.basename(w).startswith("python")), "")
     stem = named.rpartition(".")[2] if "-m" in words[:3] else os.path.splitext(os.path.basename(named.rstrip("/")))[0]

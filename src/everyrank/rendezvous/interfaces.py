@@ -100,11 +100,12 @@ def wrong_interface(environ: Mapping[str, str], towards: str | None, *, nccl: bo
     """
     there = interfaces()
     usable = [name for name, addresses in there.items() if addresses]
-    for variable in ("GLOO_SOCKET_IFNAME", *(["NCCL_SOCKET_IFNAME"] if nccl else [])):
+    readers = {"GLOO_SOCKET_IFNAME": _named_for_gloo, **({"NCCL_SOCKET_IFNAME": _named_for_nccl} if nccl else {})}
+    for variable, read in readers.items():
         value = environ.get(variable, "")
         if not value or not there:
             continue
-        chosen, useless = (_named_for_gloo if variable[0] == "G" else _named_for_nccl)(value, usable)
+        chosen, useless = read(value, usable)
         hint, cure = "", "set one of these"
         if useless in there:
             found = f"the interface {useless} has no address there; {', '.join(usable)} have"

@@ -42,11 +42,12 @@ def make_mover(
     if device.type == "cpu" and dtype is None and not channels_last:
         return None
     convert = make_converter(device, dtype, channels_last)
+    return lambda batch: map_tensors(batch, convert, lambda item: move_other(item, device))
 
-    def move(item: Any) -> Any:
-        return item.to(device) if callable(getattr(item, "to", None)) else item
 
-    return lambda batch: map_tensors(batch, convert, move)
+def move_other(item: Any, device: torch.device) -> Any:
+    """Return what a batch holds beside tensors on ``device``, where it knows how to go there (``.to``)."""
+    return item.to(device) if callable(getattr(item, "to", None)) else item
 
 
 def is_there(tensor: Tensor, device: torch.device) -> bool:

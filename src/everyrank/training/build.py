@@ -71,7 +71,7 @@ def build_model(config: TrainerConfig, world: World, device: torch.device) -> nn
         ) from error
     if not isinstance(module, nn.Module):
         raise ConfigError(f"model.type gave a {type(module).__name__}; it must give a torch.nn.Module.")
-    dtype = DTYPES[config.training.dtype] if config.training.dtype else None
+    dtype = DTYPES[config.training.dtype]
     module = module.to(device=None if config.is_sharded else device, dtype=dtype)
     if config.training.channels_last:
         _put_channels_last(module)
@@ -172,7 +172,6 @@ def _build_evaluator(
     if not (isinstance(kind, type) and issubclass(kind, default)):
         raise ConfigError(f"{key}.type is {kind!r}; it must be a subclass of {default.__name__}.")
     where = device if given.device is None else resolve_device(given.device, world, f"{key}.device")
-    precision = config.training.mixed_precision
     return kind(
         make_criterion(config, device),
         where,
@@ -181,8 +180,8 @@ def _build_evaluator(
         apply_model=config.apply_model,
         metrics=metrics,
         on=on,
-        dtype=DTYPES[config.training.dtype] if config.training.dtype else None,
-        autocast=AUTOCAST[precision] if precision else None,
+        dtype=DTYPES[config.training.dtype],
+        autocast=AUTOCAST[config.training.mixed_precision],
         channels_last=config.training.channels_last,
         **given.kwargs,
     )
@@ -194,13 +193,13 @@ def make_criterion(config: TrainerConfig, device: torch.device) -> Any:
     Raises:
         ConfigError: If the class needs arguments.
     """
-    dtype = DTYPES[config.training.dtype] if config.training.dtype else None
-    if not isinstance(config.criterion, type):
-        return place_criterion(config.criterion, device, dtype, in_place=True)
-    try:
-        return place_criterion(config.criterion(), device, dtype, in_place=True)
-    except TypeError as error:
-        raise ConfigError(
-            f"criterion is the class {config.criterion.__name__}, which cannot be made without arguments ({error}). "
-            "Give a function (output, data) that returns the mean loss."
-        ) from error
+    criterion = config.criterion
+    if isinstance(criterion, type):
+        try:
+            criterion = criterion()
+        except TypeError as error:
+            raise ConfigError(
+                f"criterion is the class {criterion.__name__}, which cannot be made without arguments ({error}). "
+                "Give a function (output, data) that returns the mean loss."
+            ) from error
+    return place_criterion(criterion, device, DTYPES[config.training.dtype], in_place=True)

@@ -26,8 +26,8 @@ from everyrank.training.parallel.wrapping import recording, records_its_graph, w
 from everyrank.training.parts import Parts
 from everyrank.training.saving.finite import FiniteWeights
 
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+AUTOCAST = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {None: None, "float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
 
 class TrainStep:
@@ -64,10 +64,10 @@ class TrainStep:
             if type(self.optimizer).zero_grad is torch.optim.Optimizer.zero_grad
             else self.optimizer.zero_grad
         )
-        self.feed = Feed(device, DTYPES[training.dtype] if training.dtype else None, training.channels_last)
+        self.feed = Feed(device, DTYPES[training.dtype], training.channels_last)
         self._move = self.feed.move
         self.flops = FlopCount() if training.count_flops else None
-        self._autocast = AUTOCAST[training.mixed_precision] if training.mixed_precision else None
+        self._autocast = AUTOCAST[training.mixed_precision]
         clips = training.clip_grad_norm or training.clip_grad_value
         own_ways = (training.mixed_precision, clips, training.nan_policy == "skip")
         self._is_plain = not any((*own_ways, self.scheduler, self.ema, self._move, self.local, self.frozen))

@@ -356,12 +356,13 @@ class TrainerDDP:
         self._step.finite.check(self.epoch, self.step)
         agree(self.history.flush, on=0)
         stopping = self.early_stopping
+        sampler = sampler_of(self._train_loader, "the training loader")
         tensors, state = pack(
             self._parts,
             self._position,
             {
-                "sampler": sampler_of(self._train_loader, "the training loader").state_dict(),
-                "shares": sampler_of(self._train_loader, "the training loader").shares,
+                "sampler": sampler.state_dict(),
+                "shares": sampler.shares,
                 "history": self.history.state_dict(),
                 "best": self._loop.judge.best,
                 "stopped_early": self._loop.stopped_early,

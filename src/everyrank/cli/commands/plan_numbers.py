@@ -151,7 +151,7 @@ def _epoch(
 
 def _skeleton(config: TrainerConfig) -> nn.Module:
     """The model without memory for its weights, where it can be made so."""
-    dtype = DTYPES[config.training.dtype] if config.training.dtype else None
+    dtype = DTYPES[config.training.dtype]
     try:
         with torch.device("meta"):
             return config.model.build().to(dtype=dtype)

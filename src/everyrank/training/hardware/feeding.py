@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from everyrank.data.containers import map_tensors
-from everyrank.training.batch import make_converter, make_mover
+from everyrank.training.batch import make_converter, make_mover, move_other
 
 
 class Feed:
@@ -123,7 +123,4 @@ class OnGpu(Iterator[Any]):
                 tensor.record_stream(stream)
             return self._convert(tensor)
 
-        def move(item: Any) -> Any:
-            return item.to(self._device) if callable(getattr(item, "to", None)) else item
-
-        return map_tensors(batch, take_over, move)
+        return map_tensors(batch, take_over, lambda item: move_other(item, self._device))

@@ -98,8 +98,7 @@ def _build(checkpoint: Path) -> nn.Module:
         raise ConfigError(
             f"The model cannot be built from {config}: {error} Pass it: load_model(path, model)."
         ) from error
-    dtype = values["training"]["dtype"]
-    return model.to(dtype=DTYPES[dtype]) if dtype else model
+    return model.to(dtype=DTYPES[values["training"]["dtype"]])
 
 
 def _put_average(model: nn.Module, loaded: LoadedCheckpoint) -> None:
