@@ -128,8 +128,6 @@ def _serve(channel: socket.socket) -> None:
     at_import = _descriptors()
     forkserver = Forkserver([channel.fileno()])
     preloaded = Preloaded()
-    from everyrank.elastic.execute import execute
-
     threading.Thread(target=_watch, args=(channel,), daemon=True).start()
     while True:
         try:
@@ -145,6 +143,10 @@ def _serve(channel: socket.socket) -> None:
             private = _descriptors() - at_import  # of this run, and of whatever else has begun here since
             preloaded.load(run.preload)
             forkserver = Forkserver([channel.fileno(), *private])
+        if run.start_method == "forkserver":
+            forkserver.prepare(run.work.entry)
+        from everyrank.elastic.execute import execute  # while the forkserver imports
+
         run = _as_it_must_start(run, at_start, fds[1])
         wire.send(channel, _outcome(execute, run, forkserver, (fds[0], fds[1])))
         wire.close_all(fds)

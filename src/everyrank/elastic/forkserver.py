@@ -10,6 +10,7 @@ Not safe when a preloaded module starts threads or initialises CUDA while it is 
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import os
 import selectors
@@ -24,7 +25,7 @@ from typing import Any
 from everyrank.elastic import wire
 from everyrank.elastic.entry import call_entry
 from everyrank.elastic.lifetime import die_with_parent
-from everyrank.elastic.process.fresh import as_if_fresh, finish
+from everyrank.elastic.process.fresh import as_if_fresh, end_sooner, finish
 from everyrank.elastic.process.surroundings import Surroundings
 from everyrank.elastic.process.sweep import MARK, sweep
 
@@ -74,6 +75,10 @@ class Forkserver:
         self._new_pids: list[int] = []
         self._successor: Forkserver | None = None
         self._is_warm = False
+
+    def prepare(self, entry: str) -> None:
+        """Import the module of an entry, so that the ranks need not; nobody waits for it."""
+        wire.send(self._channel, ("import", entry.partition(":")[0]))
 
     def warm_up(self, modules: Sequence[str]) -> None:
         """Prepare a second forkserver, which has imported these modules, for the ranks of a later attempt.
@@ -143,6 +148,7 @@ class Forkserver:
 
 def _serve(channel: socket.socket) -> None:
     """Fork ranks until the engine closes the channel or dies, then end what is left of them."""
+    end_sooner()
     # Signals meant for the ranks reach them through the engine, once.
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(signum, signal.SIG_IGN)
@@ -187,6 +193,10 @@ def _answer(channel: socket.socket, alive: dict[int, bool], marks: set[str], pri
         if rest[0] in alive:
             os.kill(rest[0], rest[1])
         return
+    if kind == "import":
+        with contextlib.suppress(ImportError):  # the rank will say why
+            importlib.import_module(rest[0])
+        return
     server_pid = os.getpid()
     pid = os.fork()
     if pid == 0:
@@ -223,6 +233,7 @@ def _warm(modules: Sequence[str], channel: socket.socket) -> None:
 
 def _become_rank(process: RankProcess, fds: Sequence[int], server_pid: int) -> None:
     """Turn a forked copy of the server into a rank, run it and exit; never returns."""
+    gc.freeze()  # else the first full collection visits, and so copies, every object that came with torch
     try:
         os.setsid()  # its children can be told from others', and no terminal can stop it
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)

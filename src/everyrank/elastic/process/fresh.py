@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import traceback
+import weakref
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
@@ -51,13 +52,21 @@ def as_if_fresh() -> None:
     torch.distributed.set_debug_level_from_env()
 
 
+def end_sooner() -> None:
+    """Do not take torch's operators apart, library by library, when this process or a fork of it ends: it takes 30 ms."""
+    for finalizer in list(getattr(weakref.finalize, "_registry", ())):
+        alive = finalizer.peek()
+        if alive is not None and alive[1].__module__ == "torch.library":
+            finalizer.atexit = False
+
+
 def _fresh_randomness() -> None:
     """Unseeded generators start anywhere in a fresh interpreter; forked copies would all draw the same numbers."""
     import random
 
     random.seed()
-    if "numpy" in sys.modules:
-        sys.modules["numpy"].random.seed()
+    if "numpy.random" in sys.modules:  # numpy imports it when it is used first
+        sys.modules["numpy.random"].seed()
     if "torch" in sys.modules:
         sys.modules["torch"].default_generator.seed()
 
