@@ -209,7 +209,8 @@ class Watcher:
         is_new = self._suspicion != (stall.rank, stall.cause)
         if is_new:
             self._suspicion, self._suspected_s = (stall.rank, stall.cause), still_s
-        sure_s = self._suspected_s + self.config.stall_s  # who is stopped for a moment of a long phase goes on
+        # Who is stopped for a moment of a long phase goes on.
+        sure_s = max(self.config.stall_s, self._suspected_s + self.config.stall_s / 2)
         is_over = limit_s is not None and still_s >= limit_s
         if departed or (stall.provable and still_s >= sure_s) or (is_over and not is_new):
             self._end(stall, reports, still_s)
