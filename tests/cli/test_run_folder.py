@@ -59,7 +59,7 @@ def test_a_port_that_is_taken_leaves_no_folder(run_cli: RunCli, tmp_path: Path) 
         (["app=script", "app.command=3"], "app.command=3 was set; it is a program and its arguments"),
         (["app=script", "app.command={a: 1}"], "app.command={'a': 1} was set; it is a program and its arguments"),
         (["app=script", "app.command=[train.py,[1]]"], "app.command=['train.py', [1]] was set; it is a program"),
-        (["app=script", "app.command='a.py \"b'"], "app.command=a.py \"b was set, which no shell can split"),
+        (["app=script", "app.command='a.py \"b'"], 'app.command=a.py "b was set, which no shell can split'),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -18,6 +18,7 @@ import yaml
 from cluster.hosts import Host
 from cluster.running import Running
 from conftest import RunCli, cli_environment
+from programs.others import programs
 
 pytestmark = pytest.mark.cluster
 Start = Callable[..., Running]
@@ -154,6 +155,14 @@ def test_a_script_is_told_its_place_in_a_job_of_slurms(
     told = told_to(tmp_path, 4, promised)
     _meets_at_node0(told)
     assert launch.output.count("rank 0 of 4: total 10.0") == 1
+
+
+def test_a_program_of_others_does_its_work_in_a_job_of_slurms(start_on: Start, slurm: dict[str, str]) -> None:
+    program = programs()["accelerate_sync"]
+    order = ("driver=slurm", "driver.nodes=2", "driver.poll_s=0.2", "-n1", "--", str(program.script))
+    launch = start_on(0, *order, env=slurm | program.env)
+    assert launch.wait() == 0, launch.output
+    assert program.missing(launch.output) == {}, launch.output
 
 
 @pytest.mark.parametrize("driver", ["torchrun", pytest.param("mpi", marks=needs_mpi)])

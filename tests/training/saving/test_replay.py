@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
-from conftest import RunCli
+from conftest import RunCli, cli_environment
 
 _EVERYRANK = (sys.executable, "-m", "everyrank")
 _PROGRAM = """
@@ -64,6 +65,15 @@ def test_the_step_of_a_rank_is_done_again_bitwise(run_cli: RunCli, tmp_path: Pat
     assert [words[0], words[-1]] == step.split()
     assert f"loss {float.fromhex(step.split()[0])!r}" in done.stdout
     assert sorted(str(path) for path in (tmp_path / "run").rglob("*")) == files, "the run is left as it was"
+
+    command = [*_EVERYRANK, "replay", "run", "--rank", "1", "--step", "21", "--pdb"]
+    orders = "p f'at step {replay.step} of rank {replay.rank}'\ncontinue\n"
+    debugged = subprocess.run(
+        command, cwd=tmp_path, env=cli_environment(), input=orders, capture_output=True, text=True, check=False
+    )
+    assert debugged.returncode == 0, debugged.stderr
+    assert "at step 21 of rank 1" in debugged.stdout
+    assert done.stdout.splitlines()[-1] in debugged.stdout, "the same loss and norm"
 
     for words, said in (
         (("run", "--rank", "2", "--step", "21"), "the run had ranks 0 to 1"),
