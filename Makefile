@@ -27,7 +27,9 @@ $(STAMP): requirements/lock.txt pyproject.toml
 quickstart: $(STAMP)
 	$(BIN)/python run.py driver=torchrun env=local app=causal_sets driver.nproc_per_node=2
 
+# The source is compiled once: an environment may forbid Python to do so, and each of the tests' many processes would.
 test: $(STAMP)
+	$(BIN)/python -m compileall -q src tests/support
 	sh scripts/install_cluster_tools.sh
 	$(BIN)/python -m pytest -n $(WORKERS) --no-loadscope-reorder || { echo "== what failed, once more and alone =="; \
 	    $(BIN)/python -m pytest --last-failed --last-failed-no-failures none; }

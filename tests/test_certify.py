@@ -33,7 +33,6 @@ def test_kills_and_resizes_leave_every_sample_exactly_once(run_cli: RunCli) -> N
         assert any(what in line and "1 x SIGKILL rank" in line and "bitwise" in line for line in lines), what
 
 
-@pytest.mark.slow
 def test_an_app_that_looks_at_its_rank_gets_no_certificate(run_cli: RunCli, tmp_path: Path) -> None:
     (tmp_path / "cheat.py").write_text(
         "import everyrank\n"
@@ -41,9 +40,12 @@ def test_an_app_that_looks_at_its_rank_gets_no_certificate(run_cli: RunCli, tmp_
         "def loss(output, data):\n"
         "    return mean_squared_error(output, data) * (1 + everyrank.current_world().rank)\n"
     )
-    done = run_cli("--quick", "app.criterion=cheat.loss", program=CERTIFY, timeout_s=560)
-    assert done.returncode == 1
-    assert "NO" in done.stdout
+    done = run_cli("--launchers=driver=torchrun", "app.criterion=cheat.loss", program=CERTIFY)
+    assert done.returncode == 1, done.stdout + done.stderr
+    alone, on_two_ranks = [line.split("│")[1:-1] for line in done.stdout.splitlines() if line.startswith("│")]
+    assert [cell.strip() for cell in alone] == ["python", "1", "-", "yes", "reference", "yes"]
+    assert [cell.strip() for cell in on_two_ranks[:4]] == ["driver=torchrun", "2", "-", "yes"]
+    assert on_two_ranks[5].strip() == "NO"
 
 
 def test_wrong_settings(run_cli: RunCli) -> None:

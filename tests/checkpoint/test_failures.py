@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -9,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -36,18 +38,31 @@ def test_a_kill_at_any_call_leaves_a_whole_checkpoint(tmp_path: Path, scenario: 
     assert report["found"] == ([1] if scenario == "replace" else [1, 2])
 
 
-@pytest.mark.parametrize("background", [True, False])
-@pytest.mark.parametrize("limit", [0, 100, 4096, 399_999])
+_BACKGROUND = (True, False)
+_LIMITS = (0, 100, 4096, 399_999)
+
+
+@pytest.fixture(scope="module")
+def full_disks(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, bool], tuple[Path, list[str]]]:
+    """For each limit and way of writing: the folder, and what was said of a full disk and afterwards."""
+    cases = {case: tmp_path_factory.mktemp("full") for case in itertools.product(_LIMITS, _BACKGROUND)}
+    words = [word for (limit, background), folder in cases.items() for word in (folder, limit, background)]
+    said = json.loads(run_program("full_disk.py", *words))
+    return {case: (folder, errors) for (case, folder), errors in zip(cases.items(), said, strict=True)}
+
+
+@pytest.mark.parametrize("background", _BACKGROUND)
+@pytest.mark.parametrize("limit", _LIMITS)
 def test_a_full_disk_is_reported_and_forgotten_when_there_is_room_again(
-    tmp_path: Path, limit: int, background: bool
+    full_disks: dict[tuple[int, bool], tuple[Path, list[str]]], limit: int, background: bool
 ) -> None:
-    full, afterwards = json.loads(run_program("full_disk.py", tmp_path, limit, background))
+    folder, (full, afterwards) = full_disks[limit, background]
     assert "could not be written" in full
     assert "File too large" in full
-    assert str(tmp_path) in full
+    assert str(folder) in full
     assert afterwards == ""
-    assert sorted(os.listdir(tmp_path)) == ["step-00000001", "step-00000003"]
-    assert all(info.verified for info in list_checkpoints(tmp_path))
+    assert sorted(os.listdir(folder)) == ["step-00000001", "step-00000003"]
+    assert all(info.verified for info in list_checkpoints(folder))
 
 
 def test_a_full_file_system_is_reported_too(tmp_path: Path) -> None:
@@ -59,7 +74,7 @@ def test_a_full_file_system_is_reported_too(tmp_path: Path) -> None:
     if mounted.returncode != 0:
         pytest.skip("mounting a small tmpfs needs root")
     try:
-        full, again = json.loads(run_program("full_disk.py", folder, "none", True))
+        [(full, again)] = json.loads(run_program("full_disk.py", folder, "none", True))
         assert full == ""  # two checkpoints of 400 kB fit
         assert "No space left on device" in again
         assert [(info.step, info.verified) for info in list_checkpoints(folder)] == [(1, True), (2, True)]
@@ -92,8 +107,15 @@ def test_the_writers_error_comes_up_once_wherever_it_is_asked_for(tmp_path: Path
     checkpointer = Checkpointer(folder, world=current_world())
     shutil.rmtree(folder)
     checkpointer.save(1, tensors={}, state={}, rank_state={})
-    checkpointer._task.wait()
+
+    def check_until_it_is_heard() -> None:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            checkpointer.check()
+            time.sleep(0.01)
+
     calls = {
+        "check": check_until_it_is_heard,
         "save": lambda: checkpointer.save(2, tensors={}, state={}, rank_state={}),
         "exit": lambda: checkpointer.__exit__(None, None, None),
     }

@@ -2,36 +2,26 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
+import everyrank
 from everyrank.checkpoint.export import export
 from everyrank.checkpoint.folder import list_checkpoints
 
-PROGRAM = Path(__file__).parent / "programs" / "ranks.py"
+sys.path.insert(0, str(Path(__file__).parent / "programs"))  # also the ranks'
+
+import saving_ranks
 
 
-def run_ranks(tmp_path: Path, world_size: int, what: str) -> list[dict]:
-    meeting = tmp_path / f"meeting-{what}-{world_size}"
-    processes = [
-        subprocess.Popen(
-            [sys.executable, PROGRAM, str(rank), str(world_size), meeting, tmp_path / "checkpoints", what],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        for rank in range(world_size)
-    ]
-    outputs = [process.communicate(timeout=100) for process in processes]
-    for process, (_, stderr) in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, stderr
-    return [json.loads(stdout.splitlines()[-1]) for stdout, _ in outputs]
+def run_ranks(tmp_path: Path, world_size: int, what: str) -> list[dict[str, Any]]:
+    folder = tmp_path / "checkpoints"
+    return everyrank.launch(
+        saving_ranks.run, folder, what, nproc_per_node=world_size, preload=("torch.distributed.fsdp",)
+    )
 
 
 def test_three_ranks_save_and_two_load(tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
 """Saves while files may not grow beyond a limit, as on a full disk, and reports what happened.
 
-    python full_disk.py FOLDER LIMIT_BYTES|none BACKGROUND
+    python full_disk.py (FOLDER LIMIT_BYTES|none BACKGROUND)...
 
-Prints one line of JSON: the error of the save, and the error of doing it again with the limit gone.
+Prints one line of JSON: for each, the error of the save, and the error of doing it again with the limit gone.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from everyrank.checkpoint.checkpointer import Checkpointer
 from everyrank.errors import CheckpointError
 
 
-def main(folder: Path, limit: int | None, background: bool) -> None:
+def errors_of(folder: Path, limit: int | None, background: bool) -> list[str]:
     checkpointer = Checkpointer(folder, world=current_world(), background=background)
     tensors = {"model": {"w": torch.arange(50_000)}}
     checkpointer.save(1, tensors=tensors, state={}, rank_state={})
@@ -36,8 +36,10 @@ def main(folder: Path, limit: int | None, background: bool) -> None:
             error = str(caught)
         errors.append(error)
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    print(json.dumps(errors))
+    checkpointer.close()
+    return errors
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), None if sys.argv[2] == "none" else int(sys.argv[2]), sys.argv[3] == "True")
+    asked = zip(sys.argv[1::3], sys.argv[2::3], sys.argv[3::3], strict=True)
+    print(json.dumps([errors_of(Path(f), None if n == "none" else int(n), b == "True") for f, n, b in asked]))

@@ -1,17 +1,10 @@
-"""One rank of a world that saves, fails and loads together.
-
-    python ranks.py RANK WORLD_SIZE MEETING_FILE FOLDER save|load|spread|whole
-
-Prints one line of JSON; every rank must print the same, but for its rank.
-"""
+"""What each rank of a world does that saves, fails and loads together; every rank must return the same."""
 
 from __future__ import annotations
 
 import gc
-import json
 import os
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -128,13 +121,10 @@ def whole(world: World, folder: Path) -> dict[str, Any]:
     return {"same": all(same), "files": sorted(os.listdir(folder / "sharded" / "step-00000002"))}
 
 
-if __name__ == "__main__":
-    rank, world_size, meeting, folder, what = sys.argv[1:]
-    with join(
-        rank=int(rank), world_size=int(world_size), init_method=f"file://{meeting}", backend="gloo", timeout_s=60
-    ) as world:
-        programs = {"save": saving, "load": loading, "spread": spread, "whole": whole}
-        report = programs[what](world, Path(folder))
+def run(folder: Path, what: str) -> dict[str, Any]:
+    """Do ``save``, ``load``, ``spread`` or ``whole`` with the checkpoints in a folder."""
+    with join(timeout_s=60, device="cpu") as world:
+        report = {"save": saving, "load": loading, "spread": spread, "whole": whole}[what](world, folder)
         # FSDP2's objects refer to each other and to the group; what outlives the group can abort the process's end.
         gc.collect()
-    print(json.dumps(report))
+    return report
