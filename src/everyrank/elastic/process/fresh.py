@@ -53,7 +53,7 @@ def as_if_fresh() -> None:
 
 
 def end_sooner() -> None:
-    """Do not take torch's operators apart, library by library, when this process or a fork of it ends: it takes 30 ms."""
+    """Do not take torch's operators apart, library by library, when this process or a fork of it ends: 30 ms."""
     for finalizer in list(getattr(weakref.finalize, "_registry", ())):
         alive = finalizer.peek()
         if alive is not None and alive[1].__module__ == "torch.library":
