@@ -36,13 +36,12 @@ from everyrank.diagnosis.rank_files import (
     fatal_file,
     is_told_to_end,
     log_file,
-    read_json,
     report_file,
     request_file,
     stacks_file,
     write_whole,
 )
-from everyrank.diagnosis.reports import read_reports
+from everyrank.diagnosis.reports import read_beats, read_reports
 
 _WATCHED = "EVERYRANK_WATCHED"  # pid of the process that reports as RANK: its children do not
 _TICK_S = 0.2
@@ -253,17 +252,18 @@ class Reporter:
         """Ask the others what they do, and wait until they have said it: the launcher ends them when this rank ends."""
         asked = ask_for_reports(self.folder)
         deadline = time.monotonic() + _HOLD_S
-        while time.monotonic() < deadline and any(self._is_silent(name, asked) for name in os.listdir(self.folder)):
+        while time.monotonic() < deadline and self._are_silent(asked):
             time.sleep(0.02)
 
-    def _is_silent(self, name: str, asked: int) -> bool:
-        if not name.endswith(".beat") or name == f"rank-{self.rank}.beat":
-            return False
-        path = os.path.join(self.folder, name)
-        if time.time() - os.stat(path).st_mtime > _HOLD_S:
-            return False  # it is dead, or stands still
-        report = read_json(path.replace(".beat", ".report.json")) or {}
-        return report.get("ended") is None and int(report.get("request") or 0) < asked
+    def _are_silent(self, asked: int) -> bool:
+        """Whether another rank has still to answer; one that is dead, stopped or stands still has not."""
+        reports = read_reports(self.folder)
+        for rank, beat in read_beats(self.folder).items():
+            known = reports.get(rank)
+            mute = known is not None and (known.is_gone or known.is_stopped or known.request >= asked)
+            if rank != self.rank and beat.age_s <= _HOLD_S and not mute:
+                return True
+        return False
 
     def _chain_excepthook(self) -> None:
         before = sys.excepthook
