@@ -62,7 +62,7 @@ def test_loaders_get_whole_batches(dataset: CausalSetDataset) -> None:
 
 
 def test_labels_and_features(dataset: CausalSetDataset) -> None:
-    recipe = dataset.settings.recipe()
+    recipe = dataset.settings
     for index in range(len(dataset)):
         sample, data = draw_sample(recipe, index), dataset[index]
         size = len(sample.counts)

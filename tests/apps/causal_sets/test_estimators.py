@@ -6,12 +6,13 @@ import math
 
 import numpy as np
 import pytest
+from counted_orders import ordering_fraction
 from five_sigma import assert_mean
 from hypothesis import given
 from hypothesis import strategies as st
 
 from everyrank.apps.causal_sets import estimators, minkowski, nonmanifold
-from everyrank.apps.causal_sets.orders import ordering_fraction
+from everyrank.apps.causal_sets.constant_curvature import sprinkle
 
 
 @pytest.mark.parametrize("dimension", [2, 3, 4, 5.5, 10])
@@ -49,7 +50,7 @@ def test_the_middle_of_a_diamond_halves_its_duration(dimension: int) -> None:
     """So 2^-d of the elements lie before it and as many behind: what midpoint scaling rests on."""
     rng, counts = np.random.default_rng(50 + dimension), []
     for _ in range(300):
-        points = minkowski.sprinkle(rng, dimension, size=200)
+        points = sprinkle(rng, dimension, size=200, a=0.0)
         causal = minkowski.causal_matrix(np.vstack([points, np.zeros(dimension)]))
         counts += [causal[:, -1].mean() * 201 / 200, causal[-1].mean() * 201 / 200]
     assert_mean(counts, 2.0**-dimension)
@@ -58,7 +59,7 @@ def test_the_middle_of_a_diamond_halves_its_duration(dimension: int) -> None:
 def test_right_on_most_sprinklings_and_fooled_by_layered_orders() -> None:
     rng = np.random.default_rng(1)
     for dimension in (2, 3, 4):
-        orders = [minkowski.causal_matrix(minkowski.sprinkle(rng, dimension, size=100)) for _ in range(200)]
+        orders = [minkowski.causal_matrix(sprinkle(rng, dimension, size=100, a=0.0)) for _ in range(200)]
         fractions = [ordering_fraction(order) for order in orders]
         answers = estimators.nearest_dimension(estimators.estimate_dimension(fractions), (2, 3, 4))
         assert (answers == dimension).mean() > 0.95

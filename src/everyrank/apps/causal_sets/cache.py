@@ -12,6 +12,7 @@ and nothing breaks on a file system without locks. Files are written beside and 
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import hashlib
 import json
@@ -21,8 +22,9 @@ import socket
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,8 +44,13 @@ _log = get_logger(__name__)
 
 def cache_key(recipe: Recipe) -> str:
     """Return the name of the recipe's folder, free of the number of samples: a larger set reuses a smaller one."""
-    text = json.dumps({"version": GENERATOR_VERSION, "shard_size": SHARD_SIZE, **asdict(recipe)}, sort_keys=True)
+    text = json.dumps({"version": GENERATOR_VERSION, "shard_size": SHARD_SIZE, **_ingredients(recipe)}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _ingredients(recipe: Recipe) -> dict[str, Any]:
+    """What determines the samples, also where more is set beside it."""
+    return {field.name: getattr(recipe, field.name) for field in fields(Recipe)}
 
 
 def load_or_make(folder: Path, recipe: Recipe, num_samples: int, world: World) -> list[Arrays]:
@@ -93,7 +100,7 @@ def _make_missing(home: Path, recipe: Recipe, paths: Sequence[Path], mine: Seque
         return
     try:
         home.mkdir(parents=True, exist_ok=True)
-        _replace(home / "recipe.json", (json.dumps(asdict(recipe), indent=1) + "\n").encode())
+        _replace(home / "recipe.json", (json.dumps(_ingredients(recipe), indent=1) + "\n").encode())
         with _ShardLocks(home / "lock") as locks:
             # First what nobody else is making; then wait for the others, and find their work done.
             for wait in (False, True):
@@ -166,11 +173,6 @@ class _ShardLocks:
     @contextmanager
     def hold(self, shard: int, *, wait: bool) -> Iterator[bool]:
         """Yield whether the shard is ours to make; without ``wait``, False if somebody else has it in hand."""
-        try:
-            import fcntl
-        except ImportError:  # Windows: no such locks; the same shard may be made twice, to the same bytes
-            yield True
-            return
         try:
             fcntl.lockf(self._file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), 1, shard)
         except BlockingIOError:

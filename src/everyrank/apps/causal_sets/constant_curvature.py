@@ -60,7 +60,7 @@ def sprinkle(rng: np.random.Generator, dimension: int, size: int, a: float) -> N
     """
     highest, accepted, found = (1 - abs(a)) ** -float(dimension), [], 0
     while found < size:
-        proposed = uniform_points(rng, dimension, 4 * size, duration=2.0)
+        proposed = uniform_points(rng, dimension, 4 * size)
         kept = proposed[rng.random(len(proposed)) * highest < volume_element(proposed, a)]
         accepted.append(kept)
         found += len(kept)

@@ -59,7 +59,7 @@ class CausalSetDataset(Dataset):
     def __init__(self, folder: str | Path, *, world: World | None = None, **settings: Any) -> None:
         self.settings: DataSettings = read_settings(settings)
         self.dimensions = tuple(self.settings.dimensions)
-        shards = load_or_make(Path(folder), self.settings.recipe(), self.settings.num_samples, world or current_world())
+        shards = load_or_make(Path(folder), self.settings, self.settings.num_samples, world or current_world())
         self._store(_join(shards, self.settings.num_samples))
 
     def _store(self, arrays: Arrays) -> None:
@@ -100,10 +100,6 @@ class CausalSetDataset(Dataset):
             edge_index=torch.cat([links, links.flip(0)], dim=1),
             **{name: values[index : index + 1].clone() for name, values in self._per_graph.items()},
         )
-
-    def __getitems__(self, indices: Sequence[int]) -> list[Data]:
-        """Return several samples."""
-        return [self[index] for index in indices]
 
     def get_batch(self, indices: Sequence[int]) -> Batch:
         """Cut a PyG batch out of the flat arrays; loaders that fetch batches whole call this.

@@ -33,20 +33,6 @@ def transitive_closure(relation: Causal) -> Causal:
         closed = grown
 
 
-def is_partial_order(causal: Causal) -> bool:
-    """Say whether the relation is irreflexive, antisymmetric and transitive."""
-    irreflexive = not causal.diagonal().any()
-    antisymmetric = not (causal & causal.T).any()
-    transitive = not ((interval_sizes(causal) > 0) & ~causal).any()
-    return irreflexive and antisymmetric and transitive
-
-
-def ordering_fraction(causal: Causal) -> float:
-    """Return the share of pairs that are related, ``r = 2 R / (n (n - 1))``; 0 for fewer than two elements."""
-    size = len(causal)
-    return 2 * int(causal.sum()) / (size * (size - 1)) if size > 1 else 0.0
-
-
 def heights(causal: Causal) -> NDArray[np.int64]:
     """Return for each element [n] the length of the longest chain that ends in it; 1 for a minimal element.
 
@@ -62,8 +48,3 @@ def heights(causal: Causal) -> NDArray[np.int64]:
         layer += 1
         height[minimal] = layer
         waiting = waiting - causal[minimal].sum(axis=0)
-
-
-def longest_chain(causal: Causal) -> int:
-    """Return the number of elements in the longest chain: the order's stand-in for proper time."""
-    return int(heights(causal).max(initial=0))

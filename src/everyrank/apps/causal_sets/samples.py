@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from everyrank import schema
 from everyrank.apps.causal_sets import constant_curvature, minkowski, nonmanifold, orders
 
 GENERATOR_VERSION = 2
@@ -33,29 +35,31 @@ NO_DIMENSION = 0
 """Stands in for the dimension of an order that is no sprinkling."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@schema.section
 class Recipe:
-    """What determines sample i, besides i.
+    """What determines sample i, besides i."""
 
-    Attributes:
-        min_size: Smallest number of elements n.
-        max_size: Largest; log n is uniform between the two.
-        dimensions: Spacetime dimensions of the sprinklings, equally likely.
-        spacetimes: Names in ``SPACETIMES``, equally likely.
-        duration: Proper time between the tips of a curved diamond, in radii of curvature.
-        others: Names in ``OTHERS``, equally likely.
-        others_fraction: Probability that a sample is one of the others instead of a sprinkling.
-        seed: Seed of the whole data set.
-    """
-
-    min_size: int
-    max_size: int
-    dimensions: tuple[int, ...]
-    spacetimes: tuple[str, ...]
-    duration: float
-    others: tuple[str, ...]
-    others_fraction: float
-    seed: int
+    min_size: schema.Int = schema.field(default=16, ge=4, le=4000, doc="Smallest number of elements n of an order.")
+    max_size: schema.Int = schema.field(
+        default=128, ge=4, le=4000, doc="Largest number of elements; each octave of n is equally likely."
+    )
+    dimensions: list[schema.Int] = schema.field(
+        factory=lambda: [2, 3, 4, 5], min_length=1, doc="The spacetime dimensions to tell apart, each at least 2."
+    )
+    spacetimes: list[Literal["minkowski", "de_sitter", "anti_de_sitter"]] = schema.field(
+        factory=lambda: list(SPACETIMES), min_length=1, doc="The spacetimes to sprinkle into, equally likely."
+    )
+    duration: schema.Float = schema.field(
+        default=2.0,
+        gt=0,
+        le=3,
+        doc="Proper time between the tips of a curved diamond, in radii of curvature (anti-de Sitter has room for pi).",
+    )
+    others: list[Literal["kleitman_rothschild", "layered", "percolation", "product", "quotient"]] = schema.field(
+        factory=lambda: list(OTHERS), min_length=1, doc="The orders that are like no spacetime, equally likely."
+    )
+    others_fraction: schema.Float = schema.field(default=0.4, ge=0, le=1, doc="Their share of the samples.")
+    seed: schema.Int = schema.field(default=0, ge=0, doc="Seed of the data; sample i depends on it and on i alone.")
 
 
 @dataclass(frozen=True)
