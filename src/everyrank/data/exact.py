@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
 from torch.utils.data.distributed import DistributedSampler
 
+from everyrank.data.containers import map_tensors
 from everyrank.data.sampler import GlobalBatchSampler
 from everyrank.errors import DataError
 from everyrank.runtime.process_group import current_world
@@ -178,11 +179,7 @@ def _shuffles(sampler: Any) -> bool:
 
 
 def _moved(batch: Any, device: torch.device) -> Any:
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(_moved(item, device) for item in batch))
-    if isinstance(batch, (list, tuple)):
-        return type(batch)(_moved(item, device) for item in batch)
-    if isinstance(batch, Mapping):
-        moved = {key: _moved(value, device) for key, value in batch.items()}
-        return moved if type(batch) is dict else type(batch)(moved)  # type: ignore[call-arg]
-    return batch.to(device, non_blocking=True) if hasattr(batch, "to") else batch
+    def move(item: Any) -> Any:
+        return item.to(device, non_blocking=True) if hasattr(item, "to") else item
+
+    return map_tensors(batch, move, move)

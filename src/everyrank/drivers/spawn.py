@@ -10,6 +10,7 @@ from typing import Any
 
 from everyrank.config.schema import field, section
 from everyrank.diagnosis.outcome import Outcome, RankFailure
+from everyrank.diagnosis.proc import catches
 from everyrank.diagnosis.rank_files import clear_errors, error_file, existing, log_file, read_error
 from everyrank.drivers.driver import Driver, DriverConfig, LaunchPlan, LaunchRequest
 from everyrank.elastic.entry import call_entry
@@ -17,7 +18,7 @@ from everyrank.elastic.lifetime import die_with_parent
 from everyrank.elastic.machine import resolve_nproc
 from everyrank.elastic.process.sweep import MARK
 from everyrank.elastic.process.sweeping import new_mark, swept
-from everyrank.elastic.signals import catches, forwarded
+from everyrank.elastic.signals import forwarded
 from everyrank.errors import EXIT_OK, EXIT_PREEMPTED
 from everyrank.launch_env.process_environment import SUPERVISED
 from everyrank.rendezvous.ports import check_port_is_free

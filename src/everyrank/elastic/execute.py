@@ -15,6 +15,7 @@ from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousPa
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 from everyrank.diagnosis.outcome import Outcome
+from everyrank.diagnosis.proc import catches
 from everyrank.elastic.agent import ForkedRanks, RankAgent
 from everyrank.elastic.entry import call_entry
 from everyrank.elastic.forkserver import Forkserver
@@ -22,7 +23,6 @@ from everyrank.elastic.lifetime import die_with_parent
 from everyrank.elastic.process.surroundings import Surroundings
 from everyrank.elastic.process.sweep import MARK
 from everyrank.elastic.process.sweeping import swept
-from everyrank.elastic.signals import catches
 from everyrank.elastic.spec import EngineRun
 from everyrank.errors import ProcessGroupError, UserError
 from everyrank.rendezvous.elastic import ElasticRendezvous

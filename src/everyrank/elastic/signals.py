@@ -10,7 +10,9 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-_FORWARDED = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")
+from everyrank.diagnosis.proc import catches, children_of
+
+_FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Forwarder:
@@ -26,9 +28,9 @@ class Forwarder:
         if self.signum == signal.SIGINT and signum == signal.SIGINT:
             self._kill()
             return
-        if signum == getattr(signal, "SIGHUP", None):
+        if signum == signal.SIGHUP:
             signum = signal.SIGTERM  # the terminal is gone: the ranks save and stop
-        if signum != getattr(signal, "SIGQUIT", None):  # that one shows stacks, and the run goes on
+        if signum != signal.SIGQUIT:  # that one shows stacks, and the run goes on
             self.signum = signum
         self._send(signum)
 
@@ -49,23 +51,13 @@ def forwarded(send: Callable[[int], None], kill: Callable[[], None]) -> Iterator
     if threading.current_thread() is not threading.main_thread():
         yield forwarder
         return
-    names = [n for n in _FORWARDED if hasattr(signal, n) and signal.getsignal(getattr(signal, n)) != signal.SIG_IGN]
-    previous = {name: signal.signal(getattr(signal, name), forwarder) for name in names}
+    heard = [signum for signum in _FORWARDED if signal.getsignal(signum) != signal.SIG_IGN]
+    previous = {signum: signal.signal(signum, forwarder) for signum in heard}
     try:
         yield forwarder
     finally:
-        for name, handler in previous.items():
-            signal.signal(getattr(signal, name), handler)
-
-
-def catches(pid: int, signum: int) -> bool:
-    """Whether a process has a handler for a signal, which would end it otherwise (Linux; elsewhere no)."""
-    try:
-        with open(f"/proc/{pid}/status", encoding="ascii", errors="replace") as file:
-            caught = next((line.split()[1] for line in file if line.startswith("SigCgt:")), "0")
-    except OSError:
-        return False
-    return bool(int(caught, 16) >> (signum - 1) & 1)
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
 
 
 def signals_to(launcher: subprocess.Popen[bytes]) -> Callable[[int], None]:
@@ -75,19 +67,11 @@ def signals_to(launcher: subprocess.Popen[bytes]) -> Callable[[int], None]:
     """
 
     def send(signum: int) -> None:
-        if signum != getattr(signal, "SIGQUIT", None):
+        if signum != signal.SIGQUIT:
             launcher.send_signal(signum)
             return
-        for pid in _children(launcher.pid):
+        for pid in children_of(launcher.pid):
             if catches(pid, signum):
                 os.kill(pid, signum)
 
     return send
-
-
-def _children(pid: int) -> list[int]:
-    try:
-        with open(f"/proc/{pid}/task/{pid}/children", encoding="ascii") as file:
-            return [int(child) for child in file.read().split()]
-    except OSError:
-        return []

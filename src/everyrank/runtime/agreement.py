@@ -7,7 +7,7 @@ from typing import NamedTuple, TypeVar
 
 from everyrank import errors
 from everyrank.errors import RankFailedError
-from everyrank.runtime.collectives import broadcast_decision, gather_objects
+from everyrank.runtime.collectives import broadcast_decision, current_rank, gather_objects
 
 T = TypeVar("T")
 
@@ -36,7 +36,7 @@ def agree(work: Callable[[], T], *, on: int | None = None) -> T:
         result, error = _attempt(work)
         _raise_together(gather_objects(_failure(error)), error)
         return result[0]
-    result, error = _attempt(work) if _rank() == on else ([], None)
+    result, error = _attempt(work) if current_rank() == on else ([], None)
     failure, value = broadcast_decision((_failure(error), result[0] if result else None), src=on)
     _raise_together([*[None] * on, failure], error)
     return value  # type: ignore[return-value]
@@ -79,9 +79,3 @@ def _raise_together(failures: Sequence[_Failure | None], own: Exception | None) 
     except TypeError:  # its exceptions are made from more than a message
         error = None
     raise error or own or RankFailedError(f"rank {rank} failed: {failure.text}", rank=rank) from own
-
-
-def _rank() -> int:
-    from torch import distributed as dist
-
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0

@@ -206,7 +206,7 @@ def rank_zero_only(fn: Callable[P, T]) -> Callable[P, T | None]:
 
     @functools.wraps(fn)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> T | None:
-        return fn(*args, **kwargs) if _rank() == 0 else None
+        return fn(*args, **kwargs) if current_rank() == 0 else None
 
     return wrapper
 
@@ -220,11 +220,11 @@ def main_first() -> Iterator[bool]:
     Yields:
         Whether this is rank 0.
     """
-    main = _rank() == 0
+    main = current_rank() == 0
     if not main:
         failure = broadcast_decision("")
         if failure:
-            raise ProcessGroupError(f"rank 0 failed in main_first, so rank {_rank()} did not start: {failure}")
+            raise ProcessGroupError(f"rank 0 failed in main_first, so rank {current_rank()} did not start: {failure}")
         yield False
         return
     try:
@@ -239,7 +239,8 @@ def _num_ranks() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def _rank() -> int:
+def current_rank() -> int:
+    """Return this process's rank in the joined group, or 0."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -98,18 +98,35 @@ def sample_losses(criterion: Callable[[Any, Any], Tensor], output: Any, batch: A
 
     Tensors (in tuples, lists and mappings too) are taken apart along their first dimension, graph batches by graph.
     """
-    if is_graph(batch):
-        return _graph_losses(criterion, output, batch, num_samples)
-    if not (splits(output, num_samples) and splits(batch, num_samples)):
+    parts = take_apart(output, batch, [slice(index, index + 1) for index in range(num_samples)])
+    if parts is None:
         return None
     try:
-        parts = [
-            criterion(_rows(output, index), _rows(batch, index)).detach().double().reshape(())
-            for index in range(num_samples)
-        ]
+        losses = [criterion(*part).detach().double().reshape(()) for part in parts]
     except (RuntimeError, ValueError, IndexError):
         return None  # a criterion that needs more than one sample, such as a contrastive one
-    return torch.stack(parts)
+    return torch.stack(losses)
+
+
+def take_apart(output: Any, batch: Any, cuts: Sequence[slice]) -> Iterator[tuple[Any, Any]] | None:
+    """Return output and batch of some samples each, or None where they cannot be taken apart.
+
+    Args:
+        output: The model's output.
+        batch: The batch.
+        cuts: Which samples; the last cut ends with the batch.
+    """
+    num_samples = cuts[-1].stop
+    if not splits(output, num_samples):
+        return None
+    if not is_graph(batch):
+        return ((_cut(output, cut), _cut(batch, cut)) for cut in cuts) if splits(batch, num_samples) else None
+    if getattr(batch, "num_graphs", None) != num_samples or not hasattr(batch, "to_data_list"):
+        return None
+    from torch_geometric.data import Batch
+
+    graphs = batch.to_data_list()
+    return ((_cut(output, cut), Batch.from_data_list(graphs[cut])) for cut in cuts)
 
 
 def vectorised_losses(criterion: Callable[[Any, Any], Tensor], output: Any, batch: Any) -> Tensor | None:
@@ -167,19 +184,6 @@ def _rows_of_graphs(batch: Any) -> dict[str, Tensor]:
     }
 
 
-def _graph_losses(criterion: Callable[[Any, Any], Tensor], output: Any, batch: Any, num: int) -> Tensor | None:
-    if getattr(batch, "num_graphs", None) != num or not splits(output, num) or not hasattr(batch, "to_data_list"):
-        return None
-    from torch_geometric.data import Batch
-
-    graphs = batch.to_data_list()
-    parts = [
-        criterion(_rows(output, index), Batch.from_data_list([graph])).detach().double().reshape(())
-        for index, graph in enumerate(graphs)
-    ]
-    return torch.stack(parts)
-
-
 def splits(value: Any, num_samples: int) -> bool:
     """Tell whether everything in ``value`` has ``num_samples`` rows."""
     if isinstance(value, PackedSequence):
@@ -193,5 +197,5 @@ def splits(value: Any, num_samples: int) -> bool:
     return False
 
 
-def _rows(value: Any, index: int) -> Any:
-    return map_tensors(value, lambda tensor: tensor[index : index + 1])
+def _cut(value: Any, samples: slice) -> Any:
+    return map_tensors(value, lambda tensor: tensor[samples])

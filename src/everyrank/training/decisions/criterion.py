@@ -15,7 +15,7 @@ from everyrank.errors import ConfigError
 from everyrank.runtime.agreement import gather_agreed
 from everyrank.runtime.logs import get_logger
 from everyrank.runtime.process_group import current_world
-from everyrank.training.batch import splits
+from everyrank.training.batch import take_apart
 
 logger = get_logger("training")
 
@@ -75,22 +75,22 @@ def relation_to_parts(
         Whether the whole is the mean of the parts by number of samples, their sum, or neither; and the three values.
         None where that cannot be told: the batch cannot be taken apart, or a value is not finite.
     """
-    halves = _halves(output, batch)
+    first = _first_tensor(output)
+    num: int = getattr(batch, "num_graphs", None) or 0 if is_graph(batch) else first.shape[0] if first.dim() else 0
+    halves = take_apart(output, batch, (slice(0, num // 2), slice(num // 2, num))) if num >= 2 else None
     if halves is None:
         return None
     try:
-        values = [float(function(*part)) for part in ((output, batch), *((o, b) for o, b, _ in halves))]
+        whole, *parts = values = [float(function(*part)) for part in ((output, batch), *halves)]
     except (RuntimeError, ValueError, IndexError):
         return None  # a function that needs all samples at once
-    whole, first, second = values
     if not all(math.isfinite(value) for value in values):
         return None
     tolerance = _tolerance(output) * max(map(abs, values))
-    sizes = [size for _, _, size in halves]
-    mean = (sizes[0] * first + sizes[1] * second) / sum(sizes)
+    mean = (num // 2 * parts[0] + (num - num // 2) * parts[1]) / num
     if abs(whole - mean) <= tolerance:
         return "mean", values
-    return ("sum" if abs(whole - first - second) <= tolerance else "neither"), values
+    return ("sum" if abs(whole - sum(parts)) <= tolerance else "neither"), values
 
 
 def undisturbed(criterion: Callable[[Any, Any], Tensor]) -> Callable[[Any, Any], Tensor]:
@@ -103,32 +103,6 @@ def undisturbed(criterion: Callable[[Any, Any], Tensor]) -> Callable[[Any, Any],
         return torch.func.functional_call(criterion, buffers, (output, data))
 
     return call
-
-
-def _halves(output: Any, batch: Any) -> list[tuple[Any, Any, int]] | None:
-    """Return output, batch and number of samples of each half, or None."""
-    first = _first_tensor(output)
-    num = getattr(batch, "num_graphs", None) if is_graph(batch) else first.shape[0] if first.dim() else 0
-    if not num or num < 2 or not splits(output, num):
-        return None
-    cuts = (slice(0, num // 2), slice(num // 2, num))
-    if is_graph(batch):
-        if not hasattr(batch, "to_data_list"):
-            return None
-        from torch_geometric.data import Batch
-
-        graphs = batch.to_data_list()
-        parts = [Batch.from_data_list(graphs[cut]) for cut in cuts]
-    elif splits(batch, num):
-        parts = [_cut(batch, cut) for cut in cuts]
-    else:
-        return None
-    outputs = [_cut(output, cut) for cut in cuts]
-    return [(o, b, cut.stop - cut.start) for o, b, cut in zip(outputs, parts, cuts, strict=True)]
-
-
-def _cut(value: Any, rows: slice) -> Any:
-    return map_tensors(value, lambda tensor: tensor[rows])
 
 
 def _first_tensor(value: Any) -> Tensor:

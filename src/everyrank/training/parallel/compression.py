@@ -12,17 +12,8 @@ import torch
 import torch.distributed as dist
 
 
-def mean_in_bfloat16(state: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-    """Average a bucket of gradients over the ranks in bfloat16."""
-    return _mean_in(torch.bfloat16, bucket)
-
-
-def mean_in_float16(state: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-    """Average a bucket of gradients over the ranks in float16."""
-    return _mean_in(torch.float16, bucket)
-
-
-def _mean_in(dtype: torch.dtype, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+def narrow_mean(dtype: torch.dtype, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    """Average a bucket of gradients over the ranks in a type: the hook that DDP is given, with that as its state."""
     full = bucket.buffer()
     narrow = full.to(dtype).div_(dist.get_world_size())
     work = dist.all_reduce(narrow, async_op=True)

@@ -57,7 +57,7 @@ class PowerSGD:
             self._is_away = False
 
     def average(self, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-        """Average a bucket of gradients over the ranks, compressed."""
+        """Average a bucket of gradients over the ranks, compressed: the hook that DDP is given."""
         if self._is_away:
             untouched: torch.futures.Future[torch.Tensor] = torch.futures.Future()
             untouched.set_result(bucket.buffer())
@@ -156,8 +156,3 @@ def _matrix(parameter: Tensor) -> tuple[int, int]:
     """Return the shape of the matrix that a gradient is taken as."""
     rows = parameter.shape[0] if parameter.dim() else 1
     return rows, parameter.numel() // max(rows, 1)
-
-
-def mean_by_powersgd(state: PowerSGD, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-    """Average a bucket of gradients: the hook that DDP is given, with the PowerSGD as its state."""
-    return state.average(bucket)

@@ -16,9 +16,9 @@ from torch.nn.parallel import DistributedDataParallel
 from everyrank.errors import ConfigError
 from everyrank.runtime.flat_tensors import send_from_main
 from everyrank.runtime.world import World
-from everyrank.training.parallel.compression import mean_in_bfloat16, mean_in_float16
+from everyrank.training.parallel.compression import narrow_mean
 from everyrank.training.parallel.config import ParallelConfig
-from everyrank.training.parallel.powersgd import PowerSGD, mean_by_powersgd
+from everyrank.training.parallel.powersgd import PowerSGD
 
 _POWERSGD = "_everyrank_powersgd"
 
@@ -178,7 +178,7 @@ def _register_hook(model: DistributedDataParallel, config: ParallelConfig) -> No
         return
     if config.comm_hook == "powersgd":
         hook = PowerSGD(model.module, config)
-        model.register_comm_hook(hook, mean_by_powersgd)
+        model.register_comm_hook(hook, PowerSGD.average)
         model.__dict__[_POWERSGD] = hook
         return
-    model.register_comm_hook(None, mean_in_bfloat16 if config.comm_hook == "bf16" else mean_in_float16)
+    model.register_comm_hook(torch.bfloat16 if config.comm_hook == "bf16" else torch.float16, narrow_mean)
