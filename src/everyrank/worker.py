@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry of ``python -m everyrank.worker``."""
     parser = argparse.ArgumentParser(prog="python -m everyrank.worker", description=__doc__.split("\n")[0])
     parser.add_argument("--config", required=True, help="the resolved config file of the run")
-    # torch.distributed.launch without --use-env appends one of these; runtime.environment reads it.
+    # torch.distributed.launch without --use-env appends one of these; launch_env reads it.
     parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     torch_cures.install()

@@ -27,7 +27,7 @@ class Loops:
         folder = Path(cfg.app.folder)
         with everyrank.join(**cfg.distributed) as world, PreemptionWatch() as watch:
             state = _load(folder / "state.json")
-            attempt = world.environment.restart_count
+            attempt = world.restart_count
             _write(
                 folder / f"pid-{os.environ.get('HOSTNAME', '')}{os.uname().nodename}-{world.local_rank}", os.getpid()
             )

@@ -22,7 +22,7 @@ JOINS = """
 import everyrank, torch
 with everyrank.join() as world:
     total = int(everyrank.reduce_sum(torch.tensor(world.rank)))
-    print(f"rank {world.rank} of {world.world_size} by {world.environment.launcher}: {total}", flush=True)
+    print(f"rank {world.rank} of {world.world_size} by {world.launcher}: {total}", flush=True)
 """
 
 

@@ -25,7 +25,7 @@ def test_ranks_of_mpirun_meet_without_flags(run_cli: RunCli) -> None:
         "import everyrank, torch\n"
         "with everyrank.join() as world:\n"
         "    total = int(everyrank.reduce_sum(torch.tensor(world.rank)))\n"
-        "    print(f'rank {world.rank} of {world.world_size} by {world.environment.launcher}: {total}', flush=True)\n"
+        "    print(f'rank {world.rank} of {world.world_size} by {world.launcher}: {total}', flush=True)\n"
     )
     mpirun = ("mpirun", "-np", "2", "--allow-run-as-root", "--oversubscribe", "--bind-to", "none")
     done = run_cli(sys.executable, "-c", code, program=mpirun)

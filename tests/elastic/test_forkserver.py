@@ -72,12 +72,12 @@ def wait_for_the_warm_one_and_die() -> tuple[str, bool]:
 
     imported = "torch._dynamo" in sys.modules
     with everyrank.join(device="cpu") as world:
-        if world.environment.restart_count == 0:
+        if world.restart_count == 0:
             siblings = psutil.Process().parent()
             assert siblings is not None
             wait_until(lambda: len(siblings.children()) == 1 + world.world_size)
             os.abort()
-        return str(world.environment.restart_count), imported
+        return str(world.restart_count), imported
 
 
 def test_a_restarted_group_comes_from_a_forkserver(tmp_path: Path) -> None:

@@ -23,12 +23,12 @@ from everyrank.launch_env.legacy_arguments import strip_legacy_arguments
 folder, kill = strip_legacy_arguments(sys.argv[1:])[0]
 with everyrank.join(timeout_s=60) as world:
     total = int(everyrank.reduce_sum(torch.tensor(world.rank)))
-    attempt = world.environment.restart_count
+    attempt = world.restart_count
     if attempt < int(kill) and world.rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     everyrank.barrier()
     seen = {
-        "launcher": world.environment.launcher, "rank": world.rank, "local_rank": world.local_rank,
+        "launcher": world.launcher, "rank": world.rank, "local_rank": world.local_rank,
         "size": world.world_size,
         "local_size": world.local_world_size, "num_nodes": world.num_nodes, "total": total, "attempt": attempt,
     }

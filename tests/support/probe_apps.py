@@ -44,10 +44,10 @@ class KilledOnRank:
     def run(self, cfg: DictConfig) -> None:
         with everyrank.join(**cfg.distributed) as world:
             everyrank.barrier()
-            if world.rank == cfg.app.guilty and world.environment.restart_count < cfg.app.get("attempts", 100):
+            if world.rank == cfg.app.guilty and world.restart_count < cfg.app.get("attempts", 100):
                 os.kill(os.getpid(), signal.SIGKILL)
             everyrank.reduce_sum(torch.ones(1))
-            print(f"rank {world.rank} went on in attempt {world.environment.restart_count}", flush=True)
+            print(f"rank {world.rank} went on in attempt {world.restart_count}", flush=True)
 
 
 class EndsOnRank1:

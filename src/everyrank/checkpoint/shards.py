@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -114,8 +113,3 @@ def wait_for_any(paths: list[Path], what: str, timeout_s: float) -> Path:
             folder = paths[0].parent
             raise TimeoutError(f"{what} did not come in time; do all ranks share the file system of {folder}?")
         time.sleep(_POLL_S)
-
-
-def to_json(records: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """Return files' records as JSON, for the rank that writes the manifest."""
-    return {name: [record.size, record.sha256] for name, record in records.items()}

@@ -10,12 +10,12 @@ import queue
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from everyrank.checkpoint.folder import writing, writing_path
 from everyrank.checkpoint.manifest import MANIFEST, FileRecord, Manifest, write_file
-from everyrank.checkpoint.shards import to_json, wait_for_any
+from everyrank.checkpoint.shards import wait_for_any
 from everyrank.checkpoint.snapshot import Group
 from everyrank.checkpoint.tensor_file import SUFFIX
 
@@ -75,7 +75,8 @@ def write_parts(folder: Path, job: Job, rank: int) -> None:
     try:
         records = _write_groups(temporary, job.groups)
         draft = temporary / f"rank-{rank:05d}.draft"
-        write_file(draft, [memoryview(json.dumps(to_json(records)).encode())])
+        text = json.dumps({name: asdict(record) for name, record in records.items()})
+        write_file(draft, [memoryview(text.encode())])
         os.rename(draft, temporary / f"rank-{rank:05d}.json")
     except BaseException:
         with suppress(OSError):
@@ -89,7 +90,7 @@ def _take_record(temporary: Path, rank: int) -> dict[str, FileRecord]:
         raise OSError(f"rank {rank} could not write its part; its log says why")
     records = json.loads(done.read_text(encoding="utf-8"))
     done.unlink()
-    return {name: FileRecord(size=size, sha256=sha256) for name, (size, sha256) in records.items()}
+    return {name: FileRecord(**record) for name, record in records.items()}
 
 
 def _write_groups(temporary: Path, groups: Mapping[str, Group]) -> dict[str, FileRecord]:

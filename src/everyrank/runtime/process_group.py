@@ -162,8 +162,8 @@ def current_world() -> World:
         return membership.world
     if dist.is_available() and dist.is_initialized():
         found = detect_with_arguments(rank=dist.get_rank(), world_size=dist.get_world_size())
-        return World(environment=found, device=_default_device(found.local_rank), backend=dist.get_backend())
-    return World(environment=ProcessEnvironment(), device=_default_device(0), backend="none")
+        return World(**vars(found), device=_default_device(found.local_rank), backend=dist.get_backend())
+    return World(device=_default_device(0), backend="none")
 
 
 def _default_device(local_rank: int) -> torch.device:
@@ -197,7 +197,7 @@ def _enter(
     except BaseException:
         _restore(saved)
         raise
-    world = World(environment=environment, device=bound, backend=chosen)
+    world = World(**vars(environment), device=bound, backend=chosen)
     set_membership(
         Membership(
             world=world,

@@ -10,48 +10,16 @@ from everyrank.launch_env.process_environment import ProcessEnvironment
 
 
 @dataclass(frozen=True, kw_only=True)
-class World:
-    """One process's view of the processes that train together.
+class World(ProcessEnvironment):
+    """One process's view of the processes that train together: the place that its launcher gave it, and more.
 
     Attributes:
-        environment: What the launcher said.
         device: The device of this local rank.
         backend: Backend of the process group, for example ``"gloo"`` or ``"nccl"``.
     """
 
-    environment: ProcessEnvironment
     device: torch.device
     backend: str
-
-    @property
-    def rank(self) -> int:
-        """Index of this process among all."""
-        return self.environment.rank
-
-    @property
-    def local_rank(self) -> int:
-        """Index of this process among those of its node."""
-        return self.environment.local_rank
-
-    @property
-    def world_size(self) -> int:
-        """Number of processes."""
-        return self.environment.world_size
-
-    @property
-    def local_world_size(self) -> int:
-        """Number of processes on this node."""
-        return self.environment.local_world_size
-
-    @property
-    def node_rank(self) -> int:
-        """Index of this node."""
-        return self.environment.node_rank
-
-    @property
-    def num_nodes(self) -> int:
-        """Number of nodes."""
-        return self.environment.num_nodes
 
     @property
     def is_main(self) -> bool:

@@ -158,7 +158,6 @@ def test_three_ranks_share_the_work(tmp_path: Path) -> None:
         import dataclasses
 
         from everyrank.apps.causal_sets import cache
-        from everyrank.runtime.world import World
 
         made: list[int] = []
         make = cache.make_shard
@@ -168,8 +167,7 @@ def test_three_ranks_share_the_work(tmp_path: Path) -> None:
             shared_made = list(made)
             made.clear()
             # As if each rank were a node with a disk of its own.
-            alone = dataclasses.replace(world.environment, local_rank=0, local_world_size=1)
-            node = World(environment=alone, device=world.device, backend=world.backend)
+            node = dataclasses.replace(world, local_rank=0, local_world_size=1)
             own = cache.load_or_make(folder / f"node-{world.rank}", recipe, 2 * cache.SHARD_SIZE, node)
             own_made = list(made)
             blocked = folder / f"blocked-{world.rank}"
