@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -136,11 +135,6 @@ def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     assert TorchrunDriver(TorchrunConfig(nproc_per_node="auto")).plan(REQUEST).nproc_per_node == 2
     on_cpu = LaunchRequest(config_file="c", config_text="", run_dir="r", cwd="/", device="cpu")
     assert TorchrunDriver(TorchrunConfig(nproc_per_node=4)).plan(on_cpu).nproc_per_node == 4
-
-
-def test_windows_builds_have_no_libuv(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "platform", "win32")
-    assert TorchrunDriver(TorchrunConfig(start_method="spawn")).plan(REQUEST).env["USE_LIBUV"] == "0"
 
 
 def test_the_shell_decides_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:

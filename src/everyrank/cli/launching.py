@@ -25,6 +25,7 @@ from everyrank.config.schema import build
 from everyrank.config.secrets import handed_over, hide
 from everyrank.diagnosis.judge import conclude, last_block
 from everyrank.diagnosis.outcome import Outcome
+from everyrank.diagnosis.rank_files import write_whole
 from everyrank.diagnosis.telling import describe
 from everyrank.diagnosis.watch_config import WatchConfig
 from everyrank.diagnosis.watcher import Watcher
@@ -243,12 +244,9 @@ def _run_here(
 
 def _write_files(plan: LaunchPlan) -> None:
     for path, content in plan.files.items():
-        partial = f"{path}.{os.getpid()}.part"
         try:
             os.makedirs(os.path.dirname(path), exist_ok=True)
-            with open(partial, "w", encoding="utf-8") as file:
-                file.write(content)
-            os.replace(partial, path)
+            write_whole(path, content)
         except OSError as error:
             raise ConfigError(
                 f"{path} cannot be written: {error.strerror}. Fix: make room, or set run.dir or env.output_dir to a "

@@ -90,11 +90,6 @@ class View(Dataset):
             return self.dataset.__getitems__(inner)
         return [self.dataset[index] for index in inner]
 
-    def set_epoch(self, epoch: int) -> None:
-        """Tell the dataset the epoch, if it wants to know."""
-        if hasattr(self.dataset, "set_epoch"):
-            self.dataset.set_epoch(epoch)
-
 
 def split_dataset(dataset: Any, fractions: Sequence[float], seed: int = 0) -> list[View]:
     """Split a dataset at random into views of disjoint samples; see ``split_indices``."""

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from everyrank.doctor.check import Check, is_well, print_table
+from everyrank.doctor.check import Check, is_well, may_bite, print_table
 from everyrank.doctor.machine import check_disk, check_machine
 from everyrank.doctor.software import check_settings, check_versions
 from everyrank.errors import EveryrankError
@@ -83,6 +83,5 @@ _ALIKE = {
 def _skew(times_s: list[float]) -> Check:
     """Compare the clocks, read right after a barrier."""
     skew_s = max(times_s) - min(times_s)
-    late = skew_s > _MOST_SKEW_S
-    fix = "set the clocks (chrony, ntp): logs and locks of the nodes cannot be compared" if late else ""
-    return Check("clocks", "warn" if late else "ok", f"{skew_s:.2f} s apart", fix)
+    fix = "set the clocks (chrony, ntp): logs and locks of the nodes cannot be compared"
+    return may_bite("clocks", f"{skew_s:.2f} s apart", skew_s > _MOST_SKEW_S, fix)

@@ -32,6 +32,11 @@ class Check:
     fix: str = ""
 
 
+def may_bite(name: str, found: str, is_bad: bool, fix: str) -> Check:
+    """Return a check that warns and says what to do, if what was found is bad."""
+    return Check(name, "warn", found, fix) if is_bad else Check(name, "ok", found)
+
+
 def is_well(checks: Sequence[Check]) -> bool:
     """Return whether nothing is wrong."""
     return all(check.status != "wrong" for check in checks)

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from everyrank.doctor.check import Check
+from everyrank.doctor.check import Check, may_bite
 from everyrank.elastic.machine import num_cpus
 
 _GIB = 2**30
@@ -21,31 +21,20 @@ _NETWORK_DISKS = ("nfs", "nfs4", "lustre", "gpfs", "beegfs", "cifs", "ceph", "fu
 def check_machine(environ: Mapping[str, str]) -> Iterator[Check]:
     """Cores and threads, memory, shared memory and limits."""
     cores, usable = os.cpu_count() or 1, num_cpus()
-    bound = usable == 1 and cores > 1
-    yield Check(
+    yield may_bite(
         "CPU",
-        "warn" if bound else "ok",
         f"{usable} of {cores} cores; OMP_NUM_THREADS={environ.get('OMP_NUM_THREADS', 'not set')}",
-        "the launcher binds each rank to one core: mpirun --bind-to none, srun --cpus-per-task" if bound else "",
+        usable == 1 and cores > 1,
+        "the launcher binds each rank to one core: mpirun --bind-to none, srun --cpus-per-task",
     )
     yield _memory()
     if Path("/dev/shm").is_dir():
         free = shutil.disk_usage("/dev/shm").free
-        small = free < _LEAST_SHM
-        yield Check(
-            "/dev/shm",
-            "warn" if small else "ok",
-            f"{free / _GIB:.1f} GiB free",
-            "loader workers pass batches through it: docker run --shm-size=8g, or num_workers: 0" if small else "",
-        )
-    files = resource.getrlimit(resource.RLIMIT_NOFILE)
-    few = 0 <= files[0] < _LEAST_FILES
-    yield Check(
-        "open files",
-        "warn" if few else "ok",
-        f"{files[0]} (hard limit {files[1]})",
-        f"ulimit -n {_LEAST_FILES} before the start" if few else "",
-    )
+        fix = "loader workers pass batches through it: docker run --shm-size=8g, or num_workers: 0"
+        yield may_bite("/dev/shm", f"{free / _GIB:.1f} GiB free", free < _LEAST_SHM, fix)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    fix = f"ulimit -n {_LEAST_FILES} before the start"
+    yield may_bite("open files", f"{soft} (hard limit {hard})", 0 <= soft < _LEAST_FILES, fix)
 
 
 def check_disk(folder: Path) -> Iterator[Check]:
@@ -56,13 +45,8 @@ def check_disk(folder: Path) -> Iterator[Check]:
     """
     place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     kind, free = _file_system(place), shutil.disk_usage(place).free
-    little = free < _LEAST_DISK
-    yield Check(
-        "disk of the runs",
-        "warn" if little else "ok",
-        f"{place} on {kind}, {free / _GIB:.0f} GiB free",
-        "checkpoints need room: set env.output_dir to another disk" if little else "",
-    )
+    fix = "checkpoints need room: set env.output_dir to another disk"
+    yield may_bite("disk of the runs", f"{place} on {kind}, {free / _GIB:.0f} GiB free", free < _LEAST_DISK, fix)
     try:
         with tempfile.TemporaryDirectory(dir=place, prefix=".everyrank-doctor-") as scratch:
             _try_locks_and_renames(Path(scratch))

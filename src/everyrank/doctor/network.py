@@ -6,7 +6,7 @@ import socket
 import time
 from collections.abc import Iterator, Sequence
 
-from everyrank.doctor.check import Check
+from everyrank.doctor.check import Check, may_bite
 from everyrank.elastic.function import launch
 from everyrank.elastic.machine import num_gpus
 from everyrank.errors import EveryrankError
@@ -32,14 +32,11 @@ def check_network(peers: Sequence[str]) -> Iterator[Check]:
     yield Check("interfaces", "ok", shown or "cannot be asked on this system")
     name = socket.gethostname()
     addresses = addresses_of(name)
-    only_loopback = bool(addresses) and all(is_loopback_address(address) for address in addresses)
-    yield Check(
+    yield may_bite(
         "host name",
-        "ok" if addresses and not only_loopback else "warn",
         f"{name} is {', '.join(addresses) or 'not known to the resolver'}",
-        ""
-        if addresses and not only_loopback
-        else "runs on one machine are well; on several, name node 0 by an address that the others reach",
+        all(is_loopback_address(address) for address in addresses),
+        "runs on one machine are well; on several, name node 0 by an address that the others reach",
     )
     for peer in peers:
         source = address_towards(peer)

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from packaging.requirements import Requirement
 
 from everyrank import __version__
-from everyrank.doctor.check import Check
+from everyrank.doctor.check import Check, may_bite
 from everyrank.elastic.machine import num_gpus
 from everyrank.errors import UserError
 from everyrank.launch_env.detection import detect
@@ -77,12 +77,8 @@ def check_launchers() -> Iterator[Check]:
         answers = code == 0
         lines = text.strip().splitlines()
         found = "; ".join(lines[:4]) if answers else f"does not answer: {next(reversed(lines), '')}"
-        yield Check(
-            "Slurm's controller",
-            "ok" if answers else "warn",
-            found,
-            "" if answers else "driver=slurm needs a controller: check SLURM_CONF and that slurmctld runs",
-        )
+        fix = "driver=slurm needs a controller: check SLURM_CONF and that slurmctld runs"
+        yield may_bite("Slurm's controller", found, not answers, fix)
     try:
         yield Check("Ray", "ok", importlib.metadata.version("ray"))
     except importlib.metadata.PackageNotFoundError:

@@ -71,7 +71,7 @@ class MpiDriver(Driver[MpiConfig]):
             flags += ["--hostfile", c.hostfile]
         else:
             flags.append("--oversubscribe")
-        if hasattr(os, "geteuid") and os.geteuid() == 0:
+        if os.geteuid() == 0:
             flags.append("--allow-run-as-root")
         for name in sorted(env):
             flags += ["-x", name]

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 
 from everyrank.diagnosis.outcome import Outcome, RankFailure
 from everyrank.diagnosis.rank_files import clear_errors, existing, log_file
@@ -143,16 +142,11 @@ class _Tail:
         self._at = os.path.getsize(path) if os.path.exists(path) else 0
 
     def show(self) -> None:
-        for line in self._new():
-            print(line, end="", flush=True)
-
-    def _new(self) -> Iterator[str]:
-        if not os.path.exists(self._path):
-            return
-        with open(self._path, encoding="utf-8", errors="replace") as file:
-            file.seek(self._at)
-            yield file.read()
-            self._at = file.tell()
+        if os.path.exists(self._path):
+            with open(self._path, encoding="utf-8", errors="replace") as file:
+                file.seek(self._at)
+                print(file.read(), end="", flush=True)
+                self._at = file.tell()
 
 
 def has_ended(state: str) -> bool:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 from everyrank.diagnosis.outcome import Outcome
 from everyrank.drivers.driver import Driver, LaunchPlan, LaunchRequest, rank_variables
 from everyrank.drivers.ssh import SshDriver
@@ -38,8 +36,6 @@ class TorchrunDriver(Driver[TorchrunConfig]):
         min_nodes, max_nodes = self._nodes()
         rendezvous, notices = self._rendezvous(min_nodes, max_nodes)
         env = rank_variables(request, c.threads_per_rank)
-        if sys.platform == "win32":
-            env["USE_LIBUV"] = "0"  # torch's Windows builds have no libuv
         if rendezvous.backend.startswith("etcd"):
             # Cures two faults of torch 2.13: a late joiner that hangs, and restarts that reconnect to dead addresses.
             env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from everyrank.config.resolve import import_object
 from everyrank.errors import ConfigError, UserError, did_you_mean
 from everyrank.models.gnn_config import BlockConfig
 
@@ -87,18 +88,13 @@ def import_path(path: str, *, key: str, names: Mapping[str, Any], kind: str) -> 
     Raises:
         ConfigError: There is no such thing; the message lists the short names and the nearest one.
     """
-    module, _, name = path.rpartition(".")
     hint = f"Use one of {', '.join(names)}, or the full path of a class."
-    if not module:
+    if "." not in path:
         raise ConfigError(f"{key}: found {path!r}, which is no {kind}.{did_you_mean(path, names)} {hint}")
     try:
-        found = getattr(importlib.import_module(module), name, None)
-    except ImportError as error:
-        raise ConfigError(f"{key}: found {path!r}, but {module!r} cannot be imported ({error}). {hint}") from None
-    if found is None:
-        near = did_you_mean(name, dir(importlib.import_module(module)))
-        raise ConfigError(f"{key}: found {path!r}, but {module!r} has no {name!r}.{near} {hint}")
-    return found
+        return import_object(path)
+    except ConfigError as error:
+        raise ConfigError(f"{key}: {error} {hint}") from None
 
 
 def make_layer(config: BlockConfig, in_dim: int, path: str) -> nn.Module:

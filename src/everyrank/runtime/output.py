@@ -38,7 +38,7 @@ def tee_output(log_file: str | Path) -> Iterator[None]:
         log_file: The rank's log; its folder is made.
     """
     Path(log_file).parent.mkdir(parents=True, exist_ok=True)
-    log_fd = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_CLOEXEC", 0), 0o644)
+    log_fd = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
     outer = {_STDOUT: sys.stdout, _STDERR: sys.stderr}
     original = sys.__stdout__, sys.__stderr__
     _flush_all(outer)

@@ -16,9 +16,8 @@ import torch.distributed as dist
 from everyrank.errors import EXIT_INTERRUPTED
 from everyrank.runtime.logs import get_logger
 
-_WATCHED = ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGINT")
-_NAMES = {int(getattr(signal, name)): name for name in _WATCHED if hasattr(signal, name)}
-_AT_ONCE = ("SIGTERM", "SIGINT")
+_WATCHED = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+_AT_ONCE = (signal.SIGTERM, signal.SIGINT)
 # A signal to a process group reaches a rank directly and once more through its launcher: the two count as one.
 _SAME_WISH_S = 2.0
 
@@ -119,9 +118,8 @@ class PreemptionWatch:
         self._previous_wakeup_fd = signal.set_wakeup_fd(self._write_end.fileno(), warn_on_full_buffer=False)
         self._listener = threading.Thread(target=self._listen, name="everyrank-signals", daemon=True)
         self._listener.start()
-        for name in _WATCHED:
-            if hasattr(signal, name) and not _is_ignored(name):
-                number = getattr(signal, name)
+        for number in _WATCHED:
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it, on purpose
                 self._previous[number] = signal.signal(number, self._take_note)
 
     def _uninstall(self) -> None:
@@ -150,20 +148,15 @@ class PreemptionWatch:
                 self._note(number)
 
     def _note(self, number: int) -> None:
-        name = _NAMES.get(number)  # any signal with a Python handler is told here: a real-time one has no name at all
-        if name is None:
+        if number not in _WATCHED:  # any signal with a Python handler is told here: a real-time one has no name at all
             return
+        name = signal.Signals(number).name
         arrivals_s = self._arrivals_s.setdefault(number, [])
         arrivals_s.append(time.monotonic())
         self._noticed = self._noticed or number
-        if name in _AT_ONCE and (len(arrivals_s) > 2 or arrivals_s[-1] - arrivals_s[0] > _SAME_WISH_S):
-            code = EXIT_INTERRUPTED if name == "SIGINT" else 128 + number
+        if number in _AT_ONCE and (len(arrivals_s) > 2 or arrivals_s[-1] - arrivals_s[0] > _SAME_WISH_S):
+            code = EXIT_INTERRUPTED if number == signal.SIGINT else 128 + number
             os.write(2, f"everyrank: {name} again: ending at once\n".encode())
             os._exit(code)
         if len(arrivals_s) == 1:
             get_logger("runtime").warning("got %s: all ranks will stop at the same step (again: at once)", name)
-
-
-def _is_ignored(name: str) -> bool:
-    """``nohup`` has SIGHUP ignored, on purpose."""
-    return name == "SIGHUP" and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN

@@ -190,7 +190,7 @@ class TrainerDDP:
         sampler = sampler_of(train_loader, "the training loader")
         signal_name = None
         with ExitStack() as stack:
-            observers = stack.enter_context(Observers.of(self.config, self.run, self.world, sampler, self.step))
+            observers = stack.enter_context(Observers(self.config, self.run, self.world, sampler, self.step))
             stack.callback(self._persistence.settle)
             stack.enter_context(chosen_kernels(self.config.training, self.device))
             stack.enter_context(collecting_every(self.config.training.gc_every_steps, self.optimizer))

@@ -6,11 +6,12 @@ An engine may be older than the launch: what the launching process has changed m
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import sys
 from dataclasses import dataclass
 
-_IGNORABLE = ("SIGHUP", "SIGINT", "SIGQUIT", "SIGTERM", "SIGUSR1", "SIGUSR2")
+_IGNORABLE = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +42,7 @@ class Surroundings:
             umask=_umask(),
             limits=_limits(),
             affinity=frozenset(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else frozenset(),
-            ignored=frozenset(int(s) for s in _signals() if signal.getsignal(s) == signal.SIG_IGN),
+            ignored=frozenset(int(s) for s in _IGNORABLE if signal.getsignal(s) == signal.SIG_IGN),
             blocked=frozenset(int(s) for s in signal.pthread_sigmask(signal.SIG_BLOCK, ())),
         )
 
@@ -50,22 +51,15 @@ class Surroundings:
         sys.argv[:] = list(self.argv)
         if self.umask is not None:
             os.umask(self.umask)
-        if self.limits:
-            import resource
-
-            for kind, limits in self.limits.items():
-                if resource.getrlimit(kind) != limits:
-                    resource.setrlimit(kind, limits)
+        for kind, limits in self.limits.items():
+            if resource.getrlimit(kind) != limits:
+                resource.setrlimit(kind, limits)
         if self.affinity and hasattr(os, "sched_setaffinity"):
             os.sched_setaffinity(0, self.affinity)
-        for signum in _signals():
+        for signum in _IGNORABLE:
             default = signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL
             signal.signal(signum, signal.SIG_IGN if signum in self.ignored else default)
         signal.pthread_sigmask(signal.SIG_SETMASK, self.blocked)
-
-
-def _signals() -> list[signal.Signals]:
-    return [getattr(signal, name) for name in _IGNORABLE if hasattr(signal, name)]
 
 
 def _umask() -> int | None:
@@ -77,9 +71,5 @@ def _umask() -> int | None:
 
 
 def _limits() -> dict[int, tuple[int, int]]:
-    try:
-        import resource
-    except ImportError:
-        return {}
     kinds = {value for name, value in vars(resource).items() if name.startswith("RLIMIT_")}
     return {kind: resource.getrlimit(kind) for kind in sorted(kinds)}

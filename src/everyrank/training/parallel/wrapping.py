@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -56,17 +55,14 @@ def wrap(module: nn.Module, config: ParallelConfig | None, world: World, device:
         raise ConfigError(
             f"parallel.output_device is {config.output_device!r}, but the device is {device}. Leave it null on a CPU."
         )
-    # torch 2.13 calls it by a new name.
-    new_name = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
-    options: dict[str, Any] = {"forward_sync_buffers" if new_name else "broadcast_buffers": config.broadcast_buffers}
-    if config.bucket_cap_mb is not None:
-        options["bucket_cap_mb"] = config.bucket_cap_mb
+    options: dict[str, Any] = {} if config.bucket_cap_mb is None else {"bucket_cap_mb": config.bucket_cap_mb}
     wrapped = DistributedDataParallel(
         module,
         device_ids=[device.index] if device.type == "cuda" else None,
         output_device=config.output_device,
         find_unused_parameters=config.find_unused_parameters,
         static_graph=config.static_graph,
+        forward_sync_buffers=config.broadcast_buffers,
         gradient_as_bucket_view=config.gradient_as_bucket_view,
         **options,
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from everyrank.checkpoint.folder import checkpoint_paths, list_checkpoints, new_token
+from everyrank.diagnosis.rank_files import read_json
 from everyrank.errors import ConfigError, did_you_mean
 from everyrank.runtime.logs import get_logger
 from everyrank.training.saving.reload import find_in
@@ -100,7 +101,4 @@ def _go_back(run: Path, source: Path) -> None:
 
 
 def _marked(run: Path) -> str:
-    try:
-        return str(json.loads((run / _MARK).read_text(encoding="utf-8"))["path"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return ""
+    return str((read_json(str(run / _MARK)) or {}).get("path", ""))

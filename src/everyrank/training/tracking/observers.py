@@ -26,23 +26,18 @@ class Observers:
     Args:
         config: The whole configuration.
         run: The run's folder.
-        is_main: Whether this is rank 0.
-        progress: The progress display.
+        world: The joined world.
+        sampler: Of the training data.
         first_step: The step the run starts or goes on from.
     """
 
-    def __init__(self, config: TrainerConfig, run: Path, is_main: bool, progress: Progress, first_step: int) -> None:
-        self._config, self._run, self._is_main, self._progress = config, run, is_main, progress
-        self._first_step = first_step
+    def __init__(
+        self, config: TrainerConfig, run: Path, world: World, sampler: GlobalBatchSampler, first_step: int
+    ) -> None:
+        self._config, self._run, self._is_main, self._first_step = config, run, world.is_main, first_step
         self._sinks: list[Sink] = []
-
-    @classmethod
-    def of(
-        cls, config: TrainerConfig, run: Path, world: World, sampler: GlobalBatchSampler, first_step: int
-    ) -> Observers:
-        """Return the observers of a run that trains on the sampler's batches, from ``first_step`` on."""
         training = config.training
-        progress = Progress(
+        self._progress = Progress(
             training.progress,
             num_epochs=training.num_epochs,
             num_steps=training.num_steps,
@@ -51,7 +46,6 @@ class Observers:
             world_size=world.world_size,
             first_step=first_step,
         )
-        return cls(config, run, world.is_main, progress, first_step)
 
     def __enter__(self) -> Observers:
         if self._is_main:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 from everyrank import ConfigError
+
+_TOKEN = re.compile(r'"(?:\\.|[^"\\\n])*"?|//[^\n]*|\S', re.DOTALL)  # a string, a comment, any other character
 
 
 def parse(text: str, source: str) -> tuple[dict[str, Any], list[str]]:
@@ -47,32 +50,18 @@ def parse(text: str, source: str) -> tuple[dict[str, Any], list[str]]:
 def to_json(text: str) -> str:
     """Blank out comments and stray commas, so that every other character keeps its line and column."""
     chars = list(text)
-    significant: list[int] = []  # where the characters are that are neither blank, comment nor inside a string
-    i = 0
-    while i < len(chars):
-        if chars[i] == '"':
-            significant.append(i)
-            i += 1
-            while i < len(chars) and chars[i] not in '"\n':
-                i += 2 if chars[i] == "\\" else 1
-            i += 1
-        elif text.startswith("//", i):
-            while i < len(chars) and chars[i] != "\n":
-                chars[i] = " "
-                i += 1
-        else:
-            if not chars[i].isspace():
-                significant.append(i)
-            i += 1
-    kept = ""
-    last_comma = -1
-    for at in significant:
-        if chars[at] == ",":
-            if kept in ("", "{", "[", ","):
-                chars[at] = " "
-                continue
-            last_comma = at
-        elif chars[at] in "}]" and kept == ",":
+    kept, last_comma = "", -1
+    for token in _TOKEN.finditer(text):
+        at, mark = token.start(), token[0][0]
+        if token[0].startswith("//"):
+            chars[at : token.end()] = " " * len(token[0])
+            continue
+        if mark == "," and kept in ("", "{", "[", ","):
+            chars[at] = " "
+            continue
+        if mark in "}]" and kept == ",":
             chars[last_comma] = " "
-        kept = chars[at]
+        if mark == ",":
+            last_comma = at
+        kept = mark
     return "".join(chars)
