@@ -7,7 +7,7 @@ from everyrank.drivers.driver import Driver, LaunchPlan, LaunchRequest, rank_var
 from everyrank.drivers.ssh import SshDriver
 from everyrank.drivers.torchrun_config import TorchrunConfig, check_master, check_node
 from everyrank.elastic import engine_pool
-from everyrank.elastic.machine import resolve_nproc
+from everyrank.elastic.machine import resolve_nproc, resolve_start_method
 from everyrank.elastic.spec import EngineRun, RankFunction, Rendezvous
 from everyrank.errors import DriverError, did_you_mean
 from everyrank.launch_env.process_environment import SUPERVISED
@@ -40,7 +40,7 @@ class TorchrunDriver(Driver[TorchrunConfig]):
             # Cures two faults of torch 2.13: a late joiner that hangs, and restarts that reconnect to dead addresses.
             env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
         command = self._command(request, nproc, min_nodes, max_nodes, rendezvous)
-        start_method = c.effective_start_method
+        start_method = resolve_start_method(c.start_method, "driver.start_method")
         work = RankFunction(entry="everyrank.worker:run_rank", args=(request.config_file,))
         nodes = str(max_nodes) if min_nodes == max_nodes else f"{min_nodes} to {max_nodes}"
         master = rendezvous.endpoint or (f"127.0.0.1:{c.master_port}" if c.master_port else "127.0.0.1, any free port")

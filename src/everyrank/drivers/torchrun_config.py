@@ -6,8 +6,7 @@ from typing import Any
 
 from everyrank.config.schema import field, section
 from everyrank.drivers.driver import DriverConfig
-from everyrank.elastic.machine import default_start_method
-from everyrank.errors import DriverError, did_you_mean
+from everyrank.errors import DriverError
 
 
 @section
@@ -62,22 +61,6 @@ class TorchrunConfig(DriverConfig):
     def shares_folder(self) -> bool:
         """One command a node, each of which uses the folder; with ``hosts`` there is only this one."""
         return not self.hosts and (self.num_nodes > 1 or self.rdzv_endpoint is not None)
-
-    @property
-    def effective_start_method(self) -> str:
-        """The start method that was set, or the machine's default.
-
-        Raises:
-            DriverError: It is none of those there are.
-        """
-        methods = ("forkserver", "spawn", "fork")
-        method = self.start_method or default_start_method()
-        if method not in methods:
-            raise DriverError(
-                f"driver.start_method={method} was set; it is one of {', '.join(methods)}."
-                f"{did_you_mean(method, methods)}"
-            )
-        return method
 
 
 def check_node(config: Any, num_nodes: int) -> None:

@@ -17,15 +17,13 @@ from everyrank.diagnosis.telling import as_error
 from everyrank.diagnosis.watch_config import WatchConfig, watch_variables
 from everyrank.diagnosis.watcher import Watcher
 from everyrank.elastic import engine_pool
-from everyrank.elastic.machine import resolve_nproc
+from everyrank.elastic.machine import resolve_nproc, resolve_start_method
 from everyrank.elastic.process.torch_bound import check_torch
 from everyrank.elastic.spec import EngineRun, RankFunction
-from everyrank.errors import EXIT_OK, DriverError, EveryrankError, UserError, did_you_mean
+from everyrank.errors import EXIT_OK, EveryrankError, UserError
 
 P = ParamSpec("P")
 T = TypeVar("T")
-
-START_METHODS = ("forkserver", "spawn", "fork")
 
 
 def launch(
@@ -70,13 +68,9 @@ def launch(
     """
     import cloudpickle
 
-    if start_method not in START_METHODS:
-        raise DriverError(
-            f"start_method={start_method!r} was set; it is one of {', '.join(START_METHODS)}."
-            f"{did_you_mean(start_method, START_METHODS)}"
-        )
     check_torch()
     num_ranks = resolve_nproc(nproc_per_node, "nproc_per_node")
+    start_method = resolve_start_method(start_method, "start_method")
     folder = tempfile.mkdtemp(prefix="everyrank-launch-")
     try:
         with open(os.path.join(folder, "function"), "wb") as file:

@@ -8,6 +8,8 @@ import sys
 
 from everyrank.errors import DriverError, did_you_mean
 
+_START_METHODS = ("forkserver", "spawn", "fork")
+
 
 def num_cpus() -> int:
     """CPU cores this process may use."""
@@ -62,6 +64,16 @@ def resolve_nproc(value: int | str, name: str, device: str = "auto") -> int:
     return number
 
 
-def default_start_method() -> str:
-    """``forkserver`` where fork is safe (Linux), ``spawn`` elsewhere."""
-    return "forkserver" if sys.platform.startswith("linux") else "spawn"
+def resolve_start_method(method: str | None, key: str) -> str:
+    """Return a start method; None is ``forkserver`` where fork is safe (Linux), and ``spawn`` elsewhere.
+
+    Raises:
+        DriverError: It is none of those there are.
+    """
+    if method is None:
+        method = "forkserver" if sys.platform.startswith("linux") else "spawn"
+    if method not in _START_METHODS:
+        raise DriverError(
+            f"{key}={method} was set; it is one of {', '.join(_START_METHODS)}.{did_you_mean(method, _START_METHODS)}"
+        )
+    return method

@@ -88,8 +88,6 @@ def join(
     with told_plainly():
         url_addr, url_port = master_of_url(init_method)
         environment = detect_with_arguments(
-            os.environ,
-            sys.argv,
             rank=rank,
             world_size=world_size,
             local_rank=local_rank,
@@ -136,8 +134,6 @@ def initialize_ddp(
     left_default = master_addr == DEFAULT_MASTER_ADDR and str(master_port) == str(DEFAULT_MASTER_PORT)
     with told_plainly():
         environment = detect_with_arguments(
-            os.environ,
-            sys.argv,
             rank=rank,
             world_size=world_size,
             master_addr=None if left_default else master_addr,

@@ -50,12 +50,12 @@ class Judge:
         Raises:
             ConfigError: If a metric that is to be watched is not among the numbers.
         """
-        stop, improved = agree(lambda: self._judge(epoch, values, validated), on=0)
-        if improved:
+        verdict = agree(lambda: self._judge(epoch, values, validated), on=0)
+        if verdict.improved:
             self.best = values[self._config.training.best_metric]
-        return Verdict(stop, improved)
+        return verdict
 
-    def _judge(self, epoch: int, values: Mapping[str, float], validated: bool) -> tuple[bool, bool]:
+    def _judge(self, epoch: int, values: Mapping[str, float], validated: bool) -> Verdict:
         stop = False
         watched = getattr(self.early_stopping, "metrics", ["val_loss"])
         if self.early_stopping is not None and (validated or not any(name.startswith("val_") for name in watched)):
@@ -69,6 +69,6 @@ class Judge:
             )
         value = values.get(name)
         if value is None or value != value or self._config.training.keep_best == 0:
-            return stop, False
+            return Verdict(stop, improved=False)
         sign = 1 if self._config.training.best_mode == "min" else -1
-        return stop, self.best is None or sign * value < sign * self.best
+        return Verdict(stop, improved=self.best is None or sign * value < sign * self.best)

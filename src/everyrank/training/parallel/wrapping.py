@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -146,21 +146,19 @@ def without_sync(model: nn.Module) -> AbstractContextManager[Any]:
     if isinstance(model, DistributedDataParallel):
         return model.no_sync()
     if is_sharded(model):
-        return _FsdpNoSync(model)
+        return _fsdp_no_sync(model)
     return nullcontext()
 
 
-class _FsdpNoSync:
+@contextmanager
+def _fsdp_no_sync(model: nn.Module) -> Iterator[None]:
     """FSDP2's way to accumulate: a switch on the module."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._set: Callable[[bool], None] = model.set_requires_gradient_sync  # type: ignore[assignment]
-
-    def __enter__(self) -> None:
-        self._set(False)
-
-    def __exit__(self, *_: object) -> None:
-        self._set(True)
+    switch: Callable[[bool], None] = model.set_requires_gradient_sync  # type: ignore[assignment]
+    switch(False)
+    try:
+        yield
+    finally:
+        switch(True)
 
 
 def send_buffers(module: nn.Module, world: World) -> None:
