@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -42,11 +43,10 @@ class Evidence:
             raise CheckpointError(f"{run} has no whole checkpoint")
         loaded = read_checkpoint(newest.path)
         uses: dict[int, Counter[int]] = {}
-        sizes: list[int] = []
-        for entry in read_ledger(run / "ledger"):
+        entries = list(read_ledger(run / "ledger"))
+        for entry in entries:
             uses.setdefault(entry["epoch"], Counter()).update(entry["samples"])
-            if not sizes or sizes[-1] != entry["world_size"]:
-                sizes.append(entry["world_size"])
+        sizes = (size for size, _ in groupby(entry["world_size"] for entry in entries))
         average = {f"average of {name}": tensor for name, tensor in loaded.tensors.get("ema", {}).items()}
         return cls({**loaded.tensors["model"], **average}, uses, tuple(sizes), newest.step)
 

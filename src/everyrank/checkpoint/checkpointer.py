@@ -338,7 +338,7 @@ class Checkpointer:
             CheckpointError: On all ranks, as ``save``; also if a parameter of a module is NaN or infinite on one. To
                 save it all the same, give its ``state_dict`` to ``save``, which stores what it is given.
         """
-        parameters = {f"{name}.{key}": p for name, key, p in named_parameters(objects)}
+        parameters = named_parameters(objects)
         if parameters and reduce_sum(flag_not_finite(parameters.values())).item():
             found = gather_objects(say_names(name_not_finite(parameters)))
             rank = next(rank for rank, names in enumerate(found) if names)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
@@ -44,12 +44,10 @@ def take_states(objects: Mapping[str, Stateful]) -> tuple[dict[str, dict[str, to
     return tensors, {_KEY: rest}
 
 
-def named_parameters(objects: Mapping[str, Stateful]) -> Iterator[tuple[str, str, torch.Tensor]]:
-    """Yield the object's name, the parameter's name and the parameter, for all modules among these objects."""
-    for name, item in objects.items():
-        if isinstance(item, nn.Module):
-            for key, parameter in _unwrap(item).named_parameters():
-                yield name, key, parameter
+def named_parameters(objects: Mapping[str, Stateful]) -> dict[str, torch.Tensor]:
+    """Return the parameters of all modules among these objects, as ``object.parameter``."""
+    modules = {name: _unwrap(item) for name, item in objects.items() if isinstance(item, nn.Module)}
+    return {f"{name}.{key}": p for name, module in modules.items() for key, p in module.named_parameters()}
 
 
 def put_states(

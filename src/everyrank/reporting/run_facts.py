@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -213,9 +214,6 @@ def _read_ledger(folder: Path, problems: list[str]) -> LedgerSummary | None:
                 steps[int(entry["step"])] = int(entry["world_size"])
             except (KeyError, TypeError, ValueError):
                 problems.append(f"ledger/{file.name}: an entry has not the ledger's form")
-    sizes: list[int] = []
-    for _, size in sorted(steps.items()):
-        if not sizes or sizes[-1] != size:
-            sizes.append(size)
+    sizes = (size for size, _ in groupby(steps[step] for step in sorted(steps)))
     epochs = {e: (c.total(), len(c), max(c.values(), default=0)) for e, c in sorted(used.items())}
     return LedgerSummary(num_steps=len(steps), world_sizes=tuple(sizes), epochs=epochs)

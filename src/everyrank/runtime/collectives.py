@@ -122,7 +122,7 @@ def monitored_barrier(timeout_s: float, *, name: str | None = None) -> None:
         dist.monitored_barrier(timeout=timedelta(seconds=timeout_s), wait_all_ranks=True)
         return
     membership.num_barriers += 1
-    number, rank, store = membership.num_barriers, membership.world.rank, membership.store
+    number, rank, store = membership.num_barriers, membership.world.rank, membership.handshake.store
     prefix, started, name = f"barrier/{number}", time.monotonic(), name or f"monitored barrier {number}"
     try:
         store.set(f"{prefix}/{rank}", "1")
@@ -138,8 +138,8 @@ def monitored_barrier(timeout_s: float, *, name: str | None = None) -> None:
                 store.delete_key(f"barrier/{number - 1}/{key}")
     except (dist.DistError, RuntimeError) as error:
         raise ProcessGroupError(
-            f"rank {rank} lost the store at {membership.endpoint} in a monitored barrier: the process that hosts it "
-            f"left or died. Look at the log of rank 0 ({membership.roster[0]})."
+            f"rank {rank} lost the store at {membership.handshake.rendezvous.endpoint} in a monitored barrier: the "
+            f"process that hosts it left or died. Look at the log of rank 0 ({membership.handshake.places[0]})."
         ) from error
     if verdict != "all":
         missing = [int(r) for r in verdict.split(",")]
@@ -171,11 +171,11 @@ def _await_verdict(store: dist.Store, prefix: str, size: int, timeout_s: float) 
 
 
 def _absent(membership: Membership, missing: list[int], timeout_s: float) -> str:
-    left = [r for r in missing if membership.store.check([f"left/{r}"])]
+    left = [r for r in missing if membership.handshake.store.check([f"left/{r}"])]
     late = [r for r in missing if r not in left]
 
     def names(ranks: list[int]) -> str:
-        return ", ".join(f"rank {r} ({membership.roster[r]})" for r in ranks)
+        return ", ".join(f"rank {r} ({membership.handshake.places[r]})" for r in ranks)
 
     parts = [f"{names(left)} left the run before it"] if left else []
     parts += [f"{names(late)} did not come within {timeout_s:g} s"] if late else []

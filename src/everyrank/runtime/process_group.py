@@ -185,7 +185,7 @@ def _enter(
     chosen = choose_backend(backend, bound)
     gpu = device_identity(bound) if chosen == "nccl" else ""
     handshake = shake_hands(environment, init_method, timeout_s, os.environ, gpu)
-    rendezvous, saved = handshake.rendezvous, _set_interfaces(handshake, environment, chosen)
+    saved = _set_interfaces(handshake, environment, chosen)
     try:
         interface = os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0]
         check_paths(handshake.store, environment.rank, handshake.places, handshake.delegates, interface)
@@ -194,24 +194,13 @@ def _enter(
         _restore(saved)
         raise
     world = World(**vars(environment), device=bound, backend=chosen)
-    set_membership(
-        Membership(
-            world=world,
-            store=handshake.store,
-            base_store=rendezvous.store,
-            host=rendezvous.host,
-            endpoint=rendezvous.endpoint,
-            timeout_s=timeout_s,
-            roster=handshake.places,
-            saved_variables=saved,
-        )
-    )
+    set_membership(Membership(world=world, handshake=handshake, timeout_s=timeout_s, saved_variables=saved))
     _log.info(
         "joined as rank %d of %d at %s (launcher %s by %s, backend %s, device %s)",
         *(
             world.rank,
             world.world_size,
-            rendezvous.endpoint,
+            handshake.rendezvous.endpoint,
             environment.launcher,
             environment.detected_by,
             chosen,
@@ -304,18 +293,19 @@ def _say_goodbye(membership: Membership) -> None:
 
     Not for long: a rank that fails, or that goes on alone for a while, does not need the store any more.
     """
-    host, is_host = membership.host, membership.world.rank == 0
+    handshake, is_host = membership.handshake, membership.world.rank == 0
+    host, store = handshake.rendezvous.host, handshake.store
     try:
         if host is None:
-            membership.store.set(f"left/{membership.world.rank}", "1")
+            store.set(f"left/{membership.world.rank}", "1")
             return
         if not is_host:
             # A host that is gone needs no message, and asking first avoids torch's stack trace about it.
             socket.create_connection(host, timeout=_PROBE_S).close()
-        membership.store.set(f"left/{membership.world.rank}", "1")  # what monitored_barrier looks at
-        if membership.store.add("left", 1) == membership.world.world_size:
-            membership.store.set("all_left", "1")
+        store.set(f"left/{membership.world.rank}", "1")  # what monitored_barrier looks at
+        if store.add("left", 1) == membership.world.world_size:
+            store.set("all_left", "1")
         elif is_host:
-            membership.store.wait(["all_left"], timedelta(seconds=min(membership.timeout_s, _FAREWELL_S)))
+            store.wait(["all_left"], timedelta(seconds=min(membership.timeout_s, _FAREWELL_S)))
     except (dist.DistError, OSError, RuntimeError) as error:
         _log.debug("some ranks did not say that they leave: %s", str(error).splitlines()[0])
