@@ -14,6 +14,7 @@ from conftest import RunCli
 from everyrank.errors import DataError
 
 LOOPS = str(Path(__file__).parent / "programs" / "loops.py")
+_IMPORTS = {"plain": "torch", "accelerate": "accelerate", "fabric": "lightning.fabric"}
 DATA = TensorDataset(torch.arange(23.0))
 
 
@@ -35,9 +36,10 @@ def test_killed_and_resumed_at_another_world_size_each_sample_once(
 ) -> None:
     """And what the library does alone, seen by the same eyes."""
     loop, no_gpu = (LOOPS, library, kind), {"CUDA_VISIBLE_DEVICES": ""}
-    killed = run_cli("-n", "2", "--", *loop, "4", str(tmp_path), env=no_gpu)
+    once_for_all_ranks = f"+app.preload=[{_IMPORTS[library]}]"
+    killed = run_cli(once_for_all_ranks, "-n", "2", "--", *loop, "4", str(tmp_path), env=no_gpu)
     assert killed.returncode == 1, killed.stderr
-    resumed = run_cli("-n", "3", "--", *loop, "0", str(tmp_path), env=no_gpu)
+    resumed = run_cli(once_for_all_ranks, "-n", "3", "--", *loop, "0", str(tmp_path), env=no_gpu)
     assert resumed.returncode == 0, resumed.stderr
     once = collections.Counter(range(23))
     if kind == "exact":
