@@ -44,8 +44,8 @@ def test_sigquit_shows_the_stacks_of_all_ranks_and_the_run_goes_on(
     assert process.stdout is not None
     seen = 0
     for line in process.stdout:  # bounded by the test's timeout
-        seen += "probe_apps.py" in line
-        if seen == 2:
+        seen += line.count("probe_apps.py")  # two ranks that write at once can share a line
+        if seen >= 2:
             break
     assert all(os.path.exists(f"/proc/{pid}") for pid in pids)
     process.send_signal(signal.SIGHUP)  # the terminal is closed
