@@ -72,10 +72,9 @@ OF_TRAINER = sorted(
 )
 DRIVERS = (*["torchrun"] * 9, "spawn", "launch", "mpi")
 LIMIT_S = 600.0
-END_AFTER_S = 10  # when the notice names the suspect: by default a hang that may end is not ended so soon
 
 
-def faults(num: int, seed: int, kinds: list[str], drivers: list[str]) -> list[dict[str, Any]]:
+def faults(num: int, seed: int, kinds: list[str], drivers: list[str], end_after_s: int) -> list[dict[str, Any]]:
     """``num`` faults, each kind as often as the others."""
     random_ = random.Random(seed)
     made = []
@@ -89,6 +88,7 @@ def faults(num: int, seed: int, kinds: list[str], drivers: list[str]) -> list[di
                 "rank": random_.randrange(size),
                 "step": random_.randrange(4, 30),
                 "driver": random_.choice(drivers),
+                "end_after_s": end_after_s,
                 "program": "trainer" if kind in OF_TRAINER and random_.random() < 0.3 else "torch",
             }
         )
@@ -141,9 +141,10 @@ CLUSTERS = ("ray", "hosts", "slurm")
 _cluster = threading.Lock()
 
 
-def run_on_cluster(driver: str, size: int, folder: Path, stamp: Path, words: list[str]) -> tuple[int, str]:
-    """Run a program under Ray here, or with ``size`` ranks on two hosts; returns exit code and output."""
-    limit = f"watch.end_after_s={END_AFTER_S + 5}"  # the host that can look at the process is to come first
+def run_on_cluster(fault: dict[str, Any], folder: Path, stamp: Path, words: list[str]) -> tuple[int, str]:
+    """Run a program under Ray here, or with its ranks on two hosts; returns exit code and output."""
+    driver, size = fault["driver"], fault["size"]
+    limit = f"watch.end_after_s={fault['end_after_s'] + 5}"  # the host that can look at the process is to come first
     run = [sys.executable, "-m", "everyrank", "run", limit, f"env.variables.FAULT_STAMP={stamp}", "run.dir=outputs/run"]
     with _cluster:
         if driver == "ray":
@@ -181,17 +182,18 @@ def run_ours(fault: dict[str, Any]) -> dict[str, Any]:
     stamp = folder / "stamp"
     words = [str(PROGRAMS[fault["program"]]), fault["kind"], str(fault["rank"]), str(fault["step"])]
     settings = [f"driver={fault['driver']}", f"driver.nproc_per_node={fault['size']}"]
-    command = [sys.executable, "-m", "everyrank", "run", *settings, f"watch.end_after_s={END_AFTER_S}", "--", *words]
+    limit = f"watch.end_after_s={fault['end_after_s']}"
+    command = [sys.executable, "-m", "everyrank", "run", *settings, limit, "--", *words]
     began_s = time.time()
     row = dict(fault)
     if fault["driver"] in CLUSTERS:
-        row["code"], said = run_on_cluster(fault["driver"], fault["size"], folder, stamp, words)
+        row["code"], said = run_on_cluster(fault, folder, stamp, words)
         return read_verdict(row, folder, stamp, began_s, said)
     if fault["driver"] == "torchrun":
         settings[0] = "driver='torchrun'"  # in quotes, which keeps the engine of this process
         argv = [
             *settings,
-            f"watch.end_after_s={END_AFTER_S}",
+            limit,
             "+app.preload=[torch._dynamo]",
             "app=script",
             "--",
@@ -339,6 +341,8 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=4, help="runs at once")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=600, help="start nothing after this time")
+    # When the notice names the suspect: by default a hang that may end is not ended so soon.
+    parser.add_argument("--end-after", type=int, default=10, help="watch.end_after_s of the runs")
     parser.add_argument("--kinds", nargs="*", default=list(KINDS))
     parser.add_argument("--drivers", nargs="*", default=list(DRIVERS))
     parser.add_argument("--healthy", type=float, default=0, help="minutes of healthy runs instead")
@@ -358,8 +362,8 @@ def main() -> None:
         print(json.dumps({k: v for k, v in row.items() if k != "told" or row.get("alarm")}), flush=True)
         return row
 
-    planned = faults(arguments.num, arguments.seed, arguments.kinds, arguments.drivers)
-    beside = faults(arguments.bare, 1, arguments.kinds, arguments.drivers)
+    planned = faults(arguments.num, arguments.seed, arguments.kinds, arguments.drivers, arguments.end_after)
+    beside = faults(arguments.bare, 1, arguments.kinds, arguments.drivers, arguments.end_after)
     with ThreadPoolExecutor(arguments.jobs) as pool:
         if arguments.healthy:
             found = [row for row in pool.map(lambda n: in_time(run_healthy, n), range(10_000)) if row]
