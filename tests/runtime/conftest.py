@@ -14,6 +14,8 @@ from typing import Any
 import cloudpickle
 import pytest
 
+from everyrank.elastic import engine_pool
+
 _PRELOAD = ["torch", "everyrank.runtime.collectives", "everyrank.runtime.preemption", "everyrank.runtime.process_group"]
 
 
@@ -85,6 +87,7 @@ def _forkserver(_scratch: Any) -> Iterator[None]:
     multiprocessing.set_forkserver_preload(_PRELOAD)
     multiprocessing.forkserver.ensure_running()
     yield
+    engine_pool.shutdown()  # one that was forked meanwhile holds the server's descriptor, and the server would not end
     multiprocessing.forkserver._forkserver._stop()  # type: ignore[attr-defined]
 
 
