@@ -31,6 +31,8 @@ _SESSION_PROCESSES = ("multiprocessing.resource_tracker",)
 os.environ[_MARK] = _SESSION
 # Several workers share the cores: a second thread of each would spend them on waiting for the other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Unbuffered, print() writes a line and its end one after the other, and what two ranks print gets mixed.
+os.environ.pop("PYTHONUNBUFFERED", None)
 # Ignored in a shell's background job or under nohup, but what the tests start must hear them.
 for _signum, _usual in (
     (signal.SIGINT, signal.default_int_handler),

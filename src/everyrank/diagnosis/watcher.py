@@ -47,6 +47,7 @@ _NUM_LOOKS, _LOOK_S = 20, 0.05  # for answers: looks are counted, not seconds, f
 _OLD_S = 60.0  # in a shared folder: what was written longer ago is an earlier launch's
 _ABSENT_S = 4.0  # between two looks: this process itself was stopped, or the machine slept
 _MOST_A_LOOK_S = 2.0  # counts of the time since the look before: what passed while this process was not run is nobody's
+_GO_ON = "notice: the ranks go on"
 _SURE_AFTER_S = 1.0  # what would end a run, and was not seen so in the look before, is looked at once more
 
 
@@ -101,8 +102,13 @@ class Watcher:
             self._thread.join()
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
                 self._compare()
+                if self._noticed and not self._ended and self._has_moved():  # between the last look and the end
+                    self._say(_GO_ON)
         if self._sign is not None:
             self._sign.remove()
+
+    def _has_moved(self) -> bool:
+        return _progress(read_beats(attempt_dir(watch_dir(self.run_dir), self._attempt))) != self._progress
 
     def silent_mismatch(self) -> Verdict | None:
         """Ranks that took part in a collective with different things, without anybody noticing: the numbers are wrong.
@@ -161,7 +167,7 @@ class Watcher:
         absent = now_s - self._looked_s > _ABSENT_S
         if progress != self._progress or absent:
             if self._noticed and not absent:
-                self._say("notice: the ranks go on")
+                self._say(_GO_ON)
             self._reset()
             self._progress = progress
             if self._mismatch is None and now_s - self._compared_s > _COMPARE_EVERY_S:
