@@ -1,5 +1,6 @@
 # make quickstart   install, then train the main job on two ranks
-# make test         install, then run every test
+# make test         install, then run the tests: what a change must pass
+# make nightly      the same questions under further launchers, sizes and seeds, and long campaigns of faults
 # make quick        the tests that start no process: for every commit
 # make check        linters (our own as well), formatter, type checker
 # make docs         build the documentation site
@@ -13,7 +14,7 @@ STAMP  := $(VENV)/.installed
 # The tests wait for processes as much as they compute: one worker more than two cores.
 WORKERS ?= 3
 
-.PHONY: quickstart test quick check format docs bench pages clean
+.PHONY: quickstart test nightly quick check format docs bench pages clean
 
 # torch first, by itself and pinned: whatever needs torch afterwards is then content with the build that is there.
 $(STAMP): requirements/lock.txt pyproject.toml
@@ -33,6 +34,11 @@ test: $(STAMP)
 	sh scripts/install_cluster_tools.sh
 	$(BIN)/python -m pytest -n $(WORKERS) --no-loadscope-reorder || { echo "== what failed, once more and alone =="; \
 	    $(BIN)/python -m pytest --last-failed --last-failed-no-failures none; }
+
+nightly: $(STAMP)
+	$(BIN)/python -m compileall -q src tests/support
+	sh scripts/install_cluster_tools.sh
+	$(BIN)/python -m pytest -n $(WORKERS) --no-loadscope-reorder -m nightly
 
 quick: $(STAMP)
 	$(BIN)/python -m pytest -q -n 2 --no-loadscope-reorder --quick -m "not slow and not cluster and not nightly" \

@@ -204,6 +204,11 @@ def start_cli(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
         print(f"--- output of pid {process.pid} ---\n{output}")  # pytest shows it if the test failed
 
 
+def nightly(*values: object) -> Any:
+    """One set of a test's parameters that only `make nightly` asks for: another set asks by day."""
+    return pytest.param(*values, marks=pytest.mark.nightly)
+
+
 @pytest.fixture
 def free_port() -> int:
     """A TCP port of this machine that nobody uses now."""

@@ -19,6 +19,7 @@ from hurt_run import NUM_EPOCHS, NUM_SAMPLES, NUM_STEPS, Harm
 
 import everyrank
 from campaign.starting import Start, start_command
+from conftest import nightly
 from everyrank.certification.evidence import Evidence
 
 PRELOAD = ("everyrank.apps.train", "hurt_run", "torch._dynamo")
@@ -70,7 +71,7 @@ def check_finished(run: Path, uninterrupted: Evidence, stopped: int, num_workers
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("num_workers", [nightly(0), 2])
 def test_one_rank(tmp_path: Path, uninterrupted: Evidence, num_workers: int) -> None:
     for place, name in zip(PLACES, SIGNALS, strict=False):
         run = tmp_path / place
@@ -98,8 +99,8 @@ def check_from_the_command_line(
 @pytest.mark.parametrize(
     ("victim", "workers"),
     [
-        ("launcher", {"training": 0, "validation": 2, "saving": 0}),
-        ("group", {"training": 2, "validation": 0, "saving": 2}),
+        nightly("launcher", {"training": 0, "validation": 2, "saving": 0}),
+        nightly("group", {"training": 2, "validation": 0, "saving": 2}),
         ("all", {"training": 2, "validation": 0, "saving": 2}),
     ],
 )

@@ -56,7 +56,8 @@ class Listeners:
         with everyrank.join(**cfg.distributed) as world:
             total = int(everyrank.reduce_sum(torch.tensor(world.rank)).item())
             if world.is_main:
-                print(f"sum {total}, somebody listens on {', '.join(sorted(_listening(cfg.app.before)))}", flush=True)
+                print(f"sum {total}, niceness {os.nice(0)}", flush=True)
+                print(f"somebody listens on {', '.join(sorted(_listening(cfg.app.before)))}", flush=True)
             everyrank.barrier()
             if world.rank == cfg.app.guilty:
                 raise LookupError(f"the sample {world.rank} is missing")

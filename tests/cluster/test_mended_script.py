@@ -13,7 +13,7 @@ from cluster.hosts import ROOT
 from cluster.running import Running
 from everyrank.cli.main import main
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+pytestmark = [pytest.mark.cluster, pytest.mark.nightly]
 QUIET_RAY = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
 
 

@@ -17,7 +17,7 @@ import yaml
 
 from cluster.hosts import Host
 from cluster.running import Running
-from conftest import RunCli, cli_environment
+from conftest import RunCli, cli_environment, nightly
 from programs.others import programs
 
 pytestmark = pytest.mark.cluster
@@ -90,9 +90,11 @@ ON_ONE_MACHINE = {
 @pytest.mark.parametrize(
     "name",
     [
-        *(name for name in ON_ONE_MACHINE if name not in ("mpi", "ray")),
+        "torchrun",
+        "spawn",
+        "launch-argument",
         pytest.param("mpi", marks=needs_mpi),
-        pytest.param("ray", marks=pytest.mark.slow),
+        *map(nightly, ("torchrun-spawn", "torchrun-fork", "launch", "ray")),
     ],
 )
 def test_a_script_is_told_its_place_on_one_machine(
@@ -130,7 +132,7 @@ BOTH_START = {
 }
 
 
-@pytest.mark.parametrize("name", BOTH_START)
+@pytest.mark.parametrize("name", ["static", "elastic", nightly("launch")])
 def test_a_script_is_told_its_place_on_nodes_that_are_started_one_by_one(
     start_on: Start, tmp_path: Path, promised: set[str], name: str
 ) -> None:
@@ -145,7 +147,7 @@ def test_a_script_is_told_its_place_on_nodes_that_are_started_one_by_one(
         assert f"rank {one.rank} of 4: total 10.0" in nodes[int(one.said["host"] == "node1")].output
 
 
-@pytest.mark.parametrize("task_per", ["node", "rank"])
+@pytest.mark.parametrize("task_per", [nightly("node"), "rank"])
 def test_a_script_is_told_its_place_in_a_job_of_slurms(
     start_on: Start, slurm: dict[str, str], tmp_path: Path, promised: set[str], task_per: str
 ) -> None:
@@ -157,6 +159,7 @@ def test_a_script_is_told_its_place_in_a_job_of_slurms(
     assert launch.output.count("rank 0 of 4: total 10.0") == 1
 
 
+@pytest.mark.nightly
 def test_a_program_of_others_does_its_work_in_a_job_of_slurms(start_on: Start, slurm: dict[str, str]) -> None:
     program = programs()["accelerate_sync"]
     order = ("driver=slurm", "driver.nodes=2", "driver.poll_s=0.2", "-n1", "--", str(program.script))

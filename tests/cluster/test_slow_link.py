@@ -13,7 +13,7 @@ import yaml
 
 from cluster.hosts import Host, missing
 from cluster.running import Running
-from conftest import ROOT
+from conftest import ROOT, nightly
 
 pytestmark = pytest.mark.cluster
 Start = Callable[..., Running]
@@ -68,7 +68,7 @@ def test_compressed_gradients_are_half_the_bytes(start_on: Start, slow_hosts: li
         assert 0.45 < half / whole < 0.55
 
 
-@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("number", [1, nightly(2)])
 def test_with_local_updates_a_step_sends_nothing(
     start_on: Start, slow_hosts: list[Host], tmp_path: Path, number: int
 ) -> None:

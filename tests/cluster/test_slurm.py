@@ -175,7 +175,7 @@ def test_a_partition_that_does_not_exist_and_a_job_not_waited_for(start_on: Star
     assert "scancel" in free.output
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_certificate_holds_for_srun_and_mpirun(start_on: Start, slurm: dict[str, str]) -> None:
     """On a cluster that answers, ``everyrank certify`` finds srun, whose weights are those of our own driver."""
     command = (sys.executable, "-m", "everyrank", "certify")

@@ -62,6 +62,7 @@ def test_the_nodes_end_with_the_command(start_on: Start, login: str, tmp_path: P
 
 
 @pytest.mark.skipif(shutil.which("mpirun") is None, reason="mpirun not installed (scripts/install_cluster_tools.sh)")
+@pytest.mark.nightly
 def test_open_mpi_starts_ranks_on_all_hosts(start_on: Start, ssh_config: str) -> None:
     """``driver=mpi driver.hosts=[...]``: ranks by host, their master is found, and a failure names the rank."""
     hosts = ("driver=mpi", "driver.hosts=[node0,node1]", f"driver.mpi_args=[--mca,plm_rsh_args,'-F {ssh_config}']")

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, TensorDataset, WeightedRandomSampler
 
 import everyrank
-from conftest import RunCli
+from conftest import RunCli, nightly
 from everyrank.errors import DataError
 
 LOOPS = str(Path(__file__).parent / "programs" / "loops.py")
@@ -29,8 +29,14 @@ def seen(folder: Path) -> list[collections.Counter[int]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["exact", "alone"])
-@pytest.mark.parametrize("library", ["plain", "accelerate", "fabric"])
+@pytest.mark.parametrize(
+    ("library", "kind"),
+    [
+        *((library, "exact") for library in ("plain", "accelerate", "fabric")),
+        ("plain", "alone"),
+        *(nightly(library, "alone") for library in ("accelerate", "fabric")),
+    ],
+)
 def test_killed_and_resumed_at_another_world_size_each_sample_once(
     run_cli: RunCli, tmp_path: Path, library: str, kind: str
 ) -> None:

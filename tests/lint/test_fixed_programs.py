@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import cli_environment
+from conftest import cli_environment, nightly
 from everyrank.cli.main import main
 
 PROGRAMS = Path(__file__).parent / "programs"
@@ -60,10 +60,12 @@ def test_as_it_was_it_starts_under_none(program: Path) -> None:
 @pytest.mark.parametrize(
     "launcher",
     [
-        "python", "torchrun", "launch", "launch --use-env", "spawn",
-        "run driver=torchrun", "run driver=launch", "run driver=spawn",
+        "python",
+        "launch",
+        "run driver=torchrun",
+        *map(nightly, ("torchrun", "launch --use-env", "spawn", "run driver=launch", "run driver=spawn")),
     ],
-)  # fmt: skip
+)
 def test_after_fix_it_starts_under_every_launcher(
     launcher: str, program: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -4,44 +4,30 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 
-from conftest import ROOT, cli_environment
+from conftest import RunCli, nightly
 from programs.others import programs
 
 DRIVERS = ("torchrun", "spawn", "launch", *(("mpi",) if shutil.which("mpirun") else ()))
-RAY_TOO = "accelerate_sync"
-RAY = ("ray",) if importlib.util.find_spec("ray") else ()
+RAY = (("accelerate_sync", "ray"),) if importlib.util.find_spec("ray") else ()
+PAIRS = (*((name, driver) for name in sorted(programs()) for driver in DRIVERS), *RAY)
+
+
+def _is_of_the_day(number: int) -> bool:
+    """Every program by one launcher, every launcher for a program or two."""
+    program, driver = divmod(number, len(DRIVERS))
+    return driver == program % len(DRIVERS)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(programs()))
-def test_a_program_of_others_does_its_work_under_every_launcher(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "driver"), [pair if _is_of_the_day(number) else nightly(*pair) for number, pair in enumerate(PAIRS)]
+)
+def test_a_program_of_others_does_its_work_under_every_launcher(run_cli: RunCli, name: str, driver: str) -> None:
     program = programs()[name]
-
-    def run(driver: str) -> str:
-        """What is wrong with it."""
-        (tmp_path / driver).mkdir()
-        done = subprocess.run(
-            [sys.executable, str(ROOT / "run.py"), "-n2", *program.settings, f"driver={driver}", "--", program.script],
-            cwd=tmp_path / driver,
-            env={**cli_environment(), **program.env, "CUDA_VISIBLE_DEVICES": ""},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=280,
-            check=False,
-        )
-        if done.returncode == 0 and not program.missing(done.stdout):
-            return ""
-        return f"== {driver}: exit code {done.returncode}, {program.missing(done.stdout)}:\n{done.stdout[-3000:]}"
-
-    drivers = DRIVERS + (RAY if name == RAY_TOO else ())
-    with ThreadPoolExecutor(2) as two:
-        assert not any(wrong := list(two.map(run, drivers))), "\n".join(wrong)
+    order = ("-n2", *program.settings, f"driver={driver}", "--", str(program.script))
+    done = run_cli(*order, env={**program.env, "CUDA_VISIBLE_DEVICES": ""}, timeout_s=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert program.missing(done.stdout + done.stderr) == {}, done.stdout + done.stderr

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from conftest import RunCli
+from conftest import RunCli, nightly
 
 APP = ("app=hello_dist", "app._target_=probe_apps.Rehearsed")
 
 
-@pytest.mark.parametrize("driver", ["local", "torchrun", pytest.param("spawn", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("driver", ["local", "torchrun", nightly("spawn")])
 def test_ranks_join_as_on_gpus(run_cli: RunCli, driver: str) -> None:
     ranks = 1 if driver == "local" else 2
     order = () if driver == "local" else ("driver.nproc_per_node=2",)

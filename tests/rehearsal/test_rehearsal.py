@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import everyrank
+from conftest import nightly
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "training" / "programs"))
 
@@ -41,7 +42,7 @@ def test_a_process_gets_consistent_answers(tmp_path: Path) -> None:
     assert output.count("as with CUDA") == 7
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", [nightly("bfloat16"), "float16"])
 def test_a_trainer_takes_the_steps_it_takes_on_the_cpu(tmp_path: Path, dtype: str) -> None:
     rehearsed = _losses(_run(*REHEARSED, *TORCHRUN, PROGRAMS / "gpt.py", dtype, cwd=tmp_path), "cuda:{rank}")
     plain = _losses(_run(*TORCHRUN, PROGRAMS / "gpt.py", dtype, cwd=tmp_path), "cpu")
@@ -87,7 +88,7 @@ def test_spawned_ranks_collect_and_share_their_moments(tmp_path: Path) -> None:
         assert f"rank {rank} of 2: 4 steps, the weights of one process" in output
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("library", ["accelerate", "fabric"])
 def test_libraries_choose_cuda_by_themselves(tmp_path: Path, library: str) -> None:
     pytest.importorskip("lightning.fabric" if library == "fabric" else library)

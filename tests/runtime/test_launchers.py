@@ -73,7 +73,7 @@ def test_a_restart_never_meets_the_addresses_of_the_dead(tmp_path: Path) -> None
     assert found == _expected("torchrun", attempt=2)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_restart_with_a_static_rendezvous(tmp_path: Path, free_port: int) -> None:
     static = ("-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port}")
     found = _launch(tmp_path, *static, "--max-restarts=1", "--monitor-interval=0.1", kill=1)

@@ -188,7 +188,7 @@ def test_peaks_are_those_of_the_very_device() -> None:
     assert peak_flops("NVIDIA L4", "float64") is None
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_benchmark_for_gpus_runs_to_its_end(tmp_path: Path) -> None:
     """So that its first hour on a GPU is not spent on its mistakes; the figures mean nothing here."""
     benchmark, written = ROOT / "benchmarks" / "gpu.py", tmp_path / "gpu.json"

@@ -74,6 +74,8 @@ class RayDriver(Driver[RayConfig]):
         if address is None:
             # Ray listens on all addresses of a machine that may be part of a cluster. This one is not.
             os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+            # By itself Ray lets its workers give way to all other processes of the machine. No other launcher does.
+            os.environ.setdefault("RAY_worker_niceness", "0")
         import ray
 
         # Ray's own folder holds sockets, whose paths must be short, so it is not in the run's.

@@ -18,6 +18,8 @@ from typing import Any
 import pytest
 import torch
 
+from conftest import nightly
+
 ROOT = Path(__file__).resolve().parents[3]
 SCRIPT = str(ROOT / "main_train_vrt.py")
 # float32: two ranks add up gradients in another order than one process does
@@ -231,7 +233,7 @@ def test_legacy_launch_with_use_env_and_every_old_flag(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("degradation", "scale"), [("bicubic", 4), ("blur", 1), ("noise", 1)])
+@pytest.mark.parametrize(("degradation", "scale"), [("bicubic", 4), nightly("blur", 1), nightly("noise", 1)])
 def test_demo_video_trains_super_resolution_deblurring_and_denoising(
     degradation: str, scale: int, demo: Path, write_options: Write
 ) -> None:

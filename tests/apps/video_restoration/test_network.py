@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from conftest import nightly
 from everyrank.apps.video_restoration import VRT
 from everyrank.apps.video_restoration.network import chunked_attention, chunked_deform, deform
 from everyrank.apps.video_restoration.network.attention import WindowAttention, chunked, fused
@@ -90,7 +91,7 @@ def test_output_is_that_of_explicit_matrices_and_loops_over_frames(name: str) ->
         torch.testing.assert_close(net(clip), reference.forward(net, clip), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("name", [pytest.param("four neighbours", marks=pytest.mark.slow), "frame interpolation"])
+@pytest.mark.parametrize("name", [nightly("four neighbours"), "frame interpolation"])
 def test_gradients_are_those_of_explicit_matrices_and_loops_over_frames(name: str) -> None:
     net, clip = _filled(name)
     net.double()

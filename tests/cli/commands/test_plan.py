@@ -11,7 +11,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from conftest import RunCli
+from conftest import RunCli, nightly
 from everyrank.cli.commands.plan_numbers import compute
 from everyrank.cli.main import main
 from everyrank.data.split import split_sizes
@@ -35,7 +35,7 @@ def trainer_config(parallel: dict[str, object] | None = None, **training: object
     )
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("world_size", [nightly(1), nightly(2), 3])
 def test_a_plan_says_what_the_run_then_does(
     run_cli: RunCli,
     tmp_path: Path,
