@@ -1,7 +1,8 @@
 """The certificate's training, which sends a signal from inside one of its ranks at an exactly chosen place.
 
 The places are real: a call of the model in training or in validation, an optimizer step, or the system calls by which
-checkpoints and ledgers are written. Nothing of everyrank is replaced, only functions of the standard library.
+checkpoints and ledgers are written. Nothing of everyrank is replaced, only functions of the standard library and the
+step of torch's AdamW.
 """
 
 from __future__ import annotations

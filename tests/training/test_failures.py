@@ -27,15 +27,14 @@ def test_a_loss_that_is_not_finite(tmp_path: Path) -> None:
         stop = result["stop"]
         assert (stop["rank"], stop["step"], list(stop["samples"])) == (guilty, batch + 1, shares[guilty][batch])
         assert f"loss is nan on rank {guilty} at epoch 0, step {batch + 1}, samples [" in stop["error"]
-        assert result["skip"]["num_skipped"] == 1
-        assert result["skip"]["step"] == 11
+        assert (result["skip"]["step"], result["skip"]["num_updates"]) == (11, 10)
         assert all(value.isfinite().all() for value in result["skip"]["weights"].values())
         assert result["skip"]["training"][0]["loss"] == result["skip"]["training"][0]["loss"], "no NaN in the mean"
         assert not result["continue"]["weights"]["0.weight"].isfinite().all()
     for policy, words in (("skip", "step skipped"), ("continue", "going on")):
         log = (tmp_path / policy / "logs" / "rank-0.log").read_text()
         assert f"loss is nan on rank {guilty} at epoch 0, step {batch + 1}" in log
-        assert words in log
+        assert log.count(words) == 1
     assert not list((tmp_path / "stop" / "checkpoints").glob("step-*")), "weights that are not finite are never saved"
 
 

@@ -134,19 +134,11 @@ def train_norms(folder: Path) -> dict[str, Any]:
         config["model"] = {"type": NormNet}
         trainer = TrainerDDP(config=config, world=world)
         trainer.prepare_dataloaders(train_dataset=tiny.make_data(40))
-        local, before = trainer._parts.local, {}
-        assert local is not None
-        meet = local.synchronize
-
-        def look() -> None:
-            if local.num_apart:
-                before.update({name: value.clone() for name, value in trainer.module.state_dict().items()})
-                before["num_collectives"] = count_collectives()
-            meet()
-
-        local.synchronize = look  # type: ignore[method-assign]
+        before: dict[str, Tensor] = {}
+        trainer.optimizer.register_step_post_hook(
+            lambda *_: before.update(tiny.weights(trainer))
+        )  # the last step's stay
         trainer.run_training()
-        before["num_collectives"] = count_collectives() - before["num_collectives"]
         return {"before": before, "after": tiny.weights(trainer)}
 
 
@@ -161,12 +153,13 @@ def train_poisoned_apart(folder: Path, policies: list[str]) -> dict[str, Any]:
             config = tiny.make_config(folder / policy, parallel=parallel, **settings)
             trainer = TrainerDDP(config=config, world=world)
             trainer.prepare_dataloaders(train_dataset=tiny.poisoned())
+            updates = tiny.note_updates(trainer)
             try:
                 result = tiny.outcome(trainer, trainer.run_training())
             except NonFiniteLossError as error:
                 result = {"error": str(error), "rank": error.rank, "step": error.step}
-            skipped = trainer._position.num_skipped
-            found[policy] = {**result, "num_skipped": skipped, "lr": trainer.optimizer.param_groups[0]["lr"]}
+            lr = trainer.optimizer.param_groups[0]["lr"]
+            found[policy] = {**result, "num_updates": len(updates), "lr": lr}
     return found
 
 

@@ -191,6 +191,13 @@ def poisoned(num_bad: int = 1) -> TensorDataset:
     return TensorDataset(x, y)
 
 
+def note_updates(trainer: TrainerDDP) -> list[int]:
+    """Return a list that the optimizer adds the trainer's step to whenever it changes this rank's weights."""
+    updates: list[int] = []
+    trainer.optimizer.register_step_post_hook(lambda *_: updates.append(trainer.step))
+    return updates
+
+
 def train_poisoned(folder: Path, policies: list[str]) -> dict[str, Any]:
     """Train with each policy and return what came of each."""
     found: dict[str, Any] = {}
@@ -198,11 +205,12 @@ def train_poisoned(folder: Path, policies: list[str]) -> dict[str, Any]:
         for policy in policies:
             trainer = TrainerDDP(config=make_config(folder / policy, num_epochs=1, nan_policy=policy), world=world)
             trainer.prepare_dataloaders(train_dataset=poisoned())
+            updates = note_updates(trainer)
             try:
                 result = outcome(trainer, trainer.run_training())
             except NonFiniteLossError as error:
                 result = {"error": str(error), "rank": error.rank, "step": error.step, "samples": error.samples}
-            found[policy] = {**result, "num_skipped": trainer._position.num_skipped}
+            found[policy] = {**result, "num_updates": len(updates)}
     return found
 
 

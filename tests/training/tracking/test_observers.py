@@ -110,7 +110,6 @@ def test_live_progress_shows_and_ends(capsys: pytest.CaptureFixture[str], monkey
     progress = Progress("live", num_epochs=1, steps_per_epoch=4, samples_per_step=8, world_size=2)
     progress.start()
     progress.update(0, 3, 0.5)
-    progress._live.refresh()
     progress.stop()
     shown = capsys.readouterr().err
     assert "epoch 1/1" in shown
