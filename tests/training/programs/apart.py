@@ -147,7 +147,7 @@ def train_poisoned_apart(folder: Path, policies: list[str]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     with everyrank.join(device="cpu") as world:
         for policy in policies:
-            scheduler = {"type": torch.optim.lr_scheduler.StepLR, "kwargs": {"step_size": 5}, "interval": "step"}
+            scheduler = {"type": torch.optim.lr_scheduler.StepLR, "kwargs": {"step_size": 11}, "interval": "step"}
             settings = {"num_epochs": 1, "nan_policy": policy, "scheduler": scheduler}
             parallel = {"local_updates": {"every": 4}}
             config = tiny.make_config(folder / policy, parallel=parallel, **settings)
