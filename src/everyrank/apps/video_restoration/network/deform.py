@@ -49,7 +49,7 @@ def sampled_deform_conv2d(x: Tensor, offset: Tensor, weight: Tensor, bias: Tenso
     out_channels, per_group, kernel, _ = weight.shape
     taps = kernel * kernel
     groups = mask.shape[1] // taps
-    shift = precise(offset).view(n * groups, taps, 2, height, width)
+    shift = precise(offset).reshape(n * groups, taps, 2, height, width)  # it may be channels-last
     reach = torch.arange(kernel, device=x.device, dtype=shift.dtype) - kernel // 2
     rows = torch.arange(height, device=x.device, dtype=shift.dtype)
     columns = torch.arange(width, device=x.device, dtype=shift.dtype)
