@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import builtins
+import functools
+import importlib
 import inspect
 import re
 import subprocess
@@ -115,15 +117,11 @@ def test_public_names_are_locked_and_exist() -> None:
 
 
 def test_type_checkers_are_told_the_same_names() -> None:
-    tree = ast.parse((SOURCE / "__init__.py").read_text())
-    (block,) = (node for node in tree.body if isinstance(node, ast.If))
-    told = {
-        (alias.asname, f"{node.module}.{alias.name}" if alias.name == "schema" else node.module)
-        for node in block.body
-        if isinstance(node, ast.ImportFrom)
-        for alias in node.names
-    }
-    assert told == {(name, f"everyrank.{module}") for name, module in everyrank._EXPORTS.items()}
+    told = _public_homes()
+    assert sorted(told) == sorted(set(PUBLIC) - {"__version__"})
+    for name, module in told.items():
+        home = importlib.import_module(module)
+        assert getattr(everyrank, name) is getattr(home, name, home)
 
 
 def test_apps_import_the_public_names_alone() -> None:
@@ -303,5 +301,19 @@ def _imports(path: Path) -> set[str]:
 
 def _everyrank_imports(path: Path) -> set[str]:
     """The rooms that a file imports from; a public name counts as the room it lives in."""
-    names = (name.split(".")[1] for name in _imports(path) if name.startswith("everyrank."))
-    return {everyrank._EXPORTS.get(name, name).split(".")[0] for name in names}
+    homes = _public_homes()
+    names = (name for name in _imports(path) if name.startswith("everyrank."))
+    return {homes.get(name.split(".")[1], name).split(".")[1] for name in names}
+
+
+@functools.cache
+def _public_homes() -> dict[str, str]:
+    """The module that each public name comes from, as type checkers are told; ``schema`` is a module itself."""
+    tree = ast.parse((SOURCE / "__init__.py").read_text())
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    return {
+        str(alias.asname): f"{node.module}.{alias.name}" if alias.name == "schema" else str(node.module)
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }

@@ -38,6 +38,31 @@ def test_a_kill_at_any_call_leaves_a_whole_checkpoint(tmp_path: Path, scenario: 
     assert report["found"] == ([1] if scenario == "replace" else [1, 2])
 
 
+def test_a_checkpoint_gets_its_name_when_all_of_it_is_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A power cut loses what was not flushed, which no kill shows: in the order of the system calls."""
+    flushed: set[int] = set()  # inodes
+    left_out: dict[str, list[str]] = {}
+    fsync, rename = os.fsync, os.rename
+
+    def noted_fsync(descriptor: int) -> None:
+        fsync(descriptor)
+        flushed.add(os.fstat(descriptor).st_ino)
+
+    def noted_rename(old: Path, new: Path) -> None:
+        left_out[new.name] = [path.name for path in (old, *old.iterdir()) if path.stat().st_ino not in flushed]
+        flushed.discard(new.parent.stat().st_ino)
+        rename(old, new)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(os, "rename", noted_rename)
+    with Checkpointer(tmp_path, world=current_world()) as checkpointer:
+        checkpointer.save(1, tensors={"model": {"w": torch.ones(3)}}, state={}, rank_state={})
+    assert left_out == {"step-00000001": []}
+    assert tmp_path.stat().st_ino in flushed, "the new name itself"
+
+
 _BACKGROUND = (True, False)
 _LIMITS = (0, 100, 4096, 399_999)
 
