@@ -78,7 +78,9 @@ def _nothing_is_left(_scratch: Path) -> Iterator[None]:
     assert _listening_ports() <= ports, f"ports were left open: {_listening_ports() - ports}"
     # multiprocessing's folder of a loader process, which that removes when it ends by itself. Those of a rank that is
     # killed are killed too, and torch kills one that has not ended 5 s after it was told to (a crowded machine).
-    left_files = {name for name in set(os.listdir(_scratch)) - files if not name.startswith("pymp-")}
+    # torchinductor_: headers that the compiler keeps, wherever TORCHINDUCTOR_CACHE_DIR says.
+    kept = ("pymp-", "torchinductor_")
+    left_files = {name for name in set(os.listdir(_scratch)) - files if not name.startswith(kept)}
     assert not left_files, f"temporary files were left behind: {left_files}"
 
 

@@ -10,6 +10,7 @@ import tiny
 import torch
 
 import everyrank
+from conftest import nightly
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -72,9 +73,12 @@ def test_options_are_resumed(tmp_path: Path) -> None:
         assert torch.equal(model.state_dict()[name], value)
 
 
-@pytest.mark.slow
-def test_a_compiled_model_keeps_its_names_and_its_numbers(tmp_path: Path) -> None:
-    variants = {"compiled": {"compile": {"dynamic": True}, "num_epochs": 1}, "plain": {"num_epochs": 1}}
+@pytest.mark.parametrize("backend", ["aot_eager", nightly("inductor")])
+def test_a_compiled_model_keeps_its_names_and_its_numbers(tmp_path: Path, backend: str) -> None:
+    variants = {
+        "compiled": {"compile": {"dynamic": True, "backend": backend}, "num_epochs": 1},
+        "plain": {"num_epochs": 1},
+    }
     (found,) = everyrank.launch(tiny.train_options, tmp_path, variants, nproc_per_node=1)
     assert distance(found["compiled"], found["plain"]) < 1e-5
     assert set(found["compiled"]["weights"]) == set(tiny.TinyNet().state_dict())

@@ -12,11 +12,12 @@ from everyrank.config.resolve import construct
 from everyrank.errors import ConfigError
 from everyrank.runtime.world import World
 from everyrank.training.batch import place_criterion
-from everyrank.training.config import CompileConfig, SchedulerConfig, TrainerConfig, TrainingConfig
+from everyrank.training.config import SchedulerConfig, TrainerConfig, TrainingConfig
 from everyrank.training.config_data import EvaluatorConfig
 from everyrank.training.decisions.early_stopping import DefaultEarlyStopping
 from everyrank.training.ema import WeightAverage
 from everyrank.training.evaluation.evaluators import DefaultTester, DefaultValidator
+from everyrank.training.hardware.compiling import CompileConfig, compile_model
 from everyrank.training.hardware.kernels import fused_if_possible
 from everyrank.training.parallel.local_updates import make_local_updates
 from everyrank.training.parallel.wrapping import powersgd_of, prepare_module, wrap
@@ -78,9 +79,7 @@ def build_model(config: TrainerConfig, world: World, device: torch.device) -> nn
     module = prepare_module(module, config.parallel, world, device)
     if config.training.compile:
         options = config.training.compile
-        given = options if isinstance(options, CompileConfig) else CompileConfig()
-        # In place, so that names in the state stay those of the bare model.
-        module.compile(mode=given.mode, dynamic=given.dynamic, fullgraph=given.fullgraph, backend=given.backend)
+        compile_model(module, options if isinstance(options, CompileConfig) else CompileConfig())
     return module
 
 

@@ -19,6 +19,7 @@ from everyrank.training.config_data import (
     TestingConfig,
     ValidationConfig,
 )
+from everyrank.training.hardware.compiling import CompileConfig
 from everyrank.training.parallel.config import ParallelConfig, against_local_updates
 from everyrank.training.parameter_groups import FrozenConfig, ParameterGroupConfig
 
@@ -43,16 +44,6 @@ class EMAConfig:
     decay: Float = field(default=0.999, ge=0, lt=1, doc="Share of the old average that is kept at each optimizer step.")
     start_step: Int = field(default=0, ge=0, doc="Optimizer steps during which the average is just the weights.")
     evaluate: Bool = field(default=True, doc="Validate, test and pick the best checkpoint with the averaged weights.")
-
-
-@section
-class CompileConfig:
-    """Arguments of ``torch.compile``."""
-
-    mode: str | None = field(default=None, doc="`default`, `reduce-overhead`, `max-autotune`, ...")
-    dynamic: Bool | None = field(default=None, doc="Compile for changing shapes.")
-    fullgraph: Bool = field(default=False, doc="Fail where the graph would break instead of splitting it.")
-    backend: str = field(default="inductor", doc="The compiler.")
 
 
 @section
