@@ -13,8 +13,9 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator
 
-from everyrank.lint.module import FunctionNode, PythonModule, argument, constant, identifiers, last_name
+from everyrank.lint.module import FunctionNode, PythonModule, argument, constant, identifiers, last_name, values_given
 
+Assignment = ast.Assign | ast.AnnAssign | ast.NamedExpr
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 _RANK_WORD = re.compile(
     r"rank|master|main_?proc|is_?main|main_?worker|chief|primary|leader|is_?root|zero_?only|only_on|process_index|"
@@ -50,16 +51,12 @@ class Guards:
         """Names whose value depends on the rank or on whether the run is distributed: writer, is_best, device..."""
         names: set[str] = set()
         assigned: list[tuple[set[str], ast.AST]] = []
-        for kind in (ast.Assign, ast.AnnAssign, ast.NamedExpr):
-            for node in self.module.by_type[kind]:
-                value = getattr(node, "value", None)
-                targets = node.targets if isinstance(node, ast.Assign) else [node.target]  # type: ignore[attr-defined]
-                if value is not None:
-                    found = {n for t in targets for n in target_names(t)}
-                    assigned.append((found, value))
-                    test = self._nearest_test(node)
-                    if test is not None:
-                        assigned.append((found, test))
+        of_type = self.module.of_type
+        nodes: list[Assignment] = [*of_type(ast.Assign), *of_type(ast.AnnAssign), *of_type(ast.NamedExpr)]
+        for node in nodes:
+            found = {n for t in targets_of(node) for n in target_names(t)}
+            if node.value is not None:
+                assigned += [(found, value) for value in (node.value, self._nearest_test(node)) if value is not None]
         for _ in range(3):
             before = len(names)
             for found, value in assigned:
@@ -110,10 +107,10 @@ class Guards:
 
     def _left_before(self, parent: ast.AST, statement: ast.stmt) -> bool:
         """Whether some ranks may have left the block by return, raise, continue or break before ``statement``."""
-        for earlier in self._before(parent, statement):
-            if isinstance(earlier, ast.If) and self.mentions_rank(earlier.test) and _leaves(earlier.body):
-                return True
-        return False
+        return any(
+            isinstance(earlier, ast.If) and self.mentions_rank(earlier.test) and _leaves(earlier.body)
+            for earlier in self._before(parent, statement)
+        )
 
     def _before(self, parent: ast.AST, statement: ast.stmt) -> Iterator[ast.stmt]:
         for field in ("body", "orelse", "finalbody"):
@@ -132,11 +129,9 @@ class Guards:
             name = last_name(dotted)
             if name in names:
                 sites[name].append(call)
-            for value in [*call.args, *(k.value for k in call.keywords)]:
-                if (
-                    isinstance(value, ast.Name | ast.Attribute)
-                    and (passed := last_name(self.module.dotted(value))) in names
-                ):
+            for value in values_given(call):
+                passed = last_name(self.module.dotted(value)) if isinstance(value, ast.Name | ast.Attribute) else ""
+                if passed in names:
                     sites[passed].append(call)
         for function in self.module.functions:
             parent = self.module.parents[function]
@@ -172,19 +167,15 @@ class Guards:
     def _main_names(self) -> set[str]:
         """Names that hold a condition that differs between ranks, such as ``save = rank == 0``."""
         names: set[str] = set()
-        for node in self.module.by_type[ast.Assign]:
-            if isinstance(node, ast.Assign) and self._sides(node.value, names):
-                names |= {n for t in node.targets for n in target_names(t)}
-        kept = set()
-        for name in names:  # one that is also assigned something else says nothing
-            values = [
-                n.value
-                for n in self.module.by_type[ast.Assign]
-                if isinstance(n, ast.Assign) and any(name in target_names(t) for t in n.targets)
-            ]
-            if all(self._sides(v, set()) for v in values):
-                kept.add(name)
-        return kept
+        values: dict[str, list[ast.expr]] = defaultdict(list)
+        for node in self.module.of_type(ast.Assign):
+            found = {n for t in node.targets for n in target_names(t)}
+            for name in found:
+                values[name].append(node.value)
+            if self._sides(node.value, names):
+                names |= found
+        # One that is also assigned something else says nothing.
+        return {name for name in names if all(self._sides(value, set()) for value in values[name])}
 
     def _sides(self, test: ast.AST, names: set[str] | None = None) -> str:
         """Return "zero" or "others" for the ranks on which a condition holds, or "" if all may agree on it."""
@@ -289,6 +280,11 @@ def _is_rank(module: PythonModule, node: ast.AST) -> bool:
     if isinstance(node, ast.Name | ast.Attribute):
         return bool(_RANK_NAME.match(last_name(module.dotted(node))))
     return False
+
+
+def targets_of(node: Assignment) -> list[ast.expr]:
+    """Return what an assignment assigns to."""
+    return node.targets if isinstance(node, ast.Assign) else [node.target]
 
 
 def target_names(target: ast.AST) -> Iterator[str]:

@@ -7,11 +7,13 @@ import functools
 import re
 from collections import defaultdict
 from collections.abc import Iterator
+from typing import TypeVar
 
 from everyrank.lint.finding import Edit, Finding, Fix, Lines
 
 FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+_NodeT = TypeVar("_NodeT", bound=ast.AST)
 
 # A module without one of these words takes no part in distributed training; it is parsed, and no rule looks at it.
 TRIGGER = re.compile(
@@ -35,7 +37,7 @@ class PythonModule:
         self.lines = Lines(text)
         self.tree = ast.parse(text)
         self.parents: dict[ast.AST, ast.AST] = {}
-        self.by_type: dict[type[ast.AST], list[ast.AST]] = defaultdict(list)
+        self._by_type: dict[type[ast.AST], list[ast.AST]] = defaultdict(list)
         self.imports: dict[str, str] = {}
         self.import_nodes: list[ast.Import | ast.ImportFrom] = []
         if self.is_relevant:
@@ -51,7 +53,7 @@ class PythonModule:
         stack: list[ast.AST] = [self.tree]
         while stack:
             node = stack.pop()
-            self.by_type[type(node)].append(node)
+            self._by_type[type(node)].append(node)
             children = list(ast.iter_child_nodes(node))
             for child in children:
                 self.parents[child] = node
@@ -70,22 +72,24 @@ class PythonModule:
 
     # -- nodes -------------------------------------------------------------------------------------------------------
 
+    def of_type(self, kind: type[_NodeT]) -> list[_NodeT]:
+        """Return every node of a kind, in the order of the text."""
+        return self._by_type[kind]  # type: ignore[return-value]
+
     @functools.cached_property
     def calls(self) -> list[tuple[ast.Call, str]]:
         """Every call in the order of the text, with the dotted name of what is called ("" if it has none)."""
-        calls = [node for node in self.by_type[ast.Call] if isinstance(node, ast.Call)]
-        return [(call, self.dotted(call.func)) for call in calls]
+        return [(call, self.dotted(call.func)) for call in self.of_type(ast.Call)]
 
     @functools.cached_property
     def functions(self) -> list[FunctionNode]:
         """Every function and method."""
-        return [n for kind in _FUNCTIONS for n in self.by_type[kind] if isinstance(n, _FUNCTIONS)]
+        return [*self.of_type(ast.FunctionDef), *self.of_type(ast.AsyncFunctionDef)]
 
     @functools.cached_property
     def names_used(self) -> set[str]:
         """Every identifier and attribute name that occurs."""
-        names = {n.id for n in self.by_type[ast.Name] if isinstance(n, ast.Name)}
-        return names | {n.attr for n in self.by_type[ast.Attribute] if isinstance(n, ast.Attribute)}
+        return {n.id for n in self.of_type(ast.Name)} | {n.attr for n in self.of_type(ast.Attribute)}
 
     def dotted(self, node: ast.AST) -> str:
         """Return ``torch.distributed.all_reduce`` for such a chain of names, through the imports; "" for no chain."""
@@ -129,6 +133,11 @@ class PythonModule:
             if statement in case.body:
                 return list(case.body)
         return [statement]
+
+    def in_body(self, branch: ast.If, node: ast.AST) -> bool:
+        """Whether ``node``, which stands somewhere below ``branch``, does so in its body and not in its else."""
+        chain = [node, *self.ancestors(node)]
+        return chain[chain.index(branch) - 1] in branch.body
 
     def within(self, function: FunctionNode | None) -> Iterator[ast.AST]:
         """Yield the nodes of a function's own body (None: of the module's), not of functions inside it."""
@@ -248,14 +257,23 @@ class PythonModule:
 
 def argument(call: ast.Call, name: str, position: int | None = None) -> ast.expr | None:
     """Return the value a call gives for a parameter, by keyword or position; None if it gives none."""
-    for keyword in call.keywords:
-        if keyword.arg == name:
-            return keyword.value
+    if given := keyword(call, name):
+        return given.value
     if position is not None and position < len(call.args):
         if any(isinstance(a, ast.Starred) for a in call.args[: position + 1]):
             return None
         return call.args[position]
     return None
+
+
+def keyword(call: ast.Call, name: str) -> ast.keyword | None:
+    """Return ``name=value`` of a call, or None."""
+    return next((k for k in call.keywords if k.arg == name), None)
+
+
+def values_given(call: ast.Call) -> list[ast.expr]:
+    """Return what a call is given, by position and by keyword."""
+    return [*call.args, *(k.value for k in call.keywords)]
 
 
 def has_unknown_arguments(call: ast.Call) -> bool:

@@ -8,7 +8,7 @@ import os
 import re
 
 from everyrank.lint.guards import Guards, rank_from_environment, target_names
-from everyrank.lint.module import FunctionNode, PythonModule, argument, constant, last_name
+from everyrank.lint.module import FunctionNode, PythonModule, argument, constant, last_name, values_given
 
 _COLLECTIVES = """
     all_reduce all_gather all_gather_into_tensor all_gather_object all_to_all all_to_all_single barrier
@@ -65,8 +65,8 @@ class Program:
         handed: set[str] = set()
         for call, name in self.module.calls:
             if _SPAWN.search(name):
-                values = [*call.args, *(k.value for k in call.keywords)]
-                handed |= {last_name(self.module.dotted(v)) for v in values if isinstance(v, ast.Name | ast.Attribute)}
+                values = [v for v in values_given(call) if isinstance(v, ast.Name | ast.Attribute)]
+                handed |= {last_name(self.module.dotted(v)) for v in values}
         found: set[FunctionNode] = set()
         names = handed
         while names:
@@ -79,7 +79,7 @@ class Program:
     def variables_read(self) -> set[str]:
         """The variables of a launcher that are read from the environment."""
         found = {rank_from_environment(self.module, call) for call, _ in self.module.calls}
-        found |= {rank_from_environment(self.module, node) for node in self.module.by_type[ast.Subscript]}
+        found |= {rank_from_environment(self.module, node) for node in self.module.of_type(ast.Subscript)}
         return found & {"RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_LOCALID", "OMPI_COMM_WORLD_RANK"}
 
     @functools.cached_property
@@ -90,20 +90,17 @@ class Program:
     @functools.cached_property
     def is_entry(self) -> bool:
         """Whether the file is a program: it has a ``__main__`` part, or calls at its top."""
-        for statement in self.module.tree.body:
-            if isinstance(statement, ast.If) and "__name__" in {
-                n.id for n in ast.walk(statement.test) if isinstance(n, ast.Name)
-            }:
-                return True
-        joined = {self.module.function_of(call) for call in self.joins}
-        return None in joined
+        tests = [statement.test for statement in self.module.tree.body if isinstance(statement, ast.If)]
+        if any(isinstance(n, ast.Name) and n.id == "__name__" for test in tests for n in ast.walk(test)):
+            return True
+        return any(self.module.function_of(call) is None for call in self.joins)
 
     @functools.cached_property
     def wrapped_names(self) -> dict[str, list[ast.Assign]]:
         """Names (``model``, ``self.model``) that are assigned a wrapped model, with the assignments."""
         found: dict[str, list[ast.Assign]] = {}
-        for node in self.module.by_type[ast.Assign]:
-            if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call) and node.value in self.wraps:
+        for node in self.module.of_type(ast.Assign):
+            if isinstance(node.value, ast.Call) and node.value in self.wraps:
                 for target in node.targets:
                     if name := self.module.dotted(target):
                         found.setdefault(name, []).append(node)
@@ -128,8 +125,7 @@ class Program:
         name = self.module.dotted(node)
         function = self.module.function_of(node)
         values = []
-        for assign in self.module.by_type[ast.Assign]:
-            assert isinstance(assign, ast.Assign)
+        for assign in self.module.of_type(ast.Assign):
             if isinstance(node, ast.Name) and self.module.function_of(assign) not in (function, None):
                 continue
             for target in assign.targets:
@@ -146,18 +142,19 @@ class Program:
                 elif isinstance(target, ast.Tuple) and any(self.module.dotted(t) == name for t in target.elts):
                     values.append(assign.value)
         if function is not None and isinstance(node, ast.Name):
-            own = [self.module.function_of(a) for a in self.module.by_type[ast.Assign] if name in target_names_of(a)]
             arguments = function.args
             parameters = {a.arg for a in [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]}
-            if name in parameters and function not in own:
+            if name in parameters and not any(
+                self.module.function_of(a) is function and any(name in target_names(t) for t in a.targets)
+                for a in self.module.of_type(ast.Assign)
+            ):
                 return []
         return values
 
     def is_collective(self, call: ast.Call, name: str) -> bool:
         """Whether a call is one of ``torch.distributed``'s collectives over the whole world."""
-        if name.startswith("torch.distributed.") and last_name(name) in COLLECTIVES:
-            return argument(call, "group") is None
-        return False
+        known = name.startswith("torch.distributed.") and last_name(name) in COLLECTIVES
+        return known and argument(call, "group") is None
 
     @functools.cached_property
     def collective_functions(self) -> dict[str, tuple[FunctionNode, str]]:
@@ -208,7 +205,3 @@ class Program:
     def has_backend(self, call: ast.Call, backend: str) -> bool:
         """Whether ``init_process_group`` is given this backend as a literal."""
         return constant(argument(call, "backend", 0)) == backend
-
-
-def target_names_of(node: ast.AST) -> set[str]:
-    return {n for t in getattr(node, "targets", []) for n in target_names(t)}

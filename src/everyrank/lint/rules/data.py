@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 
 from everyrank.lint.finding import Finding, Fix
-from everyrank.lint.module import argument, constant, has_unknown_arguments, last_name
+from everyrank.lint.module import PythonModule, argument, constant, has_unknown_arguments, keyword, last_name
 from everyrank.lint.program import Program
 from everyrank.lint.rule import Rule
 
@@ -15,6 +15,7 @@ _SHARDS = re.compile(
     r"Sampler|shard|split_dataset_by_node|\.prepare\b|prepare_data_loader|WebLoader|wds\."
     r"|[/%*:] *world_size|world_size *[/%*:]|num_replicas|IterableDataset|rank::"
 )
+_SAMPLERS = ("sampler", "batch_sampler")
 _SAMPLER = re.compile(r"(?:^|\.)DistributedSampler$")
 
 
@@ -64,56 +65,44 @@ def epoch_not_set(program: Program) -> Iterator[Finding]:
         if not isinstance(assign, ast.Assign) or not isinstance(assign.targets[0], ast.Name):
             continue
         sampler = assign.targets[0].id
-        function = module.function_of(call)
-        loaders = [
-            c
-            for c, n in module.calls
-            if last_name(n) == "DataLoader"
-            and module.function_of(c) is function
-            and isinstance(value := argument(c, "sampler", 3), ast.Name)
-            and value.id == sampler
-        ]
-        loop = _epoch_loop(program, function, loaders, sampler)
-        if loop is None:
-            continue
-        simple = assign.value is call and module.parents[assign] is module.parents[loop] and assign.lineno < loop.lineno
-        line = f"{sampler}.set_epoch({ast.unparse(loop.target)})"
-        if not simple:
-            line = f"if isinstance({sampler}, {module.source(call.func)}):\n    {line}"
-        first = loop.body[0]
-        fix = (
-            Fix("Tell the sampler each epoch", (module.insert_before(first, line),))
-            if module.begins_line(first)
-            else None
-        )
-        if not simple and module.function_of(loop) is not function:
-            fix = None
-        yield module.finding(
-            "ER201",
-            call,
-            f"The loop in line {loop.lineno} never tells {sampler} its epoch: every epoch has the same order. "
-            f"Fix: {sampler}.set_epoch({ast.unparse(loop.target)}) at its beginning.",
-            fix,
-        )
+        loop = _epoch_loop(module, module.function_of(call), sampler)
+        if loop is not None:
+            line = f"{sampler}.set_epoch({ast.unparse(loop.target)})"
+            yield module.finding(
+                "ER201",
+                call,
+                f"The loop in line {loop.lineno} never tells {sampler} its epoch: every epoch has the same order. "
+                f"Fix: {line} at its beginning.",
+                _told_each_epoch(module, assign, call, loop, line),
+            )
 
 
-def _epoch_loop(program: Program, function: ast.AST | None, loaders: list[ast.Call], sampler: str) -> ast.For | None:
-    """Return the loop over epochs of a function that uses one of these loaders."""
-    module = program.module
-    names = set()
-    for loader in loaders:
-        statement = module.statement_of(loader)
-        if isinstance(statement, ast.Assign):
-            names |= {module.dotted(t) for t in statement.targets}
-    for node in module.by_type[ast.For]:
-        assert isinstance(node, ast.For)
+def _epoch_loop(module: PythonModule, function: ast.AST | None, sampler: str) -> ast.For | None:
+    """Return the loop over epochs of a function that goes over a loader with this sampler."""
+    loaders = set()
+    for call, name in module.calls:
+        given, statement = argument(call, "sampler", 3), module.statement_of(call)
+        is_given = last_name(name) == "DataLoader" and isinstance(given, ast.Name) and given.id == sampler
+        if is_given and isinstance(statement, ast.Assign) and module.function_of(call) is function:
+            loaders |= {module.dotted(t) for t in statement.targets}
+    for node in module.of_type(ast.For):
         if module.function_of(node) is not function or not isinstance(node.target, ast.Name):
             continue
         if not re.search(r"epoch", f"{node.target.id} {ast.unparse(node.iter)}", re.IGNORECASE):
             continue
-        if any(isinstance(n, ast.Name) and n.id in names for n in ast.walk(node)):
+        if any(isinstance(n, ast.Name) and n.id in loaders for n in ast.walk(node)):
             return node
     return None
+
+
+def _told_each_epoch(module: PythonModule, assign: ast.Assign, call: ast.Call, loop: ast.For, line: str) -> Fix | None:
+    surely = assign.value is call and module.parents[assign] is module.parents[loop] and assign.lineno < loop.lineno
+    if not surely:
+        line = f"if isinstance({ast.unparse(assign.targets[0])}, {module.source(call.func)}):\n    {line}"
+    first = loop.body[0]
+    return (
+        Fix("Tell the sampler each epoch", (module.insert_before(first, line),)) if module.begins_line(first) else None
+    )
 
 
 def shuffle_beside_sampler(program: Program) -> Iterator[Finding]:
@@ -149,14 +138,11 @@ def shuffle_beside_sampler(program: Program) -> Iterator[Finding]:
         if last_name(name) != "DataLoader":
             continue
         shuffle, sampler = argument(call, "shuffle", 2), argument(call, "sampler", 3)
-        if (
-            constant(shuffle) is not True
-            or sampler is None
-            or (isinstance(sampler, ast.Constant) and sampler.value is None)
-        ):
+        if shuffle is None or constant(shuffle) is not True:
             continue
-        assert shuffle is not None
-        if isinstance(sampler, ast.Name) and not _is_sampler(program, sampler):
+        if sampler is None or (isinstance(sampler, ast.Constant) and sampler.value is None):
+            continue
+        if isinstance(sampler, ast.Name) and not any("Sampler" in ast.unparse(v) for v in program.values_of(sampler)):
             continue
         text = f"({module.source(sampler)} is None)" if isinstance(sampler, ast.Name | ast.Attribute) else "False"
         yield module.finding(
@@ -165,11 +151,6 @@ def shuffle_beside_sampler(program: Program) -> Iterator[Finding]:
             "shuffle=True and a sampler exclude each other: the loader is refused. Fix: shuffle without one only.",
             Fix("Shuffle only without a sampler", (module.replace(shuffle, text),)),
         )
-
-
-def _is_sampler(program: Program, node: ast.Name) -> bool:
-    values = program.values_of(node)
-    return any("Sampler" in ast.unparse(value) for value in values)
 
 
 def sampler_missing(program: Program) -> Iterator[Finding]:
@@ -209,24 +190,16 @@ def sampler_missing(program: Program) -> Iterator[Finding]:
     if not program.wraps or "backward" not in module.text or _shares_data(program):
         return
     for call, name in module.calls:
-        if (
-            last_name(name) != "DataLoader"
-            or constant(argument(call, "shuffle", 2)) is not True
-            or has_unknown_arguments(call)
-        ):
+        if last_name(name) != "DataLoader" or has_unknown_arguments(call) or program.guards.is_guarded(call):
             continue
-        if any(argument(call, key) is not None for key in ("sampler", "batch_sampler")) or program.guards.is_guarded(
-            call
-        ):
+        if constant(argument(call, "shuffle", 2)) is not True or any(keyword(call, k) for k in _SAMPLERS):
             continue
-        dataset = argument(call, "dataset", 0)
-        shuffle = argument(call, "shuffle", 2)
+        dataset, shuffle = argument(call, "dataset", 0), keyword(call, "shuffle")
         fix = None
-        keyword = next((k for k in call.keywords if k.arg == "shuffle"), None)
-        if dataset is not None and shuffle is not None and keyword is not None:
+        if dataset is not None and shuffle is not None:
             text = f"sampler=torch.utils.data.DistributedSampler({module.source(dataset)})"
             _, imports = module.name_for("torch")
-            fix = Fix("Share the data among the ranks", (module.replace(keyword, text), *imports), safe=False)
+            fix = Fix("Share the data among the ranks", (module.replace(shuffle, text), *imports), safe=False)
         yield module.finding(
             "ER203",
             call,
@@ -319,17 +292,9 @@ def batch_size_not_divided(program: Program) -> Iterator[Finding]:
         return
     for call, name in module.calls:
         size = argument(call, "batch_size", 1)
-        sampler = argument(call, "sampler", 3)
-        if (
-            (
-                last_name(name) == "DataLoader"
-                and sampler is not None
-                and size is not None
-                and "//" not in module.source(size)
-            )
-            and "per" not in module.source(size).lower()
-            and "world_size" not in module.source(size)
-        ):
+        if last_name(name) != "DataLoader" or size is None or argument(call, "sampler", 3) is None:
+            continue
+        if not re.search(r"//|(?i:per)|world_size", module.source(size)):
             yield module.finding(
                 "ER205",
                 size,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 
 from everyrank.lint.finding import Edit, Finding, Fix
@@ -50,31 +51,24 @@ def device_from_global_rank(program: Program) -> Iterator[Finding]:
         dist.destroy_process_group()
     """
     module = program.module
-    for node in module.by_type[ast.BinOp]:
-        if not isinstance(node, ast.BinOp) or not isinstance(node.op, ast.Mod) or _in_environment_read(program, node):
+    for node in module.of_type(ast.BinOp):
+        if not isinstance(node.op, ast.Mod) or _in_environment_read(program, node):
             continue
-        if _is_device_count(program, node.right) and any(
-            "rank" in n.lower() or "proc" in n.lower() for n in identifiers(node.left)
-        ):
-            if "LOCAL" in ast.unparse(node.left).upper():
-                continue
+        of_rank = any(re.search("rank|proc", n, re.IGNORECASE) for n in identifiers(node.left))
+        if of_rank and _is_device_count(program, node.right) and "LOCAL" not in ast.unparse(node.left).upper():
             yield _local_rank_finding(program, node, f"{module.source(node)} guesses this rank's device")
     for call, name in module.calls:
-        if name in _DEVICE_CALLS:
-            for value in _device_values(call, name):
-                if program.is_global_rank(value):
-                    yield _local_rank_finding(
-                        program, value, f"{module.source(value)} is the global rank, and names the device"
-                    )
-        elif last_name(name) in ("cuda", "to") and "." in name and call.args and program.is_global_rank(call.args[0]):
-            value = call.args[0]
-            yield _local_rank_finding(
-                program, value, f"{module.source(value)} is the global rank, and names the device"
-            )
+        for value in _device_values(call, name):
+            if program.is_global_rank(value):
+                what = f"{module.source(value)} is the global rank, and names the device"
+                yield _local_rank_finding(program, value, what)
 
 
 def _device_values(call: ast.Call, name: str) -> Iterator[ast.expr]:
-    for value in call.args[:2]:
+    """Yield what a call takes for the number of a device."""
+    if last_name(name) in ("cuda", "to") and "." in name:
+        yield from call.args[:1]
+    for value in call.args[:2] if name in _DEVICE_CALLS else ():
         if isinstance(value, ast.JoinedStr) and name == "torch.device":
             yield from (part.value for part in value.values if isinstance(part, ast.FormattedValue))
         else:
@@ -122,8 +116,8 @@ def _is_of_slurm(program: Program, node: ast.expr) -> bool:
     names = {module.dotted(n) for n in ast.walk(node) if isinstance(n, ast.Name | ast.Attribute)}
     reads = [
         (assign.lineno, variable)
-        for assign in module.by_type[ast.Assign]
-        if isinstance(assign, ast.Assign) and assign.lineno < node.lineno
+        for assign in module.of_type(ast.Assign)
+        if assign.lineno < node.lineno
         if module.function_of(assign) is module.function_of(node)
         if names & {module.dotted(target) for target in assign.targets}
         if (variable := rank_from_environment(module, assign.value))
@@ -163,14 +157,12 @@ def visible_devices_in_code(program: Program) -> Iterator[Finding]:
         return
     module = program.module
     joining = {module.function_of(call) for call in [*program.joins, *program.wraps]}
-    for node in module.by_type[ast.Assign]:
-        assert isinstance(node, ast.Assign)
+    for node in module.of_type(ast.Assign):
         function = module.function_of(node)
         if function is not None and function not in joining and function not in program.guards.open_functions:
             continue  # a helper that somebody else calls, perhaps for one process
-        if rank_from_environment(module, node.targets[0]) != "CUDA_VISIBLE_DEVICES" or not isinstance(
-            node.targets[0], ast.Subscript
-        ):
+        target = node.targets[0]
+        if not isinstance(target, ast.Subscript) or rank_from_environment(module, target) != "CUDA_VISIBLE_DEVICES":
             continue
         if _only_if_unset(program, node) or constant(node.value) in ("", "-1"):
             continue
@@ -178,8 +170,9 @@ def visible_devices_in_code(program: Program) -> Iterator[Finding]:
         if module.begins_line(node) and len(module.block_of(node)) > 1:
             end = module.span(node)[1]
             begin = module.lines.starts[node.lineno - 1]
-            if not module.text[end:].split("\n", 1)[0].strip():
-                end += len(module.text[end:].split("\n", 1)[0]) + 1
+            rest = module.text[end:].split("\n", 1)[0]
+            if not rest.strip():
+                end += len(rest) + 1
                 fix = Fix("Remove the line", (Edit(begin, min(end, len(module.text)), ""),), safe=False)
         yield module.finding(
             "ER002",
@@ -237,13 +230,9 @@ def world_size_from_device_count(program: Program) -> Iterator[Finding]:
         if name not in _DEVICE_COUNT:
             continue
         parent = module.parents[call]
-        target = (
-            module.dotted(parent.targets[0])
-            if isinstance(parent, ast.Assign)
-            else parent.arg
-            if isinstance(parent, ast.keyword)
-            else ""
-        )
+        target = parent.arg if isinstance(parent, ast.keyword) else None
+        if isinstance(parent, ast.Assign):
+            target = module.dotted(parent.targets[0])
         if last_name(target or "").lower() not in ("world_size", "worldsize") or program.guards.is_guarded(call):
             continue
         os_name, imports = module.name_for("os")
@@ -289,9 +278,8 @@ def device_ids_from_global_rank(program: Program) -> Iterator[Finding]:
     for call in program.wraps:
         ids = argument(call, "device_ids", 1)
         values = list(ids.elts) if isinstance(ids, ast.List | ast.Tuple) else []
-        output = argument(call, "output_device", 2)
-        for value in [*values, *([output] if output else [])]:
-            if program.is_global_rank(value):
+        for value in [*values, argument(call, "output_device", 2)]:
+            if value is not None and program.is_global_rank(value):
                 what = f"{program.module.source(value)} is the global rank, and is taken for a device"
                 yield _local_rank_finding(program, value, what, "ER303")
 

@@ -9,13 +9,14 @@ from collections.abc import Iterator
 
 from everyrank.lint.finding import Edit, Finding, Fix
 from everyrank.lint.guards import rank_from_environment
-from everyrank.lint.module import argument, constant, identifiers
+from everyrank.lint.module import PythonModule, argument, constant, identifiers, keyword, values_given
 from everyrank.lint.program import Program
 from everyrank.lint.rule import Rule
 
 _SPELLINGS = ("--local_rank", "--local-rank")
 # Libraries that read LOCAL_RANK for the program.
 _JOINS_ITSELF = {"everyrank", "accelerate", "lightning", "pytorch_lightning", "deepspeed", "transformers"}
+_FIXED_METHOD = re.compile(r"tcp://(localhost|127\.0\.0\.1):[1-9]\d*$")
 _LOCAL_ADDRESS = ("localhost", "127.0.0.1", "0.0.0.0")
 
 
@@ -51,32 +52,25 @@ def local_rank_option(program: Program) -> Iterator[Finding]:
     options = [(call, name) for call, name in module.calls if name.endswith((".add_argument", ".add_arg"))]
     given = {constant(value) for call, _ in options for value in call.args}
     imported = {name.split(".")[0] for name in module.imports.values()}
+    strings = {constant(node) for node in module.of_type(ast.Constant)}
+    knows = _JOINS_ITSELF & imported or "LOCAL_RANK" in program.variables_read | strings
     for call, _ in options:
         names = [value for value in call.args if constant(value) in _SPELLINGS]
         if not names:
             continue
         edits, faults = [], []
-        missing = [s for s in _SPELLINGS if s not in given]
-        if missing:
-            faults.append(f"it is not known as {missing[0]}")
-            quote = module.source(names[-1])[0]
-            end = module.span(names[-1])[1]
-            edits.append(Edit(end, end, f", {quote}{missing[0]}{quote}"))
-        required = next((k for k in call.keywords if k.arg == "required" and constant(k.value) is True), None)
-        default = next((k for k in call.keywords if k.arg == "default"), None)
-        knows = (
-            _JOINS_ITSELF & imported or "LOCAL_RANK" in program.variables_read or "LOCAL_RANK" in set(_strings(program))
-        )
+        if missing := next((s for s in _SPELLINGS if s not in given), None):
+            faults.append(f"it is not known as {missing}")
+            quote, end = module.source(names[-1])[0], module.span(names[-1])[1]
+            edits.append(Edit(end, end, f", {quote}{missing}{quote}"))
+        required = keyword(call, "required") if constant(argument(call, "required")) is True else None
         if required:
             faults.append("it is required, and torchrun passes none")
         elif not knows:
             faults.append("its default does not read LOCAL_RANK, which is all that torchrun sets")
         if required or not knows:
-            new = _default_edits(program, call, required, default)
-            if new is None:
-                edits = []
-            else:
-                edits += new
+            new = _default_edits(module, call, required)
+            edits = [*edits, *new] if new else []
         if faults:
             yield module.finding(
                 "ER003",
@@ -87,40 +81,21 @@ def local_rank_option(program: Program) -> Iterator[Finding]:
             )
 
 
-def _strings(program: Program) -> Iterator[str]:
-    for node in program.module.by_type[ast.Constant]:
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and len(node.value) < 20:
-            yield node.value
-
-
-def _default_edits(
-    program: Program, call: ast.Call, required: ast.keyword | None, default: ast.keyword | None
-) -> list[Edit] | None:
-    """Return the edits that make LOCAL_RANK the default; None where what is written is not a plain number."""
-    module = program.module
+def _default_edits(module: PythonModule, call: ast.Call, required: ast.keyword | None) -> list[Edit]:
+    """Return the edits that make LOCAL_RANK the default; none where what is written is not a plain number."""
     name, imports = module.name_for("os")
-    old = "0"
-    if default is not None and not required:
-        value = constant(default.value)
-        if isinstance(default.value, ast.Constant) and value is None:
-            return None
-        if not isinstance(value, int):
-            return None
-        old = module.source(default.value)
+    default = keyword(call, "default")
+    if default and (required or not isinstance(constant(default.value), int)):
+        return []
+    old = module.source(default.value) if default else "0"
     text = f'default=int({name}.environ.get("LOCAL_RANK", {old}))'
-    if required is not None:
-        if default is not None:
-            return None
-        return [module.replace(required, text), *imports]
-    if default is not None:
-        return [module.replace(default, text), *imports]
-    last = max([*call.args, *(k.value for k in call.keywords)], key=lambda node: module.span(node)[1])
-    if not any(k.arg == "type" for k in call.keywords):
-        return None
+    if place := required or default:
+        return [module.replace(place, text), *imports]
+    last = max(values_given(call), key=lambda node: module.span(node)[1])
+    if last in call.args or not keyword(call, "type"):
+        return []
     end = module.span(last)[1]
-    if last in call.args:
-        return None
-    return [Edit(end, end, f', default=int({name}.environ.get("LOCAL_RANK", 0))'), *imports]
+    return [Edit(end, end, f", {text}"), *imports]
 
 
 def rendezvous_in_code(program: Program) -> Iterator[Finding]:
@@ -155,18 +130,16 @@ def rendezvous_in_code(program: Program) -> Iterator[Finding]:
             dist.init_process_group("gloo", rank=rank, world_size=world_size)
     """
     module = program.module
-    for node in module.by_type[ast.Assign]:
-        assert isinstance(node, ast.Assign)
-        target = node.targets[0]
-        variable = rank_from_environment(module, target) if isinstance(target, ast.Subscript) else ""
-        value = constant(node.value)
-        if variable not in ("MASTER_ADDR", "MASTER_PORT") or not isinstance(value, str | int):
+    for node in module.of_type(ast.Assign):
+        target, value = node.targets[0], constant(node.value)
+        variable = rank_from_environment(module, target)
+        if not isinstance(target, ast.Subscript) or variable not in ("MASTER_ADDR", "MASTER_PORT"):
+            continue
+        if not isinstance(value, str | int) or _depends_on_environment(program, node):
             continue
         if variable == "MASTER_ADDR" and (value not in _LOCAL_ADDRESS or _is_one_node(program, node)):
             continue
-        if _depends_on_environment(program, node):
-            continue
-        text = f"{module.source(target.value)}.setdefault({module.source(target.slice)}, {module.source(node.value)})"  # type: ignore[attr-defined]
+        text = f"{module.source(target.value)}.setdefault({module.source(target.slice)}, {module.source(node.value)})"
         yield module.finding(
             "ER006",
             node,
@@ -177,16 +150,11 @@ def rendezvous_in_code(program: Program) -> Iterator[Finding]:
         )
     for call in program.joins:
         method = argument(call, "init_method", 1)
-        value = constant(method)
-        if (
-            method is not None
-            and isinstance(value, str)
-            and re.match(r"tcp://(localhost|127\.0\.0\.1):[1-9]\d*$", value)
-        ):
+        if method is not None and _FIXED_METHOD.match(str(constant(method))):
             yield module.finding(
                 "ER006",
                 method,
-                f"The ranks meet at {value}, fixed in code: only one run on a machine, and only one node. "
+                f"The ranks meet at {constant(method)}, fixed in code: only one run on a machine, and only one node. "
                 'Fix: init_method="env://", and let the launcher choose.',
                 Fix("Meet where the launcher says", (module.replace(method, '"env://"'),), safe=False),
             )
@@ -244,8 +212,7 @@ def rank_without_fallback(program: Program) -> Iterator[Finding]:
     """
     module = program.module
     fallback = {"RANK": '"0"', "LOCAL_RANK": '"0"', "WORLD_SIZE": '"1"'}
-    for node in module.by_type[ast.Subscript]:
-        assert isinstance(node, ast.Subscript)
+    for node in module.of_type(ast.Subscript):
         variable = rank_from_environment(module, node)
         if variable not in fallback or not isinstance(node.ctx, ast.Load):
             continue
@@ -267,17 +234,13 @@ def _looks_first(program: Program, node: ast.AST) -> bool:
     if any(isinstance(parent, ast.Try) for parent in module.ancestors(node)):
         return True
     names = {"RANK", "WORLD_SIZE", "LOCAL_RANK"}
-    for compare in module.by_type[ast.Compare]:
-        if (
-            isinstance(compare, ast.Compare)
-            and isinstance(compare.ops[0], ast.In | ast.NotIn)
-            and names & set(identifiers(compare))
-        ):
+    for compare in module.of_type(ast.Compare):
+        if isinstance(compare.ops[0], ast.In | ast.NotIn) and names & set(identifiers(compare)):
             return True
     for call, name in module.calls:
         if name.endswith("environ.setdefault") and names & set(identifiers(call)):
             return True
-    sets = [t for a in module.by_type[ast.Assign] for t in getattr(a, "targets", []) if isinstance(t, ast.Subscript)]
+    sets = [t for a in module.of_type(ast.Assign) for t in a.targets if isinstance(t, ast.Subscript)]
     return any(rank_from_environment(module, target) in names for target in sets)
 
 

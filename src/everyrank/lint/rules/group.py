@@ -7,11 +7,9 @@ import re
 from collections.abc import Iterator
 
 from everyrank.lint.finding import Edit, Finding, Fix
-from everyrank.lint.module import argument, last_name
+from everyrank.lint.module import argument, constant, last_name
 from everyrank.lint.program import Program
 from everyrank.lint.rule import Rule
-
-_MOVES = re.compile(r"\.(?:cuda)$")
 
 
 def joined_too_late(program: Program) -> Iterator[Finding]:
@@ -56,15 +54,10 @@ def joined_too_late(program: Program) -> Iterator[Finding]:
         for call, name in module.calls:
             if module.function_of(call) is not function or call.lineno >= join.lineno:
                 continue
-            if name.endswith("set_device"):
-                chosen = True
+            chosen = chosen or name.endswith("set_device")
             what = ""
-            if (not chosen and _MOVES.search(name) and not call.args) or (
-                not chosen
-                and name.endswith(".to")
-                and call.args
-                and module.source(call.args[0]) in ('"cuda"', "'cuda'")
-            ):
+            to_cuda = name.endswith(".to") and call.args and constant(call.args[0]) == "cuda"
+            if not chosen and ((name.endswith(".cuda") and not call.args) or to_cuda):
                 what = "A model goes to the GPU"
             elif last_name(name) == "DistributedSampler" and argument(call, "num_replicas", 1) is None:
                 what = "A sampler asks for its rank"
@@ -78,20 +71,12 @@ def joined_too_late(program: Program) -> Iterator[Finding]:
 
 def _other_branch(program: Program, call: ast.AST, join: ast.AST) -> bool:
     """Whether a call stands in a branch that the join is not in: another way through the function."""
-    branches = {p for p in program.module.ancestors(join) if isinstance(p, ast.If)}
-    return any(isinstance(p, ast.If) and p not in branches for p in program.module.ancestors(call)) or any(
-        isinstance(p, ast.If) and p in branches and _side(program, p, call) != _side(program, p, join)
-        for p in program.module.ancestors(call)
+    module = program.module
+    shared = set(module.ancestors(join))
+    return any(
+        isinstance(p, ast.If) and (p not in shared or module.in_body(p, call) != module.in_body(p, join))
+        for p in module.ancestors(call)
     )
-
-
-def _side(program: Program, branch: ast.If, node: ast.AST) -> bool:
-    child = node
-    for parent in program.module.ancestors(node):
-        if parent is branch:
-            return child in branch.body
-        child = parent
-    return False
 
 
 def nccl_without_gpu_check(program: Program) -> Iterator[Finding]:
@@ -179,7 +164,7 @@ def _needs_check(program: Program, join: ast.Call) -> bool:
 
 def _runs_on_cpu(program: Program) -> bool:
     module = program.module
-    for node in module.by_type[ast.IfExp]:
+    for node in module.of_type(ast.IfExp):
         if any(_other_branch(program, node, join) for join in program.joins):
             continue
         text = ast.unparse(node)
@@ -235,7 +220,8 @@ def never_left(program: Program) -> Iterator[Finding]:
     module = program.module
     if not program.joins or not program.is_entry or "destroy_process_group" in module.text:
         return
-    reached = [c for c in program.joins if (f := module.function_of(c)) is None or f in _called(program)]
+    called = {last_name(name) for _, name in module.calls} | program.guards.call_sites.keys()
+    reached = [c for c in program.joins if (f := module.function_of(c)) is None or f.name in called]
     if not reached or any(
         re.search(r"clean_?up|shut_?down|destroy|tear_?down|finalize", last_name(n), re.I) for _, n in module.calls
     ):
@@ -247,11 +233,6 @@ def never_left(program: Program) -> Iterator[Finding]:
         "Fix: destroy_process_group() when the work is done.",
         _leave_fix(program),
     )
-
-
-def _called(program: Program) -> set[ast.AST]:
-    names = {last_name(name) for _, name in program.module.calls} | program.guards.call_sites.keys()
-    return {f for f in program.module.functions if f.name in names}
 
 
 def _leave_fix(program: Program) -> Fix | None:

@@ -101,11 +101,13 @@ def _reads_local_rank(script: Script, command: Command) -> bool:
 def old_launcher_in_python(program: Program) -> Iterator[Finding]:
     """The same in a list of arguments."""
     module = program.module
-    for node in module.by_type[ast.Constant]:
-        if not isinstance(node, ast.Constant) or node.value != _OLD:
-            continue
+    for node in module.of_type(ast.Constant):
         parent = module.parents[node]
-        if isinstance(parent, ast.List | ast.Tuple) and "-m" in {constant(e) for e in parent.elts}:
+        if (
+            node.value == _OLD
+            and isinstance(parent, ast.List | ast.Tuple)
+            and "-m" in {constant(e) for e in parent.elts}
+        ):
             quote = module.source(node)[-1]
             fix = Fix(
                 "Start it with torchrun's module",

@@ -7,7 +7,8 @@ import re
 from collections.abc import Iterator
 
 from everyrank.lint.finding import Finding, Fix
-from everyrank.lint.module import argument, constant, last_name
+from everyrank.lint.guards import Assignment, targets_of
+from everyrank.lint.module import PythonModule, constant, keyword, last_name, values_given
 from everyrank.lint.program import Program
 from everyrank.lint.rule import Rule
 
@@ -79,7 +80,8 @@ def wrapped_state_saved(program: Program) -> Iterator[Finding]:
             continue
         if any(n == f"{model}.load_state_dict" for _, n in module.calls) or _is_tested(program, call):
             continue
-        if any(_LOADER.search(last_name(n)) and model in _given(program, c) for c, n in module.calls):
+        loads = [c for c, n in module.calls if _LOADER.search(last_name(n))]
+        if any(model == module.dotted(value) for c in loads for value in values_given(c)):
             continue
         assert isinstance(call.func, ast.Attribute)
         yield module.finding(
@@ -87,17 +89,8 @@ def wrapped_state_saved(program: Program) -> Iterator[Finding]:
             call,
             f'{model} is wrapped: every name that is saved begins with "module.", and the bare model refuses them. '
             f"Fix: {model}.module.state_dict().",
-            Fix(
-                "Save the bare model",
-                (module.replace(call.func.value, f"{module.source(call.func.value)}.module"),),
-                safe=False,
-            ),
+            _take_bare(module, call.func.value, "Save the bare model", safe=False),
         )
-
-
-def _given(program: Program, call: ast.Call) -> set[str]:
-    """Return the names that a call is given."""
-    return {program.module.dotted(value) for value in [*call.args, *(k.value for k in call.keywords)]}
 
 
 def _is_saved(program: Program, call: ast.Call) -> bool:
@@ -132,22 +125,15 @@ def _surely_wrapped(program: Program, name: str, node: ast.expr) -> bool:
     if any(isinstance(b, ast.If | ast.Try) and b not in set(module.ancestors(node)) for b in branches):
         return False
     for parent in branches & set(module.ancestors(node)):
-        if isinstance(parent, ast.If) and not _same_branch(program, parent, last, node):
+        if isinstance(parent, ast.If) and module.in_body(parent, last) != module.in_body(parent, node):
             return False
-    for assign in [*module.by_type[ast.Assign], *module.by_type[ast.AnnAssign]]:
-        if last.lineno < assign.lineno <= node.lineno and module.function_of(assign) is function:  # type: ignore[attr-defined]
-            targets = assign.targets if isinstance(assign, ast.Assign) else [assign.target]  # type: ignore[attr-defined]
-            if any(name in {module.dotted(t), *(module.dotted(e) for e in getattr(t, "elts", []))} for t in targets):
-                return False
-    return True
-
-
-def _same_branch(program: Program, branch: ast.If, one: ast.AST, other: ast.AST) -> bool:
-    def side(node: ast.AST) -> bool:
-        chain = [node, *program.module.ancestors(node)]
-        return chain[chain.index(branch) - 1] in branch.body
-
-    return side(one) == side(other)
+    assigns: list[Assignment] = [*module.of_type(ast.Assign), *module.of_type(ast.AnnAssign)]
+    return not any(
+        name in (module.dotted(part) for part in (target, *getattr(target, "elts", [])))
+        for assign in assigns
+        if last.lineno < assign.lineno <= node.lineno and module.function_of(assign) is function
+        for target in targets_of(assign)
+    )
 
 
 def wrapped_model_used(program: Program) -> Iterator[Finding]:
@@ -179,27 +165,26 @@ def wrapped_model_used(program: Program) -> Iterator[Finding]:
             return model.module.generate(3)
     """
     module = program.module
-    for node in module.by_type[ast.Attribute]:
-        assert isinstance(node, ast.Attribute)
+    attributes = module.of_type(ast.Attribute)
+    set_on_wrapper = {(module.dotted(a.value), a.attr) for a in attributes if isinstance(a.ctx, ast.Store)}
+    for node in attributes:
         if node.attr in OF_WRAPPER or node.attr.startswith("__") or not isinstance(node.ctx, ast.Load):
             continue
         name = module.dotted(node.value)
         if name not in program.wrapped_names or not _surely_wrapped(program, name, node) or _is_tested(program, node):
             continue
-        if any(
-            isinstance(a, ast.Attribute)
-            and a.attr == node.attr
-            and isinstance(a.ctx, ast.Store)
-            and module.dotted(a.value) == name
-            for a in module.by_type[ast.Attribute]
-        ):
-            continue  # set on the wrapper itself
+        if (name, node.attr) in set_on_wrapper:
+            continue
         yield module.finding(
             "ER302",
             node,
             f"{name} is wrapped, and DistributedDataParallel has no {node.attr}. Fix: {name}.module.{node.attr}.",
-            Fix("Use the bare model", (module.replace(node.value, f"{module.source(node.value)}.module"),)),
+            _take_bare(module, node.value, "Use the bare model", safe=True),
         )
+
+
+def _take_bare(module: PythonModule, model: ast.expr, message: str, *, safe: bool) -> Fix:
+    return Fix(message, (module.replace(model, f"{module.source(model)}.module"),), safe)
 
 
 def _is_tested(program: Program, node: ast.AST) -> bool:
@@ -280,9 +265,9 @@ def unused_parameters(program: Program) -> Iterator[Finding]:
             return DistributedDataParallel(net)
     """
     for call in program.wraps:
-        keyword = next((k for k in call.keywords if k.arg == "find_unused_parameters"), None)
-        if keyword is not None and constant(argument(call, "find_unused_parameters")) is True:
-            yield program.module.finding("ER305", keyword, _UNUSED)
+        given = keyword(call, "find_unused_parameters")
+        if given and constant(given.value) is True:
+            yield program.module.finding("ER305", given, _UNUSED)
 
 
 def unused_parameters_in_options(options: object) -> Iterator[Finding]:

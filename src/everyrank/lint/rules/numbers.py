@@ -13,6 +13,7 @@ from everyrank.lint.rule import Rule
 
 _REDUCED = re.compile(r"reduce(?!LR)|gather|torchmetrics|synchronize_between|average_across|sync_", re.IGNORECASE)
 _AUGMENTS = re.compile(r"\bRandom[A-Z]\w+|transforms\.Random|\baugment|ColorJitter|AutoAugment", re.IGNORECASE)
+_LOGS = re.compile(r"^print$|(?:^|\.)log(?:ger|ging)?\.(?:info|debug|warning)$|add_scalar$|wandb\.log$")
 _LOSS = re.compile(r"loss|acc|metric|score|psnr|error", re.IGNORECASE)
 
 
@@ -53,14 +54,8 @@ def printed_unreduced(program: Program) -> Iterator[Finding]:
     if not program.is_distributed or _REDUCED.search(module.text):
         return
     for call, name in module.calls:
-        if (
-            name == "print"
-            or re.search(r"(?:^|\.)log(?:ger|ging)?\.(?:info|debug|warning)$|add_scalar$|wandb\.log$", name)
-        ) and any(
-            re.search(r"loss", word, re.IGNORECASE) and " " not in word
-            for value in call.args
-            for word in identifiers(value)
-        ):
+        words = [word for value in call.args for word in identifiers(value) if " " not in word]
+        if _LOGS.search(name) and any("loss" in word.lower() for word in words):
             yield module.finding("ER501", call, "This is one rank's loss. Fix: average it over the ranks first.")
 
 
@@ -103,19 +98,14 @@ def decided_unreduced(program: Program) -> Iterator[Finding]:
             scheduler.step(val_loss)
     """
     module = program.module
-    if not program.wraps or "DistributedSampler" not in module.text or _REDUCED.search(module.text):
+    if not program.wraps or _REDUCED.search(module.text):
+        return
+    if "DistributedSampler" not in module.text or "ReduceLROnPlateau" not in module.text:
         return
     for call, name in module.calls:
-        if (
-            (
-                name.endswith(".step")
-                and "sched" in name.lower()
-                and len(call.args) == 1
-                and "ReduceLROnPlateau" in module.text
-            )
-            and any(_LOSS.search(word) for word in identifiers(call.args[0]))
-            and not program.guards.is_guarded(call)
-        ):
+        steps = name.endswith(".step") and "sched" in name.lower() and len(call.args) == 1
+        by_loss = steps and any(_LOSS.search(word) for word in identifiers(call.args[0]))
+        if by_loss and not program.guards.is_guarded(call):
             yield module.finding(
                 "ER502",
                 call,
@@ -158,16 +148,13 @@ def mean_of_means(program: Program) -> Iterator[Finding]:
     module = program.module
     sums = {
         module.dotted(node.target)
-        for node in module.by_type[ast.AugAssign]
-        if isinstance(node, ast.AugAssign)
-        and isinstance(node.op, ast.Add)
-        and ".item()" in ast.unparse(node.value)
-        and "*" not in ast.unparse(node.value)
+        for node in module.of_type(ast.AugAssign)
+        if isinstance(node.op, ast.Add) and ".item()" in ast.unparse(node.value) and "*" not in ast.unparse(node.value)
     }
-    for node in module.by_type[ast.BinOp]:
-        if not isinstance(node, ast.BinOp) or not isinstance(node.op, ast.Div):
+    for node in module.of_type(ast.BinOp):
+        if not isinstance(node.op, ast.Div) or module.dotted(node.left) not in sums:
             continue
-        if module.dotted(node.left) in sums and re.fullmatch(r"len\(\w*loader\w*\)", ast.unparse(node.right)):
+        if re.fullmatch(r"len\(\w*loader\w*\)", ast.unparse(node.right)):
             yield module.finding(
                 "ER503", node, "The last, shorter batch counts as much as the others. Fix: weight by samples."
             )
@@ -212,17 +199,12 @@ def equal_seeds(program: Program) -> Iterator[Finding]:
     if not program.is_distributed or not _AUGMENTS.search(module.text):
         return
     for call, name in module.calls:
-        if (
-            name == "torch.manual_seed"
-            and call.args
-            and "rank" not in ast.unparse(call)
-            and not _of_rank(program, call.args[0])
-        ):
+        if name != "torch.manual_seed" or not call.args:
+            continue
+        seed = call.args[0]
+        sources = [call, *(program.values_of(seed) if isinstance(seed, ast.Name) else ())]
+        if not any("rank" in ast.unparse(source) for source in sources):
             yield module.finding("ER206", call, "All ranks draw the same augmentations. Fix: add the rank to the seed.")
-
-
-def _of_rank(program: Program, node: ast.expr) -> bool:
-    return isinstance(node, ast.Name) and any("rank" in ast.unparse(value) for value in program.values_of(node))
 
 
 RULES = (

@@ -73,23 +73,14 @@ def _has_counterpart(program: Program, call: ast.Call, collective: str, who: str
     branch = program.guards.some_ranks_only(call)
     if branch is not None and isinstance(branch[0], ast.If) and branch[0].orelse:
         body, orelse = _all(branch[0].body), _all(branch[0].orelse)
-        for other, name in module.calls:
-            if (
-                program.collective_in(other, name) == collective
-                and (call in body) != (other in body)
-                and other in body | orelse
-            ):
-                return True
-    for other, name in module.calls:
-        if (
-            other is call
-            or module.function_of(other) is not function
-            or program.collective_in(other, name) != collective
-        ):
-            continue
-        kept = program.guards.some_ranks_only(other)
-        if kept is not None and kept[1] != who:
+        opposite = orelse if call in body else body
+        if any(c in opposite and program.collective_in(c, name) == collective for c, name in module.calls):
             return True
+    for other, name in module.calls:
+        if other is not call and module.function_of(other) is function:
+            kept = program.guards.some_ranks_only(other)
+            if kept is not None and kept[1] != who and program.collective_in(other, name) == collective:
+                return True
     return False
 
 
@@ -142,21 +133,16 @@ def wrapped_model_on_some_ranks(program: Program) -> Iterator[Finding]:
         kept = program.guards.some_ranks_only(call)
         if kept is None or _in_both_branches(program, call, name, kept[0]):
             continue
-        model = ""
-        if name in program.wrapped_names and _wrapped_before(program, name, call):
-            model = name
-        else:
-            positions = runs.get(last_name(name), set()) if "." not in name else set()
-            for position, value in [*enumerate(call.args), *((k.arg, k.value) for k in call.keywords)]:
-                dotted = module.dotted(value)
-                if position in positions and dotted in program.wrapped_names and _wrapped_before(program, dotted, call):
-                    model = dotted
-        if model:
+        positions = runs.get(name, set())
+        given = [*enumerate(call.args), *((k.arg, k.value) for k in call.keywords)]
+        run = [name, *(module.dotted(value) for position, value in given if position in positions)]
+        models = [model for model in run if _wrapped_before(program, model, call)]
+        if models:
             yield module.finding(
                 "ER412",
                 call,
-                f"{model} is wrapped, and {_WHO[kept[1]]} runs it (line {kept[0].lineno}): its forward pass waits "
-                f"for the other ranks. Fix: give {model}.module.",
+                f"{models[-1]} is wrapped, and {_WHO[kept[1]]} runs it (line {kept[0].lineno}): its forward pass waits "
+                f"for the other ranks. Fix: give {models[-1]}.module.",
             )
 
 
@@ -170,10 +156,8 @@ def _in_both_branches(program: Program, call: ast.Call, name: str, statement: as
 
 
 def _wrapped_before(program: Program, name: str, node: ast.expr) -> bool:
-    function = program.module.function_of(node)
-    return any(
-        program.module.function_of(w) is function and w.lineno < node.lineno for w in program.wrapped_names[name]
-    )
+    function, wraps = program.module.function_of(node), program.wrapped_names.get(name, [])
+    return any(program.module.function_of(w) is function and w.lineno < node.lineno for w in wraps)
 
 
 def _functions_that_run(program: Program) -> dict[str, set[int | str | None]]:
@@ -226,22 +210,20 @@ def left_by_some_ranks(program: Program) -> Iterator[Finding]:
                     break
     """
     module = program.module
-    for kind in (ast.Break, ast.Continue, ast.Return):
-        for node in module.by_type[kind]:
-            assert isinstance(node, ast.stmt)
-            kept = program.guards.some_ranks_only(node)
-            if kept is None:
-                continue
-            statement, who = kept
-            meeting = _met_without(program, node, statement)
-            if meeting and not _others_leave_too(program, node, statement):
-                word = type(node).__name__.lower()
-                yield module.finding(
-                    "ER413",
-                    node,
-                    f"{word} on {_WHO[who].removesuffix(' alone')} only (line {statement.lineno}): the others go on to "
-                    f"{meeting}, and wait there. Fix: decide on one rank, broadcast it, and leave together.",
-                )
+    for node in (*module.of_type(ast.Break), *module.of_type(ast.Continue), *module.of_type(ast.Return)):
+        kept = program.guards.some_ranks_only(node)
+        if kept is None:
+            continue
+        statement, who = kept
+        meeting = _met_without(program, node, statement)
+        if meeting and not _others_leave_too(program, node, statement):
+            yield module.finding(
+                "ER413",
+                node,
+                f"{type(node).__name__.lower()} on {_WHO[who].removesuffix(' alone')} only (line {statement.lineno}): "
+                f"the others go on to {meeting}, and wait there. "
+                "Fix: decide on one rank, broadcast it, and leave together.",
+            )
 
 
 def _met_without(program: Program, node: ast.stmt, statement: ast.stmt) -> str:
@@ -288,7 +270,7 @@ def _others_leave_too(program: Program, node: ast.stmt, statement: ast.stmt) -> 
         and other is not node
         and re.search(r"stop|exit|flag", _test_of(program, other), re.I)
         and module.function_of(other) is module.function_of(node)
-        for other in module.by_type[type(node)]
+        for other in module.of_type(type(node))
     )
 
 

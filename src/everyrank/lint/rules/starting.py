@@ -50,19 +50,8 @@ def cannot_start_alone(program: Program) -> Iterator[Finding]:
     if program.starts_ranks or not program.is_entry or _looks_for_launcher(program):
         return
     for join in program.joins:
-        method = argument(join, "init_method", 1)
-        if (
-            (method is not None and constant(method) != "env://")
-            or argument(join, "store") is not None
-            or any(k.arg is None for k in join.keywords)
-        ):
+        if not _joins_by_environment(program, join):
             continue
-        given = argument(join, "rank")
-        if given is not None and not program.is_global_rank(given):
-            continue
-        size = argument(join, "world_size")
-        if size is not None and not _is_of_launcher(program, size):
-            continue  # a number of the program's own: it would wait for ranks that nobody starts
         if not program.guards.runs_on_every_rank(join) or any(isinstance(p, ast.Try) for p in module.ancestors(join)):
             continue
         name, imports = module.name_for("os")
@@ -82,9 +71,16 @@ def cannot_start_alone(program: Program) -> Iterator[Finding]:
         )
 
 
-def _is_of_launcher(program: Program, node: ast.expr) -> bool:
-    """Whether a world size was read from what the launcher set."""
-    values = [node, *(program.values_of(node) if isinstance(node, ast.Name | ast.Attribute) else ())]
+def _joins_by_environment(program: Program, join: ast.Call) -> bool:
+    method, rank, size = argument(join, "init_method", 1), argument(join, "rank"), argument(join, "world_size")
+    if (method is not None and constant(method) != "env://") or argument(join, "store") is not None:
+        return False
+    if any(k.arg is None for k in join.keywords) or (rank is not None and not program.is_global_rank(rank)):
+        return False
+    if size is None:
+        return True
+    # A number of the program's own would wait for ranks that nobody starts.
+    values = [size, *(program.values_of(size) if isinstance(size, ast.Name | ast.Attribute) else ())]
     return any("WORLD_SIZE" in ast.unparse(value) for value in values)
 
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 
 from everyrank.lint.finding import Edit, Finding, Fix
-from everyrank.lint.module import argument, constant, has_unknown_arguments
+from everyrank.lint.module import argument, constant, has_unknown_arguments, values_given
 from everyrank.lint.program import Program
 from everyrank.lint.rule import Rule
 from everyrank.lint.rules.writing import is_own_file
@@ -58,13 +58,11 @@ def load_without_map_location(program: Program) -> Iterator[Finding]:
             continue
         if "torch.save" in module.text and re.search(r"\.cpu\(\)", module.text):
             continue  # it may have saved from the CPU
-        last = max([*call.args, *(k.value for k in call.keywords)], key=lambda n: module.span(n)[1], default=None)
+        end = max(module.span(value)[1] for value in values_given(call))
         fix = None
-        if last is not None:
-            end = module.span(last)[1]
+        if not module.text[end : module.span(call)[1] - 1].strip(" \t\r\n,"):
             edit = Edit(end, end, ', map_location="cpu"')
-            if not module.text[end : module.span(call)[1] - 1].strip(" \t\r\n,"):
-                fix = Fix("Load to the CPU", (edit,), safe=_goes_to_module(program, call))
+            fix = Fix("Load to the CPU", (edit,), safe=_goes_to_module(program, call))
         yield module.finding(
             "ER421",
             call,
@@ -111,11 +109,8 @@ def load_of_pickles(program: Program) -> Iterator[Finding]:
             return torch.load(path, map_location="cpu", weights_only=True)
     """
     for call, name in program.module.calls:
-        if (
-            name == "torch.load"
-            and constant(argument(call, "weights_only")) is not True
-            and not has_unknown_arguments(call)
-        ):
+        says = constant(argument(call, "weights_only")) is True or has_unknown_arguments(call)
+        if name == "torch.load" and not says:
             yield program.module.finding(
                 "ER422", call, "It does not say whether the file may hold code. Fix: weights_only=True."
             )

@@ -7,11 +7,12 @@ import re
 from collections.abc import Iterator
 
 from everyrank.lint.finding import Finding, Fix
-from everyrank.lint.module import argument, constant, last_name
+from everyrank.lint.module import argument, constant, last_name, values_given
 from everyrank.lint.program import Program
 from everyrank.lint.rule import Rule
 
 _WRITERS = re.compile(r"(?:^|\.)SummaryWriter$|^wandb\.init$|^tensorboardX\.|^mlflow\.start_run$")
+_DATA_SETS = ("torchvision.", "torchaudio.", "torchtext.")
 _BARS = re.compile(r"^tqdm\.(?:auto\.|notebook\.|std\.)?(?:tqdm|trange)$|^tqdm$")
 
 
@@ -67,12 +68,10 @@ def saved_by_every_rank(program: Program) -> Iterator[Finding]:
 
 
 def _by_every_rank(program: Program, node: ast.AST) -> bool:
-    return program.is_distributed and program.guards.runs_on_every_rank(node) and not _before_ranks(program, node)
-
-
-def _before_ranks(program: Program, node: ast.AST) -> bool:
-    """Whether a node runs in the one process that starts the ranks, and not in what it starts."""
-    return program.starts_ranks and program.module.function_of(node) not in program.functions_of_ranks
+    if not program.is_distributed or not program.guards.runs_on_every_rank(node):
+        return False
+    # It may run in the one process that starts the ranks, and not in what that starts.
+    return not program.starts_ranks or program.module.function_of(node) in program.functions_of_ranks
 
 
 def is_own_file(program: Program, target: ast.AST, depth: int = 0) -> bool:
@@ -142,11 +141,8 @@ def downloaded_by_every_rank(program: Program) -> Iterator[Finding]:
     """
     module = program.module
     for call, name in module.calls:
-        if constant(argument(call, "download")) is not True or not name.startswith(
-            ("torchvision.", "torchaudio.", "torchtext.")
-        ):
-            continue
-        if _by_every_rank(program, call) and not _waits_for_main(program, call):
+        downloads = constant(argument(call, "download")) is True and name.startswith(_DATA_SETS)
+        if downloads and _by_every_rank(program, call) and not _waits_for_main(program, call):
             yield module.finding(
                 "ER402",
                 call,
@@ -154,12 +150,12 @@ def downloaded_by_every_rank(program: Program) -> Iterator[Finding]:
             )
 
 
-def _waits_for_main(program: Program, call: ast.AST) -> bool:
+def _waits_for_main(program: Program, call: ast.Call) -> bool:
     """Whether a barrier that only some ranks meet stands before: the others come when the first has the data."""
     module = program.module
     function = module.function_of(call)
     return any(
-        last_name(name) == "barrier" and module.function_of(c) is function and c.lineno < call.lineno  # type: ignore[attr-defined]
+        last_name(name) == "barrier" and module.function_of(c) is function and c.lineno < call.lineno
         for c, name in module.calls
     )
 
@@ -204,7 +200,7 @@ def log_of_every_rank(program: Program) -> Iterator[Finding]:
         is_file = name in ("logging.FileHandler", "logging.handlers.RotatingFileHandler")
         if not (_WRITERS.search(name) or is_file) or not _by_every_rank(program, call):
             continue
-        if any(is_own_file(program, value) for value in [*call.args, *(k.value for k in call.keywords)]):
+        if any(is_own_file(program, value) for value in values_given(call)):
             continue
         yield module.finding(
             "ER403",

@@ -65,7 +65,8 @@ def make_plan(module: PythonModule) -> Plan:
     Raises:
         UserError: The program is distributed already, or has no training loop of a known kind.
     """
-    module = _indexed(module)
+    if not module.parents:  # a program on one device has none of the words that make a module worth indexing
+        module.index()
     program = Program(module)
     if program.is_distributed or "torch.distributed" in module.imports.values():
         raise UserError(
@@ -92,13 +93,6 @@ def make_plan(module: PythonModule) -> Plan:
     return plan
 
 
-def _indexed(module: PythonModule) -> PythonModule:
-    """A program on one device has none of the words that make a module worth indexing for the rules."""
-    if not module.parents:
-        module.index()
-    return module
-
-
 def span_of(module: PythonModule, node: ast.expr | ast.stmt) -> Span:
     """Return where a node is, in characters."""
     start, end = module.span(node)
@@ -109,8 +103,7 @@ def span_of(module: PythonModule, node: ast.expr | ast.stmt) -> Span:
 def _training_loops(module: PythonModule) -> list[tuple[ast.For, str]]:
     """Return the innermost loops that hold a backward pass, with the name of the loader each goes over."""
     found = []
-    for node in module.by_type[ast.For]:
-        assert isinstance(node, ast.For)
+    for node in module.of_type(ast.For):
         calls = [c for c in ast.walk(node) if isinstance(c, ast.Call) and module.dotted(c.func).endswith(".backward")]
         own = [c for c in calls if next(p for p in module.ancestors(c) if isinstance(p, ast.For)) is node]
         iterated: ast.expr = node.iter
@@ -176,18 +169,14 @@ def _change_loss(module: PythonModule, loop: ast.For, weight: str, plan: Plan) -
     losses = set()
     for call in [c for c, name in module.calls if name.endswith("backward") and loop in set(module.ancestors(c))]:
         receiver = call.func.value if isinstance(call.func, ast.Attribute) else None
-        if (
-            isinstance(receiver, ast.Call)
-            and len(receiver.args) == 1
-            and last_name(module.dotted(receiver.func)) == "scale"
-        ):
+        scaled = isinstance(receiver, ast.Call) and last_name(module.dotted(receiver.func)) == "scale"
+        if isinstance(receiver, ast.Call) and scaled and len(receiver.args) == 1:
             receiver = receiver.args[0]
         if not isinstance(receiver, ast.Name):
             plan.unsure(module.statement_of(call).lineno, f"not sure: multiply what is differentiated here by {weight}")
             continue
         losses.add(receiver.id)
         inner = f"{receiver.id} * {weight}"
-        scaled = receiver is not (call.func.value if isinstance(call.func, ast.Attribute) else None)
         plan.expressions[span_of(module, receiver)] = inner if scaled else f"({inner})"
     if re.search(r"reduction\s*=\s*['\"](?:sum|none)['\"]", module.text):
         plan.unsure(loop.lineno, "not sure: the loss must be a mean over the batch; here it seems to be a sum")
@@ -253,8 +242,7 @@ def _wrap_models(module: PythonModule, plan: Plan) -> None:
         )
     if re.search(r"Dropout", module.text):
         plan.unsure(row, "not sure: dropout draws other masks on each rank, so the curve agrees on average only")
-    for node in module.by_type[ast.Attribute]:
-        assert isinstance(node, ast.Attribute)
+    for node in module.of_type(ast.Attribute):
         name = module.dotted(node.value)
         meant = node.attr in ("state_dict", "load_state_dict") or node.attr not in OF_WRAPPER
         if name in wrapped and meant and isinstance(node.ctx, ast.Load):
@@ -301,8 +289,8 @@ def _change_writes(module: PythonModule, plan: Plan) -> None:
 
 def _change_devices(module: PythonModule, plan: Plan) -> None:
     """Take this rank's device where the first one was named."""
-    for node in module.by_type[ast.Constant]:
-        if isinstance(node, ast.Constant) and node.value == "cuda:0":
+    for node in module.of_type(ast.Constant):
+        if node.value == "cuda:0":
             plan.expressions[span_of(module, node)] = 'f"cuda:{LOCAL_RANK}"'
     for call, name in module.calls:
         if name.endswith((".cuda", ".to")) and len(call.args) == 1 and constant(call.args[0]) == 0:

@@ -74,27 +74,10 @@ class _Rewriter(cst.CSTTransformer):
                 return updated_node.with_changes(args=[*updated_node.args, extra])
         return updated_node
 
-    def leave_SimpleStatementLine(
-        self, original_node: cst.SimpleStatementLine, updated_node: cst.SimpleStatementLine
-    ) -> cst.BaseStatement | cst.FlattenSentinel[cst.BaseStatement]:
-        """Wrap a statement, and put what belongs before it."""
-        return self._placed(original_node, updated_node)
-
-    def leave_With(
-        self, original_node: cst.With, updated_node: cst.With
-    ) -> cst.BaseStatement | cst.FlattenSentinel[cst.BaseStatement]:
-        """The same for a with statement."""
-        return self._placed(original_node, updated_node)
-
-    def leave_For(
-        self, original_node: cst.For, updated_node: cst.For
-    ) -> cst.BaseStatement | cst.FlattenSentinel[cst.BaseStatement]:
-        """The same for a loop."""
-        return self._placed(original_node, updated_node)
-
     def _placed(
         self, original: cst.CSTNode, updated: cst.SimpleStatementLine | cst.With | cst.For
     ) -> cst.BaseStatement | cst.FlattenSentinel[cst.BaseStatement]:
+        """Wrap a statement, and put what belongs before it."""
         row = self._span(original)[0]
         lines = list(updated.leading_lines)
         lines += [cst.EmptyLine(comment=cst.Comment(_MARK + c)) for c in self.plan.comments.get(row, ())]
@@ -111,6 +94,8 @@ class _Rewriter(cst.CSTTransformer):
         return cst.FlattenSentinel(
             [before[0].with_changes(leading_lines=lines), *before[1:], statement.with_changes(leading_lines=[])]
         )
+
+    leave_SimpleStatementLine = leave_With = leave_For = _placed  # type: ignore[assignment]
 
     def leave_If(self, original_node: cst.If, updated_node: cst.If) -> cst.If:
         """Join at the beginning of the program's own part, and leave at its end."""
