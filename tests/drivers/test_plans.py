@@ -76,7 +76,7 @@ def test_programs() -> None:
     assert program.command[-2:] == ("--no-python", "./train.py")
     for plan in (script, module, program):
         assert plan.engine is not None
-        assert plan.engine.work.entry == "everyrank.worker:run_rank"
+        assert plan.engine.entry == "everyrank.worker:run_rank"
 
 
 @pytest.mark.parametrize("option", ["--local-rank", "--local_rank"])

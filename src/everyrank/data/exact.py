@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
 from torch.utils.data.distributed import DistributedSampler
 
@@ -117,6 +116,10 @@ class ExactLoader:
         self._was_set = False
         state = self._given if hasattr(self._given, "gradient_state") else None  # Accelerate's: when to synchronise
         device = getattr(self._given, "device", None)
+
+        def move(item: Any) -> Any:
+            return item.to(device, non_blocking=True) if hasattr(item, "to") else item
+
         if state is not None:
             state.begin()
         try:
@@ -125,7 +128,7 @@ class ExactLoader:
                 self._sampler.commit()
                 if state is not None:
                     state.end_of_dataloader, state.remainder = self._is_done, -1
-                yield batch if device is None else _moved(batch, device)
+                yield batch if device is None else map_tensors(batch, move, move)
         finally:
             if state is not None:
                 state.end()
@@ -176,10 +179,3 @@ def _shuffles(sampler: Any) -> bool:
         f"exact was given a loader with the sampler {type(sampler).__name__}, whose order is its own. "
         "Fix: leave sampler out and set shuffle=True or False."
     )
-
-
-def _moved(batch: Any, device: torch.device) -> Any:
-    def move(item: Any) -> Any:
-        return item.to(device, non_blocking=True) if hasattr(item, "to") else item
-
-    return map_tensors(batch, move, move)

@@ -8,7 +8,7 @@ from everyrank.drivers.ssh import SshDriver
 from everyrank.drivers.torchrun_config import TorchrunConfig, check_master, check_node
 from everyrank.elastic import engine_pool
 from everyrank.elastic.machine import resolve_nproc, resolve_start_method
-from everyrank.elastic.spec import EngineRun, RankFunction, Rendezvous
+from everyrank.elastic.spec import EngineRun, Rendezvous
 from everyrank.errors import DriverError, did_you_mean
 from everyrank.launch_env.process_environment import SUPERVISED
 from everyrank.program.command import EXECUTABLE
@@ -41,11 +41,11 @@ class TorchrunDriver(Driver[TorchrunConfig]):
             env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
         command = self._command(request, nproc, min_nodes, max_nodes, rendezvous)
         start_method = resolve_start_method(c.start_method, "driver.start_method")
-        work = RankFunction(entry="everyrank.worker:run_rank", args=(request.config_file,))
         nodes = str(max_nodes) if min_nodes == max_nodes else f"{min_nodes} to {max_nodes}"
         master = rendezvous.endpoint or (f"127.0.0.1:{c.master_port}" if c.master_port else "127.0.0.1, any free port")
         engine = EngineRun(
-            work=work,
+            entry="everyrank.worker:run_rank",
+            args=(request.config_file,),
             role=c.role,
             nproc_per_node=nproc,
             min_nodes=min_nodes,

@@ -73,7 +73,7 @@ class ForkedRanks(PContext):
     def _start(self) -> None:
         for local_rank in range(self.nprocs):
             process = RankProcess(
-                entry=self._run.work.entry,
+                entry=self._run.entry,
                 args=self.args[local_rank],
                 env={**self._run.base_env, **self._run.env, **self.envs[local_rank]},
                 cwd=self._run.cwd,

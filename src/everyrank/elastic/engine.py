@@ -24,7 +24,7 @@ from everyrank.diagnosis.outcome import Outcome
 from everyrank.elastic import wire
 from everyrank.elastic.lifetime import die_with_parent
 from everyrank.elastic.process.preloaded import Preloaded
-from everyrank.elastic.spec import EngineRun, RankFunction
+from everyrank.elastic.spec import EngineRun
 from everyrank.errors import EveryrankError, UserError
 from everyrank.runtime import no_terminal, torch_cures
 
@@ -144,7 +144,7 @@ def _serve(channel: socket.socket) -> None:
             preloaded.load(run.preload)
             forkserver = Forkserver([channel.fileno(), *private])
         if run.start_method == "forkserver":
-            forkserver.prepare(run.work.entry)
+            forkserver.prepare(run.entry)
         from everyrank.elastic.execute import execute  # while the forkserver imports
 
         run = _as_it_must_start(run, at_start, fds[1])
@@ -173,7 +173,7 @@ def _as_it_must_start(run: EngineRun, at_start: dict[str, str], stderr: int) -> 
     from everyrank.elastic.process.fresh import read_too_early
 
     names = read_too_early(at_start, {**run.base_env, **run.env})
-    if run.start_method == "spawn" or not names or not isinstance(run.work, RankFunction):
+    if run.start_method == "spawn" or not names:
         return run
     said = f"{', '.join(names)}: read only when a process starts, so the ranks are fresh interpreters, not forks"
     os.write(stderr, f"notice: {said}\n".encode())

@@ -54,9 +54,9 @@ def _execute(
     _enter_environment(run, stdio)
     handler = _rendezvous(run)
     make_ranks = None
-    args: tuple[Any, ...] = (run.work.entry, run.work.args, run.surroundings)
+    args: tuple[Any, ...] = (run.entry, run.args, run.surroundings)
     if run.start_method == "forkserver":
-        args = run.work.args
+        args = run.args
         make_ranks = functools.partial(ForkedRanks, run, forkserver, stdio)
     spec = WorkerSpec(
         role=run.role,

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import importlib
 import os
 import selectors
 import signal
@@ -26,6 +25,7 @@ from everyrank.elastic import wire
 from everyrank.elastic.entry import call_entry
 from everyrank.elastic.lifetime import die_with_parent
 from everyrank.elastic.process.fresh import as_if_fresh, end_sooner, finish
+from everyrank.elastic.process.preloaded import import_all
 from everyrank.elastic.process.surroundings import Surroundings
 from everyrank.elastic.process.sweep import MARK, sweep
 
@@ -78,7 +78,7 @@ class Forkserver:
 
     def prepare(self, entry: str) -> None:
         """Import the module of an entry, so that the ranks need not; nobody waits for it."""
-        wire.send(self._channel, ("import", entry.partition(":")[0]))
+        wire.send(self._channel, ("import", [entry.partition(":")[0]]))
 
     def warm_up(self, modules: Sequence[str]) -> None:
         """Prepare a second forkserver, which has imported these modules, for the ranks of a later attempt.
@@ -194,8 +194,7 @@ def _answer(channel: socket.socket, alive: dict[int, bool], marks: set[str], pri
             os.kill(rest[0], rest[1])
         return
     if kind == "import":
-        with contextlib.suppress(ImportError):  # the rank will say why
-            importlib.import_module(rest[0])
+        import_all(rest[0])
         return
     server_pid = os.getpid()
     pid = os.fork()
@@ -218,9 +217,7 @@ def _warm(modules: Sequence[str], channel: socket.socket) -> None:
     """Be a forkserver that has imported modules; never returns."""
     code = 1
     try:
-        for module in modules:
-            with contextlib.suppress(ImportError):
-                importlib.import_module(module)
+        import_all(modules)
         # What has threads or an accelerator context cannot be forked: then ranks come from the first forkserver.
         torch = sys.modules.get("torch")
         if threading.active_count() == 1 and not (torch and torch.cuda.is_initialized()):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import shutil
 import signal
 import sys
 import tempfile
@@ -19,7 +18,7 @@ from everyrank.diagnosis.watcher import Watcher
 from everyrank.elastic import engine_pool
 from everyrank.elastic.machine import resolve_nproc, resolve_start_method
 from everyrank.elastic.process.torch_bound import check_torch
-from everyrank.elastic.spec import EngineRun, RankFunction
+from everyrank.elastic.spec import EngineRun
 from everyrank.errors import EXIT_OK, EveryrankError, UserError
 
 P = ParamSpec("P")
@@ -69,40 +68,43 @@ def launch(
     import cloudpickle
 
     check_torch()
-    num_ranks = resolve_nproc(nproc_per_node, "nproc_per_node")
-    start_method = resolve_start_method(start_method, "start_method")
-    folder = tempfile.mkdtemp(prefix="everyrank-launch-")
-    try:
+    settings: dict[str, Any] = {
+        "nproc_per_node": resolve_nproc(nproc_per_node, "nproc_per_node"),
+        "start_method": resolve_start_method(start_method, "start_method"),
+        "max_restarts": max_restarts,
+        "master_port": master_port,
+        "preload": tuple(preload),
+    }
+    with tempfile.TemporaryDirectory(prefix="everyrank-launch-", ignore_cleanup_errors=True) as folder:
         with open(os.path.join(folder, "function"), "wb") as file:
             cloudpickle.dump((fn, args, dict(kwargs or {})), file)
-        run = EngineRun(
-            work=RankFunction(entry="everyrank.elastic.rank_function:call", args=(folder,)),
-            nproc_per_node=num_ranks,
-            log_dir=os.path.join(folder, "logs"),
-            cwd=os.getcwd(),
-            sys_path=tuple(os.path.abspath(p) if p == "" else p for p in sys.path),
-            base_env=dict(os.environ),
-            env={
-                "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
-                **(env or {}),
-                **watch_variables(folder, watch, {**os.environ, **(env or {})}),
-            },
-            start_method=start_method,
-            max_restarts=max_restarts,
-            master_port=master_port,
-            monitor_interval_s=0.02,
-            shutdown_timeout_s=5.0,
-            failure_grace_s=0.3,
-            preload=tuple(preload),
-        )
-        with Watcher(folder, WatchConfig(enabled=watch), num_ranks) as watcher:
-            outcome = engine_pool.run(run)
-        _raise_for(outcome, folder, watcher.num_oom_kills)
-        if (mismatch := watcher.silent_mismatch()) is not None:
-            raise as_error(mismatch, num_ranks)
-        return [_read(os.path.join(folder, f"result-{rank}")) for rank in range(num_ranks)]
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        return _run(folder, env or {}, watch, settings)
+
+
+def _run(folder: str, env: Mapping[str, str], watch: bool, settings: dict[str, Any]) -> list[Any]:
+    run = EngineRun(
+        entry="everyrank.elastic.rank_function:call",
+        args=(folder,),
+        log_dir=os.path.join(folder, "logs"),
+        cwd=os.getcwd(),
+        sys_path=tuple(os.path.abspath(p) if p == "" else p for p in sys.path),
+        base_env=dict(os.environ),
+        env={
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+            **env,
+            **watch_variables(folder, watch, {**os.environ, **env}),
+        },
+        monitor_interval_s=0.02,
+        shutdown_timeout_s=5.0,
+        failure_grace_s=0.3,
+        **settings,
+    )
+    with Watcher(folder, WatchConfig(enabled=watch), run.nproc_per_node) as watcher:
+        outcome = engine_pool.run(run)
+    _raise_for(outcome, folder, watcher.num_oom_kills)
+    if (mismatch := watcher.silent_mismatch()) is not None:
+        raise as_error(mismatch, run.nproc_per_node)
+    return [_read(os.path.join(folder, f"result-{rank}")) for rank in range(run.nproc_per_node)]
 
 
 def _raise_for(outcome: Outcome, folder: str, num_oom_kills: int) -> None:

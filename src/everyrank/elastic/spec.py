@@ -11,14 +11,6 @@ from everyrank.elastic.process.surroundings import Surroundings
 
 
 @dataclass(frozen=True, kw_only=True)
-class RankFunction:
-    """A function that every rank calls: ``package.module:function`` and its arguments."""
-
-    entry: str
-    args: tuple[Any, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
 class Rendezvous:
     """How the nodes of a run find each other.
 
@@ -42,7 +34,8 @@ class EngineRun:
     """One launch on one node.
 
     Attributes:
-        work: What each rank runs.
+        entry: The function that every rank calls, ``package.module:function``.
+        args: Its arguments.
         nproc_per_node: Ranks on this node.
         role: What torchelastic calls the ranks (``ROLE_NAME``).
         min_nodes: Nodes to start with.
@@ -60,7 +53,8 @@ class EngineRun:
         surroundings: What the ranks inherit from the launching process besides environment and folder.
     """
 
-    work: RankFunction
+    entry: str
+    args: tuple[Any, ...]
     nproc_per_node: int
     log_dir: str
     cwd: str

@@ -75,7 +75,8 @@ def _on_gloo(original: Callable[..., Any]) -> Any:
             asked = "nccl"
         if asked is None and original.__name__ == "new_group":
             asked = _ASKED.get(c10d._get_default_group().group_name)
-        bound.arguments["backend"] = _gloo(asked)
+        # nccl, cuda:nccl and cpu:gloo,cuda:nccl are gloo, and so is what torch would choose.
+        bound.arguments["backend"] = "gloo" if asked is None or "nccl" in str(asked).lower() else asked
         made = original(*bound.args, **bound.kwargs)
         group = made if isinstance(made, dist.ProcessGroup) else c10d.GroupMember.WORLD
         if asked is not None and made is not c10d.GroupMember.NON_GROUP_MEMBER and group is not None:
@@ -83,11 +84,6 @@ def _on_gloo(original: Callable[..., Any]) -> Any:
         return made
 
     return make
-
-
-def _gloo(asked: Any) -> Any:
-    """``nccl``, ``cuda:nccl`` and ``cpu:gloo,cuda:nccl`` are gloo, and so is what torch would choose."""
-    return "gloo" if asked is None or "nccl" in str(asked).lower() else asked
 
 
 def _get_backend(original: Callable[..., Any]) -> Any:
@@ -114,18 +110,14 @@ def _barrier(original: Callable[..., Any]) -> Any:
 def _flat(original: Callable[..., Any]) -> Any:
     """nccl takes an output of any shape with the right number of elements, gloo one shape only."""
 
-    @functools.wraps(original)
-    def collect(output: Any, input: Any, *args: Any, **kwargs: Any) -> Any:
-        return original(output.detach().view(-1), input.detach().contiguous().view(-1), *args, **kwargs)
-
-    signature = list(inspect.signature(original).parameters)[:2]
+    names = list(inspect.signature(original).parameters)[:2]
 
     @functools.wraps(original)
-    def named(*args: Any, **kwargs: Any) -> Any:
-        first = [kwargs.pop(name) for name in signature if name in kwargs]
-        return collect(*args, *first, **kwargs)
+    def collect(*args: Any, **kwargs: Any) -> Any:
+        output, input, *rest = *args, *(kwargs.pop(name) for name in names if name in kwargs)
+        return original(output.detach().view(-1), input.detach().contiguous().view(-1), *rest, **kwargs)
 
-    return named
+    return collect
 
 
 def _all_to_all(

@@ -30,8 +30,8 @@ def replace_tensor_methods() -> None:
         "cuda": _cuda,
         "cpu": _cpu,
         "type": _type,
-        "numpy": _numpy,
-        "__array__": _array,
+        "numpy": _of_the_cpu(_Base.numpy),
+        "__array__": _of_the_cpu(torch.Tensor.__array__),
         "pin_memory": _pin_memory,
         "is_pinned": _is_pinned,
         "record_stream": _record_stream,
@@ -124,30 +124,17 @@ def _type(tensor: Any, dtype: Any = None, non_blocking: bool = False, **kwargs: 
     return _keep(tensor, _Base.type(tensor, dtype, non_blocking, **kwargs))
 
 
-def _refuse_numpy(tensor: Any) -> None:
-    index = claimed(tensor)
-    if index is not None:
-        raise TypeError(
-            f"can't convert cuda:{index} device type tensor to numpy. "
-            "Use Tensor.cpu() to copy the tensor to host memory first."
-        )
+def _of_the_cpu(original: Any) -> Any:
+    @functools.wraps(original)
+    def convert(tensor: Any, *args: Any, **kwargs: Any) -> Any:
+        if not asked_by_torch() and (index := claimed(tensor)) is not None:
+            raise TypeError(
+                f"can't convert cuda:{index} device type tensor to numpy. "
+                "Use Tensor.cpu() to copy the tensor to host memory first."
+            )
+        return original(tensor, *args, **kwargs)
 
-
-@functools.wraps(_Base.numpy)
-def _numpy(tensor: Any, **options: Any) -> Any:
-    if not asked_by_torch():
-        _refuse_numpy(tensor)
-    return _Base.numpy(tensor, **options)
-
-
-_REAL_ARRAY: Any = torch.Tensor.__array__
-
-
-@functools.wraps(_REAL_ARRAY)
-def _array(tensor: Any, *args: Any, **kwargs: Any) -> Any:
-    if not asked_by_torch():
-        _refuse_numpy(tensor)
-    return _REAL_ARRAY(tensor, *args, **kwargs)
+    return convert
 
 
 @functools.wraps(_Base.pin_memory)

@@ -15,6 +15,7 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Callable
 from datetime import timedelta
 
 from torch.distributed import DistError, Store, TCPStore
@@ -155,11 +156,9 @@ class ElasticRendezvous(RendezvousHandler):
     def _place_of_ranks(self, info: RendezvousInfo) -> RendezvousStoreInfo | None:
         """Where the ranks of this round meet; None if the first node went away before it said so."""
         if info.rank == 0:
-            listener = listen(0, "a port for the ranks", loopback=False)
-            port = listener.getsockname()[1]
-            self._rank_store = stores.host_store(listener)
-            info.store.set("everyrank/place", f"{self._address} {port}")
-            return RendezvousStoreInfo(self._address, port)
+            self._rank_store = stores.host_store(listen(0, "a port for the ranks", loopback=False))
+            info.store.set("everyrank/place", f"{self._address} {self._rank_store.port}")
+            return RendezvousStoreInfo(self._address, self._rank_store.port)
         contact = _Contact(self._host, self._port)
 
         def published() -> bool:
@@ -229,9 +228,7 @@ class ElasticRendezvous(RendezvousHandler):
             inner._stop_heartbeats()
             inner._op_executor.run(_RendezvousExitOp(), time.monotonic() + 2)
 
-        thread = threading.Thread(target=go, daemon=True)
-        thread.start()
-        thread.join(3)
+        _done_within(3, go)
 
     def shutdown(self) -> bool:
         """End the run for all nodes: this one is done, or has failed for good."""
@@ -239,10 +236,7 @@ class ElasticRendezvous(RendezvousHandler):
         if inner is None or self._is_lost():
             return False
         self._stop_watch()
-        thread = threading.Thread(target=inner.shutdown, daemon=True)
-        thread.start()
-        thread.join(5)
-        return not thread.is_alive()
+        return _done_within(5, inner.shutdown)
 
     def _is_lost(self) -> bool:
         """Whether the store is silent. Found twice: this process may have been stopped, or the machine asleep."""
@@ -264,6 +258,13 @@ class ElasticRendezvous(RendezvousHandler):
             f"{f' ({reason})' if reason else ''}; without it the nodes cannot agree on who takes part, so this one "
             "stops. Fix: look at the node that has this address, and start the same command again."
         )
+
+
+def _done_within(seconds: float, call: Callable[[], object]) -> bool:
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return not thread.is_alive()
 
 
 class _Contact:

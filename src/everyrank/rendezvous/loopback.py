@@ -53,12 +53,10 @@ class LoopbackRendezvous(FixedRendezvous):
 
     def next_rendezvous(self) -> RendezvousInfo:
         """Open a fresh store; this node is node 0 of 1."""
-        listener = listen(self._port, "driver.master_port", loopback=True)
+        self._store = host_store(listen(self._port, "driver.master_port", loopback=True))
         # The agent still holds the last round's store, so a port that was asked for serves the first round only.
         self._port = 0
-        port = listener.getsockname()[1]
-        self._store = host_store(listener)
-        return RendezvousInfo(self._store, 0, 1, RendezvousStoreInfo(LOOPBACK, port))
+        return RendezvousInfo(self._store, 0, 1, RendezvousStoreInfo(LOOPBACK, self._store.port))
 
     def num_nodes_waiting(self) -> int:
         """No other node can join."""

@@ -70,7 +70,9 @@ class StaticRendezvous(FixedRendezvous):
             try:
                 return self._meet()
             except DistError:
-                raise self._lost() from error
+                raise RendezvousError(
+                    f"the connection to node 0 at {self._host}:{self._port} was lost. Fix: look at node 0's output."
+                ) from error
 
     def _meet(self) -> RendezvousInfo:
         if self._store is None:
@@ -138,10 +140,8 @@ class StaticRendezvous(FixedRendezvous):
         if self._round == 0:
             return RendezvousStoreInfo(self._host, self._port)
         if self._node_rank == 0:
-            listener = listen(0, "driver.master_port", loopback=False)
-            port = listener.getsockname()[1]
-            self._rank_store = stores.host_store(listener)
-            store.set("port", str(port))
+            self._rank_store = stores.host_store(listen(0, "driver.master_port", loopback=False))
+            store.set("port", str(self._rank_store.port))
         store.wait(["port"], timedelta(seconds=self._timeout_s))
         return RendezvousStoreInfo(self._host, int(store.get("port")))
 
@@ -176,11 +176,6 @@ class StaticRendezvous(FixedRendezvous):
         """Close the stores."""
         self._store = self._rank_store = None
         return True
-
-    def _lost(self) -> RendezvousError:
-        return RendezvousError(
-            f"the connection to node 0 at {self._host}:{self._port} was lost. Fix: look at node 0's output."
-        )
 
 
 def _nodes(ranks: list[int]) -> str:

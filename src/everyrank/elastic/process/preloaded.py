@@ -6,7 +6,14 @@ import contextlib
 import importlib
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+
+
+def import_all(names: Iterable[str]) -> None:
+    """Import modules; one that cannot be imported is left to the ranks, which will say why."""
+    for name in names:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
 
 
 class Preloaded:
@@ -20,13 +27,11 @@ class Preloaded:
         """Whether these modules were loaded, or tried, before."""
         return set(names) <= self._names
 
-    def load(self, names: Iterable[str]) -> None:
-        """Import modules; one that cannot be imported is left to the ranks, which will say why."""
+    def load(self, names: Sequence[str]) -> None:
+        """Import modules, and remember the files that came with them."""
         before = set(sys.modules)
-        for name in names:
-            self._names.add(name)
-            with contextlib.suppress(ImportError):
-                importlib.import_module(name)
+        self._names.update(names)
+        import_all(names)
         for name in set(sys.modules) - before:
             path = getattr(sys.modules[name], "__file__", None)
             if path is not None:

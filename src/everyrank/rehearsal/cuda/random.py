@@ -33,11 +33,7 @@ def _seed_all(seed: int) -> None:
 
 def _set_states(states: Any) -> None:
     for index, state in enumerate(states):
-        _of(index).set_state(_on_cpu(state))
-
-
-def _on_cpu(state: Any) -> Any:
-    return state.cpu()
+        _of(index).set_state(state.cpu())
 
 
 FUNCTIONS: dict[str, Any] = {
@@ -48,7 +44,7 @@ FUNCTIONS: dict[str, Any] = {
     "initial_seed": lambda: _of().initial_seed(),
     "get_rng_state": lambda device="cuda": _of(device).get_state(),
     "get_rng_state_all": lambda: [_of(index).get_state() for index in range(count())],
-    "set_rng_state": lambda new_state, device="cuda": _of(device).set_state(_on_cpu(new_state)),
+    "set_rng_state": lambda new_state, device="cuda": _of(device).set_state(new_state.cpu()),
     "set_rng_state_all": _set_states,
 }
 
