@@ -26,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(f"--devices={arguments.devices} was set. Fix: a number of devices, at least 1.")
         os.environ[DEVICES] = str(arguments.devices)
     os.environ.update(environment(1))
+    sys.stdout.flush()  # what a sitecustomize of the user's has printed: no exit of this program will do it
     try:
         os.execvp(arguments.command[0], arguments.command)
     except OSError as error:
