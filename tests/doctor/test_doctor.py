@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import sys
 from collections.abc import Callable
 from subprocess import CompletedProcess
@@ -12,6 +14,7 @@ import pytest
 from conftest import RunCli
 from everyrank.doctor.app import merge
 from everyrank.doctor.check import Check
+from everyrank.elastic.process.torch_bound import LOWEST
 
 Ask = Callable[..., CompletedProcess[str]]
 DOCTOR = (sys.executable, "-m", "everyrank", "doctor")
@@ -32,6 +35,10 @@ def test_a_machine_that_is_well(doctor: Ask) -> None:
     assert "GiB/s" in checks["all_reduce by gloo"]["found"]
     assert "127.0.0.1" in checks["way to 127.0.0.1"]["found"]
     assert checks["locks and renames"]["status"] == "ok"
+    assert f"(supported: >={'.'.join(map(str, LOWEST))},<" in checks["torch"]["found"]
+    for name, program in (("Open MPI", "mpirun"), ("ssh", "ssh"), ("Slurm", "sbatch")):
+        version = r"[^\n]*\d+\.\d+[^\n]* at /" if shutil.which(program) else "not installed"
+        assert re.match(version, checks[name]["found"]), checks[name]
 
 
 def test_what_is_wrong_is_said_with_its_cure(doctor: Ask) -> None:

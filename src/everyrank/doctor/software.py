@@ -7,22 +7,22 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
-
-from packaging.requirements import Requirement
+from collections.abc import Iterator, Mapping, Sequence
 
 from everyrank import __version__
 from everyrank.doctor.check import Check, may_bite
 from everyrank.elastic.machine import num_gpus
+from everyrank.elastic.process.torch_bound import SUPPORTED, is_supported
 from everyrank.errors import UserError
 from everyrank.launch_env.detection import detect
 from everyrank.rendezvous.interfaces import wrong_interface
 
 _ANSWER_S = 10.0
 _LAUNCHERS = {
-    "Slurm": ("sbatch", "--version"),
-    "Open MPI": ("mpirun", "--version"),
-    "ssh": ("ssh", "-V"),
+    # Slurm's own commands ask its controller first, even for their version; its daemons do not.
+    "Slurm": ("sbatch", ("sbatch", "--version"), ("slurmd", "-V"), ("slurmctld", "-V")),
+    "Open MPI": ("mpirun", ("mpirun", "--version")),
+    "ssh": ("ssh", ("ssh", "-V")),
 }
 # Settings that slow a run down or break it, and what they do.
 _OFF = {
@@ -40,15 +40,8 @@ def check_versions() -> Iterator[Check]:
 
     yield Check("Python", "ok", f"{platform.python_version()} at {sys.executable}")
     yield Check("everyrank", "ok", __version__)
-    wanted = [Requirement(text) for text in importlib.metadata.requires("everyrank") or []]
-    spec = next(item.specifier for item in wanted if item.name == "torch")
-    fits = spec.contains(torch.__version__.partition("+")[0], prereleases=True)
-    yield Check(
-        "torch",
-        "ok" if fits else "wrong",
-        f"{torch.__version__} (supported: {spec})",
-        "" if fits else f"pip install 'torch{spec}'",
-    )
+    found, fits = f"{torch.__version__} (supported: {SUPPORTED})", is_supported(torch.__version__)
+    yield Check("torch", "ok" if fits else "wrong", found, "" if fits else f"pip install 'torch{SUPPORTED}'")
     present = num_gpus()
     if present and not torch.cuda.is_available():
         built = f"torch was built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is a CPU build"
@@ -65,13 +58,14 @@ def check_versions() -> Iterator[Check]:
 
 def check_launchers() -> Iterator[Check]:
     """Which launchers are there, in which version, and whether their clusters answer."""
-    for name, (program, flag) in _LAUNCHERS.items():
+    for name, (program, *questions) in _LAUNCHERS.items():
         path = shutil.which(program)
         if path is None:
             yield Check(name, "ok", "not installed")
             continue
-        version = next(reversed(_said([program, flag])[1].splitlines()), "")
-        yield Check(name, "ok", f"{version} at {path}".strip())
+        answers = (_said(question) for question in questions if shutil.which(question[0]))
+        version = next((text.splitlines()[0] for code, text in answers if code == 0 and text), "in an unknown version")
+        yield Check(name, "ok", f"{version} at {path}")
     if shutil.which("sinfo"):
         code, text = _said(["sinfo", "--noheader", "--format=%P %D %t"])
         answers = code == 0
@@ -105,7 +99,7 @@ def check_settings(environ: Mapping[str, str]) -> Iterator[Check]:
         yield Check(problem.partition("=")[0], "wrong", found_text.strip(), fix)
 
 
-def _said(command: list[str]) -> tuple[int, str]:
+def _said(command: Sequence[str]) -> tuple[int, str]:
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=_ANSWER_S, stdin=subprocess.DEVNULL, check=False

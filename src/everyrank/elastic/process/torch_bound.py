@@ -14,6 +14,7 @@ from everyrank.errors import ConfigError
 
 LOWEST = (2, 13)
 BELOW = (2, 14)
+SUPPORTED = f">={'.'.join(map(str, LOWEST))},<{'.'.join(map(str, BELOW))}"
 
 _AGENT = "torch.distributed.elastic.agent.server.local_elastic_agent:LocalElasticAgent"
 _CONTEXT = "torch.distributed.elastic.multiprocessing.api"
@@ -43,6 +44,11 @@ PRIVATE_NAMES = (
 )
 
 
+def is_supported(version: str) -> bool:
+    """Whether this package works with a version of torch, such as ``2.13.0+cpu``."""
+    return LOWEST <= tuple(int(number) for number in re.findall(r"\d+", version)[:2]) < BELOW
+
+
 @functools.cache
 def check_torch() -> None:
     """Refuse a torch that this package was not made for, without importing it.
@@ -50,13 +56,12 @@ def check_torch() -> None:
     Raises:
         ConfigError: torch is missing, too old or too new.
     """
-    wanted = f"torch>={'.'.join(map(str, LOWEST))},<{'.'.join(map(str, BELOW))}"
+    wanted = f"torch{SUPPORTED}"
     try:
         version = importlib.metadata.version("torch")
     except importlib.metadata.PackageNotFoundError:
         raise ConfigError(f"torch is not installed here. Fix: pip install '{wanted}'.") from None
-    found = tuple(int(number) for number in re.findall(r"\d+", version)[:2])
-    if not LOWEST <= found < BELOW:
+    if not is_supported(version):
         raise ConfigError(
             f"torch {version} is installed, but this everyrank works with {wanted}: it uses parts of torch's launcher "
             f"that change between releases. Fix: pip install '{wanted}'."
