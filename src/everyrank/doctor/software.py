@@ -18,11 +18,12 @@ from everyrank.launch_env.detection import detect
 from everyrank.rendezvous.interfaces import wrong_interface
 
 _ANSWER_S = 10.0
-_LAUNCHERS = {
+# The command that starts, and those that may know its version.
+_LAUNCHERS: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
     # Slurm's own commands ask its controller first, even for their version; its daemons do not.
-    "Slurm": ("sbatch", ("sbatch", "--version"), ("slurmd", "-V"), ("slurmctld", "-V")),
-    "Open MPI": ("mpirun", ("mpirun", "--version")),
-    "ssh": ("ssh", ("ssh", "-V")),
+    "Slurm": ("sbatch", (("sbatch", "--version"), ("slurmd", "-V"), ("slurmctld", "-V"))),
+    "Open MPI": ("mpirun", (("mpirun", "--version"),)),
+    "ssh": ("ssh", (("ssh", "-V"),)),
 }
 # Settings that slow a run down or break it, and what they do.
 _OFF = {
@@ -58,13 +59,13 @@ def check_versions() -> Iterator[Check]:
 
 def check_launchers() -> Iterator[Check]:
     """Which launchers are there, in which version, and whether their clusters answer."""
-    for name, (program, *questions) in _LAUNCHERS.items():
+    for name, (program, questions) in _LAUNCHERS.items():
         path = shutil.which(program)
         if path is None:
             yield Check(name, "ok", "not installed")
             continue
-        answers = (_said(question) for question in questions if shutil.which(question[0]))
-        version = next((text.splitlines()[0] for code, text in answers if code == 0 and text), "in an unknown version")
+        said = (_said(question) for question in questions if shutil.which(question[0]))
+        version = next((text.splitlines()[0] for code, text in said if code == 0 and text), "in an unknown version")
         yield Check(name, "ok", f"{version} at {path}")
     if shutil.which("sinfo"):
         code, text = _said(["sinfo", "--noheader", "--format=%P %D %t"])
