@@ -28,6 +28,14 @@ def test_its_example_shows_this_mistake_alone_and_the_cure_is_clean(rule: Rule) 
     assert [code for code in _codes(rule, rule.page.after) if code != "ER105"] == []
 
 
+@pytest.mark.parametrize("arguments", ["dataset, shuffle=False", "dataset, None, None, False", "dataset, **options"])
+def test_a_sampler_that_may_not_shuffle_need_not_be_told_its_epoch(arguments: str) -> None:
+    (rule,) = (rule for rule in RULES if rule.code == "ER201")
+    text = rule.page.before.replace("DistributedSampler(dataset)", f"DistributedSampler({arguments})")
+    assert text != rule.page.before
+    assert _codes(rule, text) == []
+
+
 def test_codes_are_unique_and_sorted() -> None:
     codes = [rule.code for rule in RULES]
     assert codes == sorted(set(codes))
