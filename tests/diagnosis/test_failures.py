@@ -12,6 +12,10 @@ import pytest
 from waiting import WAITS, rank_pids, wait_gone
 
 from conftest import RunCli
+from everyrank.diagnosis.judging.crashes import judge_crash
+from everyrank.diagnosis.outcome import RankFailure
+from everyrank.diagnosis.rank.record import record_error
+from everyrank.errors import RankFailedError
 
 
 @pytest.mark.parametrize("driver", ["torchrun", "spawn", "launch"])
@@ -25,6 +29,16 @@ def test_an_exception_is_blamed_on_the_rank_that_raised_it(run_cli: RunCli, tmp_
     assert "probe_apps.py" in done.stderr, "the original traceback is shown"
     log = next(tmp_path.glob("outputs/*/logs/rank-1.log")).read_text()
     assert "LookupError: the sample 1 is missing" in log
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_of_ranks_that_raise_the_first_with_an_error_of_its_own_is_named(tmp_path: Path, first: int) -> None:
+    raised = [(2, RankFailedError("rank 0 failed", rank=0)), (first, ValueError("bad")), (1 - first, KeyError("late"))]
+    failures = [RankFailure(rank=rank, exit_code=1, error=record_error(error, rank, 1)) for rank, error in raised]
+    failures.sort(key=lambda failure: failure.rank)
+    verdict = judge_crash(failures, str(tmp_path), world_size=3, attempt=0)
+    assert verdict is not None
+    assert (verdict.rank, verdict.said) == (first, "failed: ValueError: bad")
 
 
 def test_a_killed_rank_is_named_and_the_other_is_ended(run_cli: RunCli) -> None:

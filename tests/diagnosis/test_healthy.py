@@ -135,6 +135,14 @@ def test_what_may_go_on_is_not_held_for_an_end() -> None:
     assert (stall.cause, stall.provable) == ("stopped", False), "somebody debugs it"
 
 
+def test_of_several_that_do_not_come_the_one_furthest_behind_is_waited_for() -> None:
+    ahead = _report(1, in_collective=False, where="train.py:5 in log")
+    behind = _report(2, in_collective=False, seq=1, collectives=ahead.collectives[:1], where="train.py:2 in load")
+    stall = judge_stall({0: _report(0), 1: ahead, 2: behind}, {}, 3)
+    assert stall is not None
+    assert (stall.rank, stall.cause, stall.where) == (2, "stuck_in_python", "train.py:2 in load")
+
+
 def test_a_clock_that_was_set_back_keeps_no_earlier_launch_alive(tmp_path: Path) -> None:
     attempt = tmp_path / "attempt-0"
     attempt.mkdir()
