@@ -190,19 +190,7 @@ class Checkpointer:
         jobs: list[Job] = []
 
         def copy() -> None:
-            content = {"state": encode_json(dict(state)) if self.world.is_main else None}
-            content["rank_states"] = [report.rank_state for report in reports]
-            if self.sharded:
-                content["shards"] = [report.layout for report in reports]
-            job = Job(
-                step=step,
-                groups=self._snapshot.take(groups),
-                state=json.dumps(content, allow_nan=False) if self.world.is_main else "",
-                metric=None if metric is None else float(metric),
-                world_size=self.world.world_size,
-                token=reports[0].token,
-                partners=tuple(rank for rank, report in enumerate(reports) if rank and report.writes),
-            )
+            job = self._copied(step, groups, state, metric, reports)
             if self.world.is_main or self.world.rank in job.partners:
                 jobs.append(job)
 
@@ -212,6 +200,23 @@ class Checkpointer:
             self._task.start(functools.partial(self._write, job), name=f"writing checkpoint {step}")
         if not self.background:
             agree(self.wait, on=writers)
+
+    def _copied(
+        self, step: int, groups: Tensors, state: Mapping[str, Any], metric: float | None, reports: list[_Report]
+    ) -> Job:
+        content = {"state": encode_json(dict(state)) if self.world.is_main else None}
+        content["rank_states"] = [report.rank_state for report in reports]
+        if self.sharded:
+            content["shards"] = [report.layout for report in reports]
+        return Job(
+            step=step,
+            groups=self._snapshot.take(groups),
+            state=json.dumps(content, allow_nan=False) if self.world.is_main else "",
+            metric=None if metric is None else float(metric),
+            world_size=self.world.world_size,
+            token=reports[0].token,
+            partners=tuple(rank for rank, report in enumerate(reports) if rank and report.writes),
+        )
 
     def _own_groups(self, tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> tuple[Tensors, Layout]:
         """Return the tensors that this rank writes, by file, and where its parts of spread ones belong."""

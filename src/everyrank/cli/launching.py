@@ -10,7 +10,7 @@ import signal
 import sys
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import yaml
@@ -290,12 +290,12 @@ def _show_end(rank: int, log_file: str) -> None:
         print(f"[rank {rank}] {line.rstrip()}", file=sys.stderr)
 
 
+@dataclass(frozen=True)
 class DescribedApp:
     """What can be told of an app without running it."""
 
-    def __init__(self, target: str, has_command: bool) -> None:
-        self.target = target
-        self.has_command = has_command
+    target: str
+    has_command: bool
 
     def program(self, resolved: dict[str, Any]) -> Program | None:
         """The program of an app that has ``build_command``, else None.

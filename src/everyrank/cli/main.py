@@ -29,19 +29,9 @@ usage: everyrank COMMAND ...
 everyrank COMMAND --help tells more of each.
 """
 
-# Each is a module with a line of help as its docstring's first line and main(argv) -> exit code.
-_COMMANDS = {
-    "certify": "everyrank.cli.commands.certify",
-    "check": "everyrank.cli.commands.check",
-    "checkpoints": "everyrank.cli.commands.checkpoints",
-    "doctor": "everyrank.cli.commands.doctor",
-    "export": "everyrank.cli.commands.export",
-    "plan": "everyrank.cli.commands.plan",
-    "replay": "everyrank.cli.commands.replay",
-    "report": "everyrank.cli.commands.report",
-    "stacks": "everyrank.cli.commands.stacks",
-    "torchrun": "everyrank.cli.commands.torchrun",
-}
+# Each is a module of this room with a line of help as its docstring's first line and main(argv) -> exit code.
+_ROOM = "everyrank.cli.commands"
+_COMMANDS = ["certify", "check", "checkpoints", "doctor", "export", "plan", "replay", "report", "stacks", "torchrun"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         outlive_console()
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(_USAGE.format(commands="".join(f"  {name:<14} {_help_line(m)}\n" for name, m in _COMMANDS.items())))
+        print(_USAGE.format(commands="".join(f"  {name:<14} {_help_line(name)}\n" for name in _COMMANDS)))
         return EXIT_OK if arguments else EXIT_BAD_INPUT
     if arguments[0] == "--version":
         from everyrank import __version__
@@ -66,16 +56,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     import importlib
 
     try:
-        return importlib.import_module(_COMMANDS[command]).main(rest)
+        return importlib.import_module(f"{_ROOM}.{command}").main(rest)
     except UserError as error:
         return _fail(str(error))
 
 
-def _help_line(module: str) -> str:
+def _help_line(command: str) -> str:
     import ast
     import importlib.util
 
-    spec = importlib.util.find_spec(module)
+    spec = importlib.util.find_spec(f"{_ROOM}.{command}")
     assert spec is not None
     assert spec.origin is not None
     with open(spec.origin, encoding="utf-8") as file:

@@ -91,9 +91,10 @@ def _longest_module(path: str, parts: list[str]) -> tuple[ModuleType, list[str]]
         if module is not None and (not hasattr(module, "__path__") or importlib.util.find_spec(name) is None):
             return module, parts[depth - 1 :]
         if module is None and name not in sys.modules and importlib.util.find_spec(name) is None:
+            known = {key.partition(".")[0] for key in sys.modules} | set(sys.stdlib_module_names)
             raise ConfigError(
                 f"{path!r} was given, but there is no module {name!r} here."
-                f"{did_you_mean(name, _top_level_names())} Install it, or add its folder to PYTHONPATH."
+                f"{did_you_mean(name, known)} Install it, or add its folder to PYTHONPATH."
             )
         try:
             module = importlib.import_module(name)
@@ -102,7 +103,3 @@ def _longest_module(path: str, parts: list[str]) -> tuple[ModuleType, list[str]]
                 f"{path!r} was given, but importing {name!r} failed with {type(error).__name__}: {error}."
             ) from error
     raise ConfigError(f"{path!r} is a module. Name a class or a function in it.")
-
-
-def _top_level_names() -> set[str]:
-    return {name.partition(".")[0] for name in sys.modules} | set(sys.stdlib_module_names)

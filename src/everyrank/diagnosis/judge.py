@@ -59,8 +59,7 @@ def conclude(
         verdict = found if found.rank is not None else _of_another_host(run_dir, folder, number) or found
         written = read_verdict(run_dir)
     if verdict.rank is not None and verdict.log_file is None:
-        log = existing(log_file(os.path.join(run_dir, "logs"), verdict.rank))
-        verdict = replace(verdict, log_file=log)
+        verdict = replace(verdict, log_file=existing(log_file(os.path.join(run_dir, "logs"), verdict.rank)))
     if verdict.user_error is None and verdict != written:
         write_verdict(run_dir, verdict)
     return verdict

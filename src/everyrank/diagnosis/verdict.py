@@ -6,11 +6,9 @@ import contextlib
 import glob
 import json
 import os
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
 
-from everyrank.diagnosis.rank_files import write_whole
+from everyrank.diagnosis.rank_files import read_json, write_whole
 
 _FILE = "verdict.json"
 
@@ -96,10 +94,12 @@ def read_verdicts(run_dir: str) -> tuple[Verdict, ...]:
 
 
 def _read(path: str) -> Verdict | None:
+    row = read_json(path)
+    if row is None:
+        return None
     try:
-        with open(path, encoding="utf-8") as file:
-            return _from_json(json.load(file))
-    except (OSError, ValueError, TypeError):
+        return Verdict(**{**row, **{name: tuple(row.get(name) or ()) for name in ("waiting", "evidence")}})
+    except TypeError:
         return None
 
 
@@ -109,10 +109,3 @@ def clear_verdicts(run_dir: str) -> None:
         if name.startswith("verdict") and name.endswith(".json"):
             with contextlib.suppress(FileNotFoundError):
                 os.remove(os.path.join(run_dir, name))
-
-
-def _from_json(row: Mapping[str, Any]) -> Verdict:
-    values = dict(row)
-    for name in ("waiting", "evidence"):
-        values[name] = tuple(values.get(name) or ())
-    return Verdict(**values)

@@ -52,7 +52,8 @@ def check_versions() -> Iterator[Check]:
         names = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
         yield Check("CUDA", "ok", f"CUDA {torch.version.cuda}, NCCL {nccl}, driver {_driver()}; {names}")
         if present > 1:
-            yield Check("GPU links", "ok", _links())
+            code, text = _said(["nvidia-smi", "topo", "-m"])
+            yield Check("GPU links", "ok", text.strip() if code == 0 else "unknown (nvidia-smi topo -m says nothing)")
     else:
         yield Check("CUDA", "ok", "no GPU here: ranks run on the CPU with gloo")
 
@@ -113,8 +114,3 @@ def _said(command: Sequence[str]) -> tuple[int, str]:
 def _driver() -> str:
     code, text = _said(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
     return text.splitlines()[0] if code == 0 and text else "unknown"
-
-
-def _links() -> str:
-    code, text = _said(["nvidia-smi", "topo", "-m"])
-    return text.strip() if code == 0 else "unknown (nvidia-smi topo -m says nothing)"

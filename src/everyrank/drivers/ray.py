@@ -100,6 +100,7 @@ class RayDriver(Driver[RayConfig]):
         from everyrank.drivers.ray_backend import MeetByVariables
 
         c = self.config
+        resources = {"CPU": c.cpus_per_worker, **({"GPU": 1.0} if c.use_gpu else {})}
         trainer: Any = TorchTrainer(
             _train,
             train_loop_config={
@@ -108,9 +109,7 @@ class RayDriver(Driver[RayConfig]):
                 "command": list(plan.command) if request.program is not None else None,
             },
             torch_config=MeetByVariables(),
-            scaling_config=ScalingConfig(
-                num_workers=c.num_workers, use_gpu=c.use_gpu, resources_per_worker=self._resources()
-            ),
+            scaling_config=ScalingConfig(num_workers=c.num_workers, use_gpu=c.use_gpu, resources_per_worker=resources),
             run_config=RunConfig(
                 name="ray",
                 storage_path=request.run_dir,
@@ -126,10 +125,6 @@ class RayDriver(Driver[RayConfig]):
             message = "" if failures else f"error: Ray Train: {error}"
             return Outcome(failures=failures, message=message, world_size=c.num_workers)
         return Outcome(world_size=c.num_workers)
-
-    def _resources(self) -> dict[str, float]:
-        resources = {"CPU": self.config.cpus_per_worker}
-        return {**resources, "GPU": 1.0} if self.config.use_gpu else resources
 
     def _connect(self, ray: Any, variables: dict[str, str], folder: str | None) -> None:
         c = self.config

@@ -150,7 +150,7 @@ def _detect_torch_variables(environ: Mapping[str, str], argv: Sequence[str]) -> 
     """RANK and WORLD_SIZE: torchrun, torch.distributed.launch, Ray Train, Kubernetes operators, our own drivers."""
     argument = local_rank_argument(argv)
     if not environ.get("RANK"):
-        if argument is not None and not _has_foreign_rank(environ):
+        if argument is not None and not {"OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID"} & set(environ):
             require_int(environ, "RANK", "the command-line option --local-rank")
         return None
     rank = require_int(environ, "RANK", "RANK")
@@ -208,10 +208,6 @@ def _local_rank(environ: Mapping[str, str], argument: int | None) -> int | None:
             "do not pass --local-rank yourself: the launcher gives each process its own.",
         )
     return argument if variable is None else variable
-
-
-def _has_foreign_rank(environ: Mapping[str, str]) -> bool:
-    return any(name in environ for name in ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID"))
 
 
 def _parse_port(port: int | str | None, environ: Mapping[str, str]) -> int | None:

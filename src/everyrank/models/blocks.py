@@ -26,7 +26,9 @@ class GNNBlock(nn.Module):
         self.activation = make_activation(config.activation, f"{path}.activation")
         self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         self.uses_edge_attr = config.edge_dim is not None
-        self.norm_takes_graphs = _takes_graphs(self.norm)
+        # Whether the normaliser wants to know which node belongs to which graph.
+        parameters = inspect.signature(self.norm.forward).parameters if self.norm is not None else {}
+        self.norm_takes_graphs = "batch_size" in parameters
         self.skip: nn.Module | None = None
         if config.skip:
             same = in_dim == config.out_dim
@@ -56,8 +58,3 @@ def make_head(config: HeadConfig, in_dim: int, *, path: str) -> nn.Sequential:
             modules.append(nn.Dropout(config.dropout))
         in_dim = width
     return nn.Sequential(*modules, nn.Linear(in_dim, config.out_dim))
-
-
-def _takes_graphs(norm: nn.Module | None) -> bool:
-    """Say whether a normaliser wants to know which node belongs to which graph."""
-    return norm is not None and "batch_size" in inspect.signature(norm.forward).parameters

@@ -45,17 +45,8 @@ def run_script(argv: Sequence[str]) -> None:
     file = os.path.join(os.getcwd(), path)
     with io.open_code(file) as source:
         code = compile(source.read(), file, "exec", dont_inherit=True)
-    main = ModuleType("__main__")
-    main.__dict__.update(
-        __file__=file,
-        __cached__=None,
-        __package__=None,
-        __spec__=None,
-        __loader__=importlib.machinery.SourceFileLoader("__main__", file),
-        __annotations__={},
-        __builtins__=sys.modules["builtins"],
-    )
-    _run(main, code)
+    loader = importlib.machinery.SourceFileLoader("__main__", file)
+    _run(code, __file__=file, __cached__=None, __package__=None, __spec__=None, __loader__=loader)
 
 
 def run_module(argv: Sequence[str]) -> None:
@@ -78,20 +69,11 @@ def run_module(argv: Sequence[str]) -> None:
     if spec is None or code is None:
         raise ImportError(f"No module named {name}", name=name)
     sys.argv[0] = str(spec.origin)
-    main = ModuleType("__main__")
-    main.__dict__.update(
-        __file__=spec.origin,
-        __cached__=spec.cached,
-        __package__=spec.parent,
-        __spec__=spec,
-        __loader__=loader,
-        __annotations__={},
-        __builtins__=sys.modules["builtins"],
-    )
-    _run(main, code)
+    _run(code, __file__=spec.origin, __cached__=spec.cached, __package__=spec.parent, __spec__=spec, __loader__=loader)
 
 
-def _run(main: ModuleType, code: CodeType) -> None:
+def _run(code: CodeType, **names: object) -> None:
     _KEPT.append(sys.modules["__main__"])
-    sys.modules["__main__"] = main
+    main = sys.modules["__main__"] = ModuleType("__main__")
+    main.__dict__.update(names, __annotations__={}, __builtins__=sys.modules["builtins"])
     exec(code, main.__dict__)

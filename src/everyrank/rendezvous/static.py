@@ -108,24 +108,22 @@ class StaticRendezvous(FixedRendezvous):
                 f"driver.node_rank={self._node_rank} was set on {socket.gethostname()} and on {taken_by}. "
                 f"Fix: number the nodes from 0 to {self._num_nodes - 1}, each once."
             )
-        waiting = list(range(self._num_nodes))
+
+        def missing() -> list[int]:
+            return [rank for rank in range(self._num_nodes) if not store.check([f"node/{rank}"])]
 
         def complete() -> bool:
             assert self._store is not None
             if self._store.check([stores.MISFIT]):
                 raise RendezvousError(self._store.get(stores.MISFIT).decode())
-            if self._node_rank != 0:
-                return store.check(["go"])
-            waiting[:] = [r for r in waiting if not store.check([f"node/{r}"])]
-            return not waiting
+            return store.check(["go"]) if self._node_rank != 0 else not missing()
 
-        def missing() -> str:
-            rest = [r for r in range(self._num_nodes) if not store.check([f"node/{r}"])]
-            return f"{_nodes(rest)} of {self._num_nodes} did not come to {self._host}:{self._port} yet"
+        def absent() -> str:
+            return f"{_nodes(missing())} of {self._num_nodes} did not come to {self._host}:{self._port}"
 
-        if not stores.wait_until(complete, self._timeout_s, missing):
+        if not stores.wait_until(complete, self._timeout_s, lambda: f"{absent()} yet"):
             raise RendezvousError(
-                f"{missing().removesuffix(' yet')} within {self._timeout_s:g} s. Fix: run the same command "
+                f"{absent()} within {self._timeout_s:g} s. Fix: run the same command "
                 f"there with its driver.node_rank, check that driver.nnodes={self._num_nodes} is right, or raise "
                 "driver.rdzv_timeout_s."
             )

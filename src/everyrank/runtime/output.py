@@ -41,7 +41,9 @@ def tee_output(log_file: str | Path) -> Iterator[None]:
     log_fd = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
     outer = {_STDOUT: sys.stdout, _STDERR: sys.stderr}
     original = sys.__stdout__, sys.__stderr__
-    _flush_all(outer)
+    for stream in outer.values():
+        with suppress(OSError, ValueError):  # a console that is closed has nothing left to flush
+            stream.flush()
     saved = {fd: os.dup(fd) for fd in outer}
     lock = threading.RLock()
     tees = {fd: _Tee(outer[fd], saved[fd], fd, log_fd, lock, Path(log_file).resolve()) for fd in outer}
@@ -67,12 +69,6 @@ def for_log(text: str) -> str:
     """Text without colours, and with the last state only of lines that redraw themselves, as progress bars do."""
     lines = _TERMINAL_CODES.sub("", text).split("\n")
     return "\n".join(line.rstrip("\r").rpartition("\r")[2] for line in lines)
-
-
-def _flush_all(streams: dict[int, TextIO]) -> None:
-    for stream in streams.values():
-        with suppress(OSError, ValueError):  # a console that is closed has nothing left to flush
-            stream.flush()
 
 
 class _Tee(io.TextIOBase):

@@ -196,18 +196,13 @@ def prepare_loaders(
         )
     training = config.training
     # Where rank 0 evaluates alone, it takes whole global batches.
-    validators = 1 if config.validation.on == "rank0" else world.world_size
-    testers = 1 if config.test_on == "rank0" else world.world_size
-
-    def evaluation_size(per_rank: int | None, evaluators: int) -> int:
-        size = per_rank or training.batch_size
-        return size * evaluators if size is not None else global_batch_size
-
-    plans: tuple[tuple[str, LoaderConfig, int, int], ...] = (
-        ("Training", training, global_batch_size, world.world_size),
-        ("Validation", config.validation, evaluation_size(config.validation.batch_size, validators), validators),
-        ("Test", config.testing, evaluation_size(config.testing.batch_size, testers), testers),
-    )
+    plans: list[tuple[str, LoaderConfig, int, int]] = [("Training", training, global_batch_size, world.world_size)]
+    for name, section, on in (
+        ("Validation", config.validation, config.validation.on),
+        ("Test", config.testing, config.test_on),
+    ):
+        evaluators, per_rank = 1 if on == "rank0" else world.world_size, section.batch_size or training.batch_size
+        plans.append((name, section, per_rank * evaluators if per_rank else global_batch_size, evaluators))
     loaders: list[Any] = []
     for dataset, device, (name, options, size, ranks) in zip(datasets, devices, plans, strict=True):
         if dataset is None or num_samples(dataset) == 0:

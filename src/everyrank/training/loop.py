@@ -203,7 +203,8 @@ class EpochLoop:
         if self.step.flops is not None and not self.step.flops.is_new():  # the step that is counted is no measure
             samples, seconds = self._speed
             self._speed = samples + sum(step.num_samples for step in steps), seconds + shared[len(steps)]
-        self._place_next(shared[len(steps)] / len(steps))
+        wanted = int(_SYNC_EVERY_S / max(shared[len(steps)] / len(steps), 1e-9))
+        self.sync_every = max(1, min(wanted, 2 * self.sync_every, _MAX_STEPS_BETWEEN_SYNCS))
         if self.step.local is not None and self.step.local.is_due(self.position.step):
             self.step.local.synchronize()
         return [*rows, (self.position.step, means[-1], None)]
@@ -228,10 +229,6 @@ class EpochLoop:
         if self.step.local is not None:
             wanted = self.step.local.next_sync(step, wanted)
         return min([wanted, *(step - step % every + every for every in self.stops)])
-
-    def _place_next(self, step_s: float) -> None:
-        wanted = int(_SYNC_EVERY_S / max(step_s, 1e-9))
-        self.sync_every = max(1, min(wanted, 2 * self.sync_every, _MAX_STEPS_BETWEEN_SYNCS))
 
     def _not_finite(self, sampler: GlobalBatchSampler, local: list[float], means: list[float]) -> None:
         """Stop, or say which rank, step and samples gave the losses that are not finite. Collective."""

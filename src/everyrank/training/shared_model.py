@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -70,14 +70,10 @@ class Evaluation:
             send_buffers(self._module, self._world)
         else:
             self._local.synchronize()
-        is_averaged = self._ema is not None and self._ema.config.evaluate
+        average = self._ema if self._ema is not None and self._ema.config.evaluate else None
         evaluator.step = position.step
         try:
-            if is_averaged:
-                assert self._ema is not None
-                with self._ema.in_place_of_weights():
-                    yield
-            else:
+            with average.in_place_of_weights() if average is not None else nullcontext():
                 yield
         except SignalNoticed:
             raise

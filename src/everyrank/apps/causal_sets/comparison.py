@@ -69,7 +69,7 @@ class Comparison:
             sign = self.p_curvature.argmax(axis=1) - 1
             return sign == np.array([SPACETIMES.get(kind, 2) for kind in KINDS])[self.kind]
         if who == "network":
-            return self._network_dimension() == self.truth
+            return np.array(self.dimensions)[self.p_dimension.argmax(axis=1)] == self.truth
         return nearest_dimension(getattr(self, who), self.dimensions) == self.truth
 
     def reliability(self, question: str) -> tuple[calibration.Reliability, tuple[float, float]]:
@@ -114,9 +114,6 @@ class Comparison:
             if question == "manifold" or asked.any():
                 found[f"{question}_calibration_error"] = self.reliability(question)[0].error
         return found
-
-    def _network_dimension(self) -> NDArray[np.int64]:
-        return np.array(self.dimensions)[self.p_dimension.argmax(axis=1)]
 
 
 KIND_TITLES = {

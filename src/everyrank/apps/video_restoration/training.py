@@ -36,15 +36,7 @@ def trainer_config(options: Mapping[str, Any], world_size: int = 1) -> dict[str,
     train, path, network = options["train"], options["path"], options["netG"]
     data = options["datasets"].get("train") if train["total_iter"] > 0 else None
     test = options["datasets"].get("test")
-    clips = {
-        "kwargs": {
-            "val": options["val"],
-            "scale": options["scale"],
-            "border": test["border"] if test is not None else 0,
-            "interpolation": network["pa_frames"] == 0,
-            "images": path["images"],
-        }
-    }
+    measured = test is not None and bool(test["dataroot_gt"])
     config: dict[str, Any] = {
         "criterion": RestorationLoss(train["G_lossfn_type"], train["G_lossfn_weight"], train["G_charbonnier_eps"]),
         "apply_model": restore,
@@ -63,18 +55,13 @@ def trainer_config(options: Mapping[str, Any], world_size: int = 1) -> dict[str,
             "ema": {"decay": train["E_decay"]} if train["E_decay"] > 0 else None,
             "checkpoint_every_steps": train["checkpoint_save"] or None,
             "keep_last": 2,
-            "best_metric": "val_psnr" if test is not None and test["dataroot_gt"] else "val_loss",
-            "best_mode": "max" if test is not None and test["dataroot_gt"] else "min",
+            "best_metric": "val_psnr" if measured else "val_loss",
+            "best_mode": "max" if measured else "min",
             "after_save": LegacyFiles(Path(path["models"])),
             "log_every_steps": train["checkpoint_print"] or 1,
             "tracking": {"sinks": [LogLines]},
         },
-        "validation": {
-            "batch_size": 1,
-            "every_n_steps": train["checkpoint_test"] or max(train["total_iter"], 1),
-            "validator": {"type": ClipValidator, **clips},
-        },
-        "testing": {"batch_size": 1, "tester": {"type": ClipTester, **clips}},
+        **_evaluation_sections(options),
         "parallel": {
             "find_unused_parameters": options["find_unused_parameters"],
             "static_graph": options["use_static_graph"],
@@ -91,6 +78,25 @@ def trainer_config(options: Mapping[str, Any], world_size: int = 1) -> dict[str,
             "the whole network. Fix: leave datasets.test out, or use 'ddp'."
         )
     return config
+
+
+def _evaluation_sections(options: Mapping[str, Any]) -> dict[str, Any]:
+    train, test = options["train"], options["datasets"].get("test")
+    clips = {
+        "val": options["val"],
+        "scale": options["scale"],
+        "border": test["border"] if test is not None else 0,
+        "interpolation": options["netG"]["pa_frames"] == 0,
+        "images": options["path"]["images"],
+    }
+    return {
+        "validation": {
+            "batch_size": 1,
+            "every_n_steps": train["checkpoint_test"] or max(train["total_iter"], 1),
+            "validator": {"type": ClipValidator, "kwargs": clips},
+        },
+        "testing": {"batch_size": 1, "tester": {"type": ClipTester, "kwargs": clips}},
+    }
 
 
 def _data_keys(

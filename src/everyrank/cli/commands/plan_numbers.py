@@ -95,7 +95,9 @@ def compute(config: TrainerConfig, num_samples: int, world_size: int) -> Numbers
     narrow = parallel.comm_hook if local is None else local.compress
     gradient_bytes = sum(p.numel() * _BYTES_ON_THE_WIRE.get(narrow or "", p.element_size()) for p in parameters)
     steps = _checkpoint_steps(config, steps_per_epoch, num_steps, num_epochs)
-    validations = _validation_steps(config, steps_per_epoch, num_steps, num_epochs) if num_validation else set()
+    validations = {epoch * steps_per_epoch for epoch in _every(config.validation.every, num_epochs)}
+    if config.validation.every_n_steps is not None:
+        validations = _every(config.validation.every_n_steps, num_steps)
     kept = {step for step in steps if training.keep_every and step % training.keep_every == 0}
     return Numbers(
         world_size=world_size,
@@ -115,7 +117,7 @@ def compute(config: TrainerConfig, num_samples: int, world_size: int) -> Numbers
         sent_per_step=2 * (world_size - 1) * gradient_bytes // world_size,
         checkpoint_bytes=_checkpoint_bytes(config, module, world_size if local is not None else 1),
         checkpoint_steps=steps,
-        most_checkpoints=len({*steps, *validations}),
+        most_checkpoints=len({*steps, *(validations if num_validation else ())}),
         num_kept=training.keep_last + training.keep_best + len(kept),
     )
 
@@ -203,13 +205,6 @@ def _checkpoint_steps(config: TrainerConfig, steps_per_epoch: int, num_steps: in
     steps |= _every(training.checkpoint_every_steps, num_steps)
     steps |= {epoch * steps_per_epoch for epoch in _every(training.checkpoint_at, num_epochs)}
     return tuple(sorted(steps))
-
-
-def _validation_steps(config: TrainerConfig, steps_per_epoch: int, num_steps: int, num_epochs: int) -> set[int]:
-    validation = config.validation
-    if validation.every_n_steps is not None:
-        return _every(validation.every_n_steps, num_steps)
-    return {epoch * steps_per_epoch for epoch in _every(validation.every, num_epochs)}
 
 
 def _every(number: int | None, last: int) -> set[int]:

@@ -42,11 +42,8 @@ def main(argv: Sequence[str]) -> int:
             f"--rank={arguments.rank} was given, but the run had ranks 0 to {start.world_size - 1} at step "
             f"{start.step}."
         )
-    folder = Path(tempfile.mkdtemp(prefix="everyrank-replay-"))
-    try:
-        return _replay(run, start, folder, arguments.rank, step, arguments.pdb)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix="everyrank-replay-", ignore_cleanup_errors=True) as folder:
+        return _replay(run, start, Path(folder), arguments.rank, step, arguments.pdb)
 
 
 def _replay(run: Path, start: CheckpointInfo, folder: Path, rank: int, step: int, debug: bool) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from everyrank.diagnosis import verdict as causes
@@ -101,7 +102,7 @@ class _Case:
                 evidence=(line.strip(),),
             )
         extra = (line.strip(),) if line else ()
-        return Stall(**{**vars(found), "evidence": (*found.evidence, *extra)})
+        return replace(found, evidence=(*found.evidence, *extra))
 
     def signalled(self) -> Stall | None:
         for rank, failure in self._silent():
@@ -193,8 +194,8 @@ class _Case:
         alive = [r for rank, r in self.reports.items() if rank not in lost and not r.waits]
         if not lost or len(alive) != 1 or len(self.reports) < world_size:
             return None
-        as_waiting = {**self.reports, **{k: _waiting(r) for k, r in lost.items()}}
-        return judge_stall(as_waiting, {}, world_size)
+        waiting = {k: replace(r, in_collective=True, ended=None, here="") for k, r in lost.items()}
+        return judge_stall({**self.reports, **waiting}, {}, world_size)
 
     def _log(self, rank: int) -> str:
         """The end of what a rank has printed; an earlier run or attempt may have used the same log."""
@@ -252,10 +253,6 @@ def how_it_ended(failure: RankFailure, error: Mapping[str, Any] | None) -> str:
     if failure.exit_code < 0:
         return f"killed by {signal.Signals(-failure.exit_code).name}"
     return f"exit code {failure.exit_code}"
-
-
-def _waiting(report: Report) -> Report:
-    return Report(**{**vars(report), "in_collective": True, "ended": None, "here": ""})
 
 
 def _tail(path: str | None, start: int = 0) -> str:

@@ -119,14 +119,11 @@ def _departed(departure: Departure) -> str:
         return f"left out a collective: it began {odd.op} while the others were in {other.op} {other.at}"
     if odd.op != other.op:
         return f"called another collective than the others: {odd.op}, not {other.op}"
-    what = "type" if odd.dtypes != other.dtypes else "reduction" if odd.reduce != other.reduce else "shape"
-    mine, theirs = (
-        (odd.dtypes, other.dtypes)
-        if what == "type"
-        else (odd.reduce, other.reduce)
-        if what == "reduction"
-        else (odd.sizes, other.sizes)
-    )
+    what, mine, theirs = "shape", str(odd.sizes), str(other.sizes)
+    if odd.dtypes != other.dtypes:
+        what, mine, theirs = "type", str(odd.dtypes), str(other.dtypes)
+    elif odd.reduce != other.reduce:
+        what, mine, theirs = "reduction", odd.reduce, other.reduce
     return f"called {odd.op} with another {what} than the others: {mine}, not {theirs}"
 
 

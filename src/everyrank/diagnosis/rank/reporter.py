@@ -100,7 +100,7 @@ class Reporter:
 
     def begin(self) -> None:
         """Start the thread, and be told of the program's end."""
-        atexit.register(self._at_exit)
+        atexit.register(self.end)
         self._chain_excepthook()
         self._thread.start()
 
@@ -203,6 +203,7 @@ class Reporter:
             stack = self._stack()
             collectives, groups = read_recorder()
             facts = look_at(self.pid)
+            asks_workers = thoroughly and waits_for_data(stack)
             handled = sys._current_exceptions().get(self._main.ident or 0)
             error = handled[1] if isinstance(handled, tuple) else handled
             report = {
@@ -226,15 +227,12 @@ class Reporter:
                 "handling": describe_error(error, self.rank, 1) if isinstance(error, Exception) else None,
                 "collectives": to_json(with_calls(collectives)),
                 "groups": groups,
-                "workers": self._workers() if thoroughly and waits_for_data(stack) else [],
+                "workers": workers_of(self.pid, stacks_file(self.folder, self.rank)) if asks_workers else [],
                 "log_from": self._log_from,
                 "stopped": stopped_processes() if thoroughly else [],
             }
             with contextlib.suppress(OSError):  # a full disk: what the rank itself has to say must still be heard
                 write_whole(report_file(self.folder, self.rank), json.dumps(report))
-
-    def _workers(self) -> list[dict[str, Any]]:
-        return workers_of(self.pid, stacks_file(self.folder, self.rank or 0))
 
     def _say_last_words(self) -> None:
         if self.rank is not None:
@@ -282,7 +280,8 @@ class Reporter:
 
         sys.excepthook = hook
 
-    def _at_exit(self, at: str | None = None) -> None:
+    def end(self, at: str | None = None) -> None:
+        """Leave the last report of a rank whose program has ended; a forked one, which runs no ``atexit``, calls it."""
         last_words.forget()
         if os.getpid() != self.pid:
             return
@@ -292,10 +291,6 @@ class Reporter:
         # An interpreter that ends throws out a thread that asks for its lock: inside torch's C++ that is an abort.
         self._leaves.set()
         self._thread.join(_LEAVE_S)
-
-    def end(self, at: str | None) -> None:
-        """Leave the last report of a rank whose entry returns; a forked one runs no ``atexit``."""
-        self._at_exit(at)
 
 
 def ended(at: str | None = None) -> None:

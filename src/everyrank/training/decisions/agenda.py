@@ -53,9 +53,8 @@ class Agenda:
 
     def saves_after(self, position: Position) -> bool:
         """Return whether a checkpoint is due after the current epoch."""
-        return _is_due(position.epoch + 1, self._training.checkpoint_at) or self.ends_here(
-            position, epoch_is_trained=True
-        )
+        by_epochs = _is_due(position.epoch + 1, self._training.checkpoint_at)
+        return by_epochs or self.ends_here(position, epoch_is_trained=True)
 
 
 def _is_due(count: int, every: int | None) -> bool:

@@ -47,7 +47,8 @@ def find_start(run: Path, resume: str) -> Start:
     if resume in ("auto", "never"):
         return Start(resume)  # type: ignore[arg-type]
     path = Path(os.path.expanduser(resume))
-    if _marked(run) == os.path.realpath(path) and checkpoint_paths(run / "checkpoints"):
+    mark = read_json(str(run / _MARK)) or {}
+    if mark.get("path") == os.path.realpath(path) and checkpoint_paths(run / "checkpoints"):
         return Start("auto")
     if not path.exists():
         hint = did_you_mean(resume, ("auto", "never"))
@@ -98,7 +99,3 @@ def _go_back(run: Path, source: Path) -> None:
             target = target if not target.exists() else target.with_name(f"{target.name}-{new_token()}")
             os.replace(info.path, target)
             logger.info("going back to step %d: %s is now %s", step, info.path.name, target)
-
-
-def _marked(run: Path) -> str:
-    return str((read_json(str(run / _MARK)) or {}).get("path", ""))

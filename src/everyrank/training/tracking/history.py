@@ -65,11 +65,12 @@ class History:
 
     def validation(self) -> list[Row]:
         """Return a row for each validation: ``epoch``, ``step``, ``loss``, ``loss_std``, and the metrics."""
-        return [
-            {"epoch": row["epoch"], "step": row["step"], **_without_prefix(row)}
-            for row in self.rows
-            if "val_loss" in row
-        ]
+        found = []
+        for row in self.rows:
+            if "val_loss" in row:
+                values = {key.removeprefix("val_"): value for key, value in row.items() if key.startswith("val_")}
+                found.append({"epoch": row["epoch"], "step": row["step"], **values})
+        return found
 
     @property
     def epochs(self) -> list[Row]:
@@ -132,10 +133,6 @@ def column(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int], lis
     """Return the steps and values of one number, where it is present."""
     found = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
     return [step for step, _ in found], [value for _, value in found]
-
-
-def _without_prefix(row: Row) -> Row:
-    return {key.removeprefix("val_"): value for key, value in row.items() if key.startswith("val_")}
 
 
 def _to_line(row: Row) -> str:
