@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from everyrank.errors import UserError, did_you_mean
 
@@ -30,9 +31,7 @@ class Launcher:
 def find_launchers() -> tuple[list[Launcher], list[str]]:
     """Return the launchers of this machine, and for each that is missing a line that says why."""
     found = [
-        Launcher("driver=torchrun", lambda n, args: _driver("torchrun", n, args)),
-        Launcher("driver=spawn", lambda n, args: _driver("spawn", n, args)),
-        Launcher("driver=launch", lambda n, args: _driver("launch", n, args)),
+        *(Launcher(f"driver={name}", partial(_driver, name)) for name in ("torchrun", "spawn", "launch")),
         Launcher("torchrun", _bare_torchrun),
     ]
     missing = []

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
+from everyrank.diagnosis.classify import chain
 from everyrank.errors import ConfigError, did_you_mean
 
 
 def explain(error: BaseException) -> ConfigError:
     """Turn an error of composing a configuration into one message with the nearest valid name."""
-    chain = list(_chain(error))
-    for link in chain:
+    links: list[Any] = list(chain(error))
+    for link in links:
         if hasattr(link, "missing_cfg_file") and getattr(link, "options", None) is not None:
             return _no_such_option(str(link.missing_cfg_file), list(link.options))
-    for link in chain:
+    for link in links:
         parent, key = getattr(link, "parent_node", None), getattr(link, "key", None)
         if key is not None and isinstance(parent, Mapping):
             full_key = getattr(link, "full_key", None) or key
@@ -25,13 +26,6 @@ def explain(error: BaseException) -> ConfigError:
         options = [line.strip() for line in text.splitlines()[1:] if line.strip() and ":" not in line]
         return ConfigError(f"no {group} was chosen. Set {group}=NAME, one of: {', '.join(options)}.")
     return ConfigError("the command line was not understood: " + " ".join(text.split()))
-
-
-def _chain(error: BaseException) -> Iterable[Any]:
-    link: BaseException | None = error
-    while link is not None:
-        yield link
-        link = link.__cause__ or link.__context__
 
 
 def _no_such_option(missing: str, options: list[str]) -> ConfigError:

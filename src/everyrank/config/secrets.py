@@ -90,8 +90,12 @@ def handed_over(resolved: Mapping[str, Any], raw: Any) -> dict[str, str]:
     """Variables for the ranks, by name: those of ``env.variables``, and those that a hidden interpolation reads."""
     named = resolved["env"].get("variables") or {}
     templates = raw["env"].get("variables") or {}
-    found: dict[str, str] = {name: Secret(os.environ[name]) for name in _variables_in(raw, ()) if name in os.environ}
-    found |= {_variable_of(path): Secret(value) for path, value in _literals(resolved, raw, ())}
+    texts = {path: text for path, text in _leaves(raw) if isinstance(text, str) and _reads_environment(text, path)}
+    read = (name for text in texts.values() for name in _FROM_ENVIRONMENT.findall(text))
+    found: dict[str, str] = {name: Secret(os.environ[name]) for name in read if name in os.environ}
+    for path, value in _leaves(resolved):
+        if _is_literal(value, path) and path not in texts:
+            found[_variable_of(path)] = Secret(value)
     for name, value in named.items():
         secret = looks_secret(name) or _FROM_ENVIRONMENT.search(str(templates.get(name)))
         found[name] = Secret(value) if secret else value
@@ -111,16 +115,13 @@ def _variable_of(path: tuple[str, ...]) -> str:
     return "EVERYRANK_SECRET_" + "_".join(re.sub(r"[^A-Za-z0-9]", "_", part).upper() for part in path)
 
 
-def _literals(resolved: Any, raw: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Yield where the hidden copy reads a text of the app from the environment, and that text."""
-    if isinstance(resolved, Mapping | list):
-        items = resolved.items() if isinstance(resolved, Mapping) else enumerate(resolved)
-        for key, value in items:
-            inner = raw[key] if isinstance(raw, Mapping) and key in raw else None
-            inner = raw[key] if isinstance(raw, list) and isinstance(key, int) and key < len(raw) else inner
-            yield from _literals(value, inner, (*path, str(key)))
-    elif _is_literal(resolved, path) and not (isinstance(raw, str) and _reads_environment(raw, path)):
-        yield path, resolved
+def _leaves(values: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Yield every value that is no mapping and no list, with the keys that lead to it."""
+    if isinstance(values, Mapping | list):
+        for key, value in values.items() if isinstance(values, Mapping) else enumerate(values):
+            yield from _leaves(value, (*path, str(key)))
+    else:
+        yield path, values
 
 
 def _reads_environment(raw: str, path: tuple[str, ...]) -> bool:
@@ -128,14 +129,3 @@ def _reads_environment(raw: str, path: tuple[str, ...]) -> bool:
     # Folders and addresses of a machine belong to the plan, which people read; a password does not.
     plain = path[:1] in _OF_THE_PLAN and path[:2] != ("env", "variables")
     return bool(names) and (not plain or any(map(looks_secret, (*names, _name_of(path)))))
-
-
-def _variables_in(raw: Any, path: tuple[str, ...]) -> Iterator[str]:
-    if isinstance(raw, Mapping):
-        for key, value in raw.items():
-            yield from _variables_in(value, (*path, str(key)))
-    elif isinstance(raw, list):
-        for number, value in enumerate(raw):
-            yield from _variables_in(value, (*path, str(number)))
-    elif isinstance(raw, str) and _reads_environment(raw, path):
-        yield from _FROM_ENVIRONMENT.findall(raw)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -148,33 +148,30 @@ def _is_here(name: str, host: str) -> bool:
 
 def read_beats(folder: str) -> dict[int, Beat]:
     """The signs of life of an attempt's ranks, by rank."""
-    beats = {}
     now_s = time.time()
-    for name in os.listdir(folder) if os.path.isdir(folder) else ():
-        match = _BEAT.fullmatch(name)
-        row = read_json(os.path.join(folder, name)) if match else None
-        if match and row:
-            age_s = max(0.0, now_s - float(row["time_s"]))
-            beats[int(match[1])] = Beat(
-                rank=int(match[1]),
-                age_s=age_s,
-                seq=int(row["seq"]),
-                pid=int(row["pid"]),
-                collective=bool(row["collective"]),
-                where=str(row["where"]) if is_users_place(str(row["where"])) else "",
-            )
-    return beats
+    return {
+        rank: Beat(
+            rank=rank,
+            age_s=max(0.0, now_s - float(row["time_s"])),
+            seq=int(row["seq"]),
+            pid=int(row["pid"]),
+            collective=bool(row["collective"]),
+            where=str(row["where"]) if is_users_place(str(row["where"])) else "",
+        )
+        for rank, row in _rows(folder, _BEAT)
+    }
 
 
 def read_reports(folder: str) -> dict[int, Report]:
     """The last reports of an attempt's ranks, by rank."""
-    reports = {}
+    return {rank: _report(row) for rank, row in sorted(_rows(folder, _REPORT), key=lambda found: found[0])}
+
+
+def _rows(folder: str, file: re.Pattern[str]) -> Iterator[tuple[int, Mapping[str, Any]]]:
     for name in os.listdir(folder) if os.path.isdir(folder) else ():
-        match = _REPORT.fullmatch(name)
-        row = read_json(os.path.join(folder, name)) if match else None
-        if match and row:
-            reports[int(match[1])] = _report(row)
-    return dict(sorted(reports.items()))
+        match = file.fullmatch(name)
+        if match and (row := read_json(os.path.join(folder, name))):
+            yield int(match[1]), row
 
 
 def _report(row: Mapping[str, Any]) -> Report:

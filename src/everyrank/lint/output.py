@@ -36,35 +36,37 @@ class Place:
         return row, column, cell.number if cell else None
 
 
-def as_text(results: Sequence[Checked]) -> Iterator[str]:
-    """Yield a line a finding: ``path:row:column: code message``."""
+def _findings(results: Sequence[Checked]) -> Iterator[tuple[Checked, Place, Finding]]:
     for checked in results:
         place = Place(checked)
         for finding in checked.findings:
-            row, column, cell = place.of(finding.start)
-            where = f"{checked.path}:{f'cell {cell}:' if cell else ''}{row}:{column}"
-            mark = "" if finding.fix is None else " [*]" if finding.fix.safe else " [-]"
-            yield f"{where}: {finding.code}{mark} {finding.message}"
+            yield checked, place, finding
+
+
+def as_text(results: Sequence[Checked]) -> Iterator[str]:
+    """Yield a line a finding: ``path:row:column: code message``."""
+    for checked, place, finding in _findings(results):
+        row, column, cell = place.of(finding.start)
+        where = f"{checked.path}:{f'cell {cell}:' if cell else ''}{row}:{column}"
+        mark = "" if finding.fix is None else " [*]" if finding.fix.safe else " [-]"
+        yield f"{where}: {finding.code}{mark} {finding.message}"
 
 
 def as_json(results: Sequence[Checked]) -> str:
     """Return a list of findings with the keys that ruff's JSON has."""
-    found = []
-    for checked in results:
-        place = Place(checked)
-        for finding in checked.findings:
-            found.append(
-                {
-                    "cell": place.of(finding.start)[2],
-                    "code": finding.code,
-                    "end_location": _location(place, finding.end),
-                    "filename": str(Path(checked.path).absolute()),
-                    "fix": _fix(place, finding),
-                    "location": _location(place, finding.start),
-                    "message": finding.message,
-                    "url": _RULES[finding.code].url if finding.code in _RULES else None,
-                }
-            )
+    found = [
+        {
+            "cell": place.of(finding.start)[2],
+            "code": finding.code,
+            "end_location": _location(place, finding.end),
+            "filename": str(Path(checked.path).absolute()),
+            "fix": _fix(place, finding),
+            "location": _location(place, finding.start),
+            "message": finding.message,
+            "url": _RULES[finding.code].url if finding.code in _RULES else None,
+        }
+        for checked, place, finding in _findings(results)
+    ]
     return json.dumps(found, indent=2)
 
 
@@ -88,16 +90,14 @@ def _fix(place: Place, finding: Finding) -> dict[str, Any] | None:
 
 def as_github(results: Sequence[Checked]) -> Iterator[str]:
     """Yield a workflow command a finding, which GitHub shows beside the line."""
-    for checked in results:
-        place = Place(checked)
-        for finding in checked.findings:
-            row, column, cell = place.of(finding.start)
-            end_row, end_column, _ = place.of(finding.end)
-            where = {"file": checked.path, "line": row, "col": column, "endLine": end_row, "endColumn": end_column}
-            title = f"everyrank ({finding.code})"
-            options = ",".join(f"{k}={_escaped(str(v), option=True)}" for k, v in where.items())
-            text = f"{f'cell {cell}: ' if cell else ''}{finding.message}"
-            yield f"::error {options},title={_escaped(title, option=True)}::{_escaped(text)}"
+    for checked, place, finding in _findings(results):
+        row, column, cell = place.of(finding.start)
+        end_row, end_column, _ = place.of(finding.end)
+        where = {"file": checked.path, "line": row, "col": column, "endLine": end_row, "endColumn": end_column}
+        title = f"everyrank ({finding.code})"
+        options = ",".join(f"{k}={_escaped(str(v), option=True)}" for k, v in where.items())
+        text = f"{f'cell {cell}: ' if cell else ''}{finding.message}"
+        yield f"::error {options},title={_escaped(title, option=True)}::{_escaped(text)}"
 
 
 def _escaped(text: str, *, option: bool = False) -> str:
@@ -120,7 +120,7 @@ def as_sarif(results: Sequence[Checked], version: str) -> str:
                     }
                 },
                 "columnKind": "unicodeCodePoints",
-                "results": [_sarif_result(c, place, f) for c in results for place in [Place(c)] for f in c.findings],
+                "results": [_sarif_result(*found) for found in _findings(results)],
             }
         ],
     }

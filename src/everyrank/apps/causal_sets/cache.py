@@ -24,7 +24,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -101,7 +101,7 @@ def _make_missing(home: Path, recipe: Recipe, paths: Sequence[Path], mine: Seque
     try:
         home.mkdir(parents=True, exist_ok=True)
         _replace(home / "recipe.json", (json.dumps(_ingredients(recipe), indent=1) + "\n").encode())
-        with _ShardLocks(home / "lock") as locks:
+        with open(home / "lock", "a+b") as locks:
             # First what nobody else is making; then wait for the others, and find their work done.
             for wait in (False, True):
                 missing = [shard for shard in missing if not _make_one(recipe, paths[shard], shard, locks, wait)]
@@ -112,9 +112,9 @@ def _make_missing(home: Path, recipe: Recipe, paths: Sequence[Path], mine: Seque
         ) from error
 
 
-def _make_one(recipe: Recipe, path: Path, shard: int, locks: _ShardLocks, wait: bool) -> bool:
+def _make_one(recipe: Recipe, path: Path, shard: int, locks: BinaryIO, wait: bool) -> bool:
     """Make a shard unless another process has it in hand; return whether it is there now."""
-    with locks.hold(shard, wait=wait) as held:
+    with _lock(locks, shard, wait=wait) as held:
         if not held:
             return False
         if _read(path) is None:
@@ -157,31 +157,21 @@ def _replace(path: Path, content: bytes) -> None:
         beside.unlink(missing_ok=True)
 
 
-class _ShardLocks:
-    """Advisory locks, one byte of a file for each shard; released by the system when their process ends."""
+@contextmanager
+def _lock(locks: BinaryIO, shard: int, *, wait: bool) -> Iterator[bool]:
+    """Yield whether the shard is ours to make; without ``wait``, False if somebody else has it in hand.
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def __enter__(self) -> _ShardLocks:
-        self._file = open(self._path, "a+b")
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._file.close()
-
-    @contextmanager
-    def hold(self, shard: int, *, wait: bool) -> Iterator[bool]:
-        """Yield whether the shard is ours to make; without ``wait``, False if somebody else has it in hand."""
-        try:
-            fcntl.lockf(self._file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), 1, shard)
-        except BlockingIOError:
-            yield False
-            return
-        except OSError:  # a file system without locks
-            yield True
-            return
-        try:
-            yield True
-        finally:
-            fcntl.lockf(self._file, fcntl.LOCK_UN, 1, shard)
+    Locks are advisory, one byte of a file for each shard, and released by the system when their process ends.
+    """
+    try:
+        fcntl.lockf(locks, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), 1, shard)
+    except BlockingIOError:
+        yield False
+        return
+    except OSError:  # a file system without locks
+        yield True
+        return
+    try:
+        yield True
+    finally:
+        fcntl.lockf(locks, fcntl.LOCK_UN, 1, shard)

@@ -92,7 +92,14 @@ def on_lost_hosts(watch: str, reports: Iterable[Report]) -> list[Report]:
         reports: Ranks of which nothing is known but what they said last.
     """
     suspects = _elsewhere(reports)
-    silent = _lost({report.host for report in suspects}, watch) if suspects else set()
+    before = _signs(watch) if suspects else {}
+    silent = {report.host for report in suspects if report.host in before}
+    for _ in range(_NUM_LOOKS):
+        if not silent:
+            break
+        time.sleep(_LOOK_S)
+        now = _signs(watch)
+        silent = {host for host in silent if now.get(host) == before[host]}
     return [report for report in suspects if report.host in silent]
 
 
@@ -109,18 +116,6 @@ def judge_lost(lost: Sequence[Report]) -> Stall:
         evidence=(f"the launching process of {first.host} gives no sign of life any more, and neither do its ranks",),
         provable=True,
     )
-
-
-def _lost(hosts: set[str], watch: str) -> set[str]:
-    before = _signs(watch)
-    silent = {host for host in hosts if host in before}
-    for _ in range(_NUM_LOOKS):
-        if not silent:
-            break
-        time.sleep(_LOOK_S)
-        now = _signs(watch)
-        silent = {host for host in silent if now.get(host) == before[host]}
-    return silent
 
 
 def _signs(watch: str) -> dict[str, dict[str, float]]:

@@ -119,9 +119,9 @@ def _departed(departure: Departure) -> str:
         return f"left out a collective: it began {odd.op} while the others were in {other.op} {other.at}"
     if odd.op != other.op:
         return f"called another collective than the others: {odd.op}, not {other.op}"
-    what, mine, theirs = "shape", str(odd.sizes), str(other.sizes)
+    what, mine, theirs = "shape", odd.sizes, other.sizes
     if odd.dtypes != other.dtypes:
-        what, mine, theirs = "type", str(odd.dtypes), str(other.dtypes)
+        what, mine, theirs = "type", odd.dtypes, other.dtypes
     elif odd.reduce != other.reduce:
         what, mine, theirs = "reduction", odd.reduce, other.reduce
     return f"called {odd.op} with another {what} than the others: {mine}, not {theirs}"

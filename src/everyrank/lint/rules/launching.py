@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import os
 import re
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from everyrank.lint.finding import Edit, Finding, Fix
 from everyrank.lint.module import constant
 from everyrank.lint.program import Program
 from everyrank.lint.rule import Rule
-from everyrank.lint.script import Command, Script, Word
+from everyrank.lint.script import Command, Script
 
 _OLD = "torch.distributed.launch"
 _PYTHON = re.compile(r"(?:^|/)python(?:3(?:\.\d+)?)?$")
@@ -45,7 +46,7 @@ def old_launcher(script: Script) -> Iterator[Finding]:
         if index is None:
             continue
         words = command.words
-        options = _launcher_options(command, index)
+        options = itertools.takewhile(lambda word: not word.text.endswith(".py"), words[index + 1 :])
         use_env = [w for w in options if w.text in ("--use_env", "--use-env")]
         edits = []
         interpreter = words[index - 2] if index >= 2 else None
@@ -74,16 +75,6 @@ def _module_index(command: Command) -> int | None:
         if word.text == _OLD and command.words[index - 1].text == "-m":
             return index
     return None
-
-
-def _launcher_options(command: Command, index: int) -> list[Word]:
-    """The launcher's own options: what stands before the program."""
-    found = []
-    for word in command.words[index + 1 :]:
-        if word.text.endswith(".py"):
-            break
-        found.append(word)
-    return found
 
 
 def _reads_local_rank(script: Script, command: Command) -> bool:
