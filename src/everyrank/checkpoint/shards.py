@@ -52,9 +52,7 @@ def laid_out_like(whole: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return distribute_tensor(whole.to(target.device), mesh, placements, src_data_rank=None)
 
 
-def local_parts(
-    tensors: Mapping[str, torch.Tensor],
-) -> tuple[dict[str, torch.Tensor], dict[str, list[list[int]]]]:
+def local_parts(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, list[list[int]]]]:
     """Return this rank's parts of the tensors that are spread, and where each belongs. Not collective."""
     parts: dict[str, torch.Tensor] = {}
     layout: dict[str, list[list[int]]] = {}

@@ -111,7 +111,7 @@ class SeededDataset(Dataset):
             return [self._handed_over(epoch, index) for index in indices]
         if not self._draws:
             before = _take_states()
-            samples = self._plain(indices)
+            samples = fetch(self.dataset, indices)
             if _take_states() == before:
                 return samples
             self._draws = True
@@ -122,11 +122,6 @@ class SeededDataset(Dataset):
                 _seed_globals(sample_seed(self.seed, epoch, index))
                 samples.append(self.dataset[index])
             return samples
-
-    def _plain(self, indices: Sequence[int]) -> list[Any]:
-        if callable(getattr(self.dataset, "__getitems__", None)):
-            return self.dataset.__getitems__(indices)
-        return [self.dataset[index] for index in indices]
 
     def _handed_over(self, epoch: int, index: int) -> Any:
         make = sample_generator if self.kind == "torch" else sample_numpy_generator
@@ -140,6 +135,13 @@ class SeededDataset(Dataset):
         if epoch != self._told:
             self._told = epoch
             tell_epoch(self.dataset, epoch)
+
+
+def fetch(dataset: Any, indices: Sequence[int]) -> list[Any]:
+    """Return samples of a dataset, all at once where it can."""
+    if callable(getattr(dataset, "__getitems__", None)):
+        return dataset.__getitems__(indices)
+    return [dataset[index] for index in indices]
 
 
 def tell_epoch(dataset: Any, epoch: int) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from everyrank.data.permutation import GlobalPermutation, Indices
+from everyrank.data.randomness import fetch
 from everyrank.errors import DataError
 
 # Training epochs count from 0, so no epoch's order ever coincides with the one that splits.
@@ -85,10 +86,7 @@ class View(Dataset):
 
     def __getitems__(self, indices: Sequence[int]) -> list[Any]:
         """Return the samples at ``indices`` as a list."""
-        inner = self.indices[indices].tolist()
-        if callable(getattr(self.dataset, "__getitems__", None)):
-            return self.dataset.__getitems__(inner)
-        return [self.dataset[index] for index in inner]
+        return fetch(self.dataset, self.indices[indices].tolist())
 
 
 def split_dataset(dataset: Any, fractions: Sequence[float], seed: int = 0) -> list[View]:

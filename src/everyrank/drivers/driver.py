@@ -26,8 +26,7 @@ class DriverConfig:
 
     dry_run: bool = field(default=False, doc="Print the plan (every command, variable and file) and exit.")
     threads_per_rank: int = field(
-        default=1,
-        doc="`OMP_NUM_THREADS` of each rank, unless your shell sets it. torchrun sets 1; more may be faster.",
+        default=1, doc="`OMP_NUM_THREADS` of each rank, unless your shell sets it. torchrun sets 1; more may be faster."
     )
 
     @property

@@ -29,8 +29,7 @@ class KubernetesConfig(DriverConfig):
     nproc_per_node: int = field(default=1, ge=1, doc="Ranks in each pod.")
     namespace: str = field(default="default", doc="Namespace of the job.")
     volume_claim: str | None = field(
-        default=None,
-        doc="PersistentVolumeClaim for the runs, mounted at env.output_dir; several nodes need one.",
+        default=None, doc="PersistentVolumeClaim for the runs, mounted at env.output_dir; several nodes need one."
     )
     gpus_per_node: int = field(default=0, ge=0, doc="GPUs of each pod.")
     cpus_per_node: int | None = field(default=None, ge=1, doc="Cores of each pod; null: no request.")

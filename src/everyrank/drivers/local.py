@@ -18,10 +18,7 @@ from everyrank.elastic.signals import forwarded
 class LocalConfig(DriverConfig):
     """``driver=local``: this process, world size 1."""
 
-    threads_per_rank: int = field(
-        default=0,
-        doc="`OMP_NUM_THREADS` of this process; 0: torch decides (all cores).",
-    )
+    threads_per_rank: int = field(default=0, doc="`OMP_NUM_THREADS` of this process; 0: torch decides (all cores).")
 
 
 class LocalDriver(Driver[LocalConfig]):

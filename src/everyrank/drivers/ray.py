@@ -111,9 +111,7 @@ class RayDriver(Driver[RayConfig]):
             torch_config=MeetByVariables(),
             scaling_config=ScalingConfig(num_workers=c.num_workers, use_gpu=c.use_gpu, resources_per_worker=resources),
             run_config=RunConfig(
-                name="ray",
-                storage_path=request.run_dir,
-                failure_config=FailureConfig(max_failures=c.max_failures),
+                name="ray", storage_path=request.run_dir, failure_config=FailureConfig(max_failures=c.max_failures)
             ),
         )
         # Its own way to take Ctrl-C waits until all ranks have started, and does not come back to us.

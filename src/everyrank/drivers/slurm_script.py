@@ -33,8 +33,7 @@ class SlurmConfig(DriverConfig):
     mem: str | None = field(default=None, doc="Memory of a node, for example 64G.")
     job_name: str | None = field(default=None, doc="Name of the job; null: the name of the run.")
     requeue: bool = field(
-        default=True,
-        doc="Go on by itself, from the checkpoint, after a preemption, a node failure or the time limit.",
+        default=True, doc="Go on by itself, from the checkpoint, after a preemption, a node failure or the time limit."
     )
     signal_before_s: int = field(
         default=120, ge=0, doc="Tell the ranks so many seconds before the time limit, to save; 0: do not."

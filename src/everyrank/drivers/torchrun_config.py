@@ -37,19 +37,14 @@ class TorchrunConfig(DriverConfig):
         default=None, doc="`forkserver` (default on Linux: one import of torch for all ranks), `spawn` or `fork`."
     )
     standalone: bool = field(
-        default=True,
-        doc="One machine, nothing to configure; yields when several nodes or an endpoint are set.",
+        default=True, doc="One machine, nothing to configure; yields when several nodes or an endpoint are set."
     )
     role: str = field(default="default", doc="What torchelastic calls the ranks, in `ROLE_NAME`.")
     shutdown_timeout_s: float = field(
-        default=30.0,
-        ge=0,
-        doc="Seconds the ranks have to save and leave after a signal.",
+        default=30.0, ge=0, doc="Seconds the ranks have to save and leave after a signal."
     )
     failure_grace_s: float = field(
-        default=1.0,
-        ge=0,
-        doc="Seconds the other ranks have to end by themselves after one failed.",
+        default=1.0, ge=0, doc="Seconds the other ranks have to end by themselves after one failed."
     )
 
     @property

@@ -14,13 +14,7 @@ from typing import Any
 
 from everyrank.launch_env.legacy_arguments import local_rank_argument
 from everyrank.launch_env.mpi import detect_openmpi, detect_pmi
-from everyrank.launch_env.process_environment import (
-    ProcessEnvironment,
-    check,
-    environment_error,
-    read_int,
-    require_int,
-)
+from everyrank.launch_env.process_environment import ProcessEnvironment, check, environment_error, read_int, require_int
 from everyrank.launch_env.slurm import detect_slurm
 
 __all__ = ["ProcessEnvironment", "detect", "detect_with_arguments"]

@@ -50,10 +50,7 @@ def make_head(config: HeadConfig, in_dim: int, *, path: str) -> nn.Sequential:
     """Make a head that maps graphs [num_graphs, in_dim] to [num_graphs, out_dim]."""
     modules: list[nn.Module] = []
     for width in config.hidden:
-        modules += [
-            nn.Linear(in_dim, width),
-            make_activation(config.activation, f"{path}.activation"),
-        ]
+        modules += [nn.Linear(in_dim, width), make_activation(config.activation, f"{path}.activation")]
         if config.dropout:
             modules.append(nn.Dropout(config.dropout))
         in_dim = width

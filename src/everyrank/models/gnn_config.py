@@ -51,8 +51,7 @@ class BlockConfig:
         default=True, doc="Add the block's input to its output, through a linear map if the widths differ."
     )
     edge_dim: Width | None = field(
-        default=None,
-        doc="Width of `edge_attr`, for layers that use edge features; none are passed if left out.",
+        default=None, doc="Width of `edge_attr`, for layers that use edge features; none are passed if left out."
     )
     repeat: Int = field(default=1, ge=1, doc="How many such blocks follow each other.")
 
@@ -77,8 +76,7 @@ class GNNConfig:
         doc="Heads by name. With one head the model returns its tensor, with several a dictionary."
     )
     pooling: Annotated[tuple[Pooling, ...], BeforeValidator(_as_tuple), Field(min_length=1)] = field(
-        default=("mean",),
-        doc="How a graph's nodes become one vector: mean, max, sum, or a list of them, side by side.",
+        default=("mean",), doc="How a graph's nodes become one vector: mean, max, sum, or a list of them, side by side."
     )
     graph_dim: Int = field(
         default=0, ge=0, doc="Width of `graph_features` that are put beside the pooled vector; 0 for none."

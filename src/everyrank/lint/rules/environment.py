@@ -234,12 +234,10 @@ def _looks_first(program: Program, node: ast.AST) -> bool:
     if any(isinstance(parent, ast.Try) for parent in module.ancestors(node)):
         return True
     names = {"RANK", "WORLD_SIZE", "LOCAL_RANK"}
-    for compare in module.of_type(ast.Compare):
-        if isinstance(compare.ops[0], ast.In | ast.NotIn) and names & set(identifiers(compare)):
-            return True
-    for call, name in module.calls:
-        if name.endswith("environ.setdefault") and names & set(identifiers(call)):
-            return True
+    looks: list[ast.AST] = [c for c in module.of_type(ast.Compare) if isinstance(c.ops[0], ast.In | ast.NotIn)]
+    looks += [call for call, name in module.calls if name.endswith("environ.setdefault")]
+    if any(names & set(identifiers(node)) for node in looks):
+        return True
     sets = [t for a in module.of_type(ast.Assign) for t in a.targets if isinstance(t, ast.Subscript)]
     return any(rank_from_environment(module, target) in names for target in sets)
 

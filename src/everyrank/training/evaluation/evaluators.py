@@ -21,13 +21,7 @@ from everyrank.runtime.handover import Handover
 from everyrank.runtime.logs import get_logger
 from everyrank.runtime.process_group import current_world
 from everyrank.runtime.world import World
-from everyrank.training.batch import (
-    is_there,
-    make_apply,
-    place_criterion,
-    sample_losses,
-    vectorised_losses,
-)
+from everyrank.training.batch import is_there, make_apply, place_criterion, sample_losses, vectorised_losses
 from everyrank.training.evaluation.metrics import MetricSet
 from everyrank.training.failures import describe_samples
 from everyrank.training.hardware.feeding import Feed

@@ -202,8 +202,7 @@ class ValOptions:
     size_patch_testing: schema.Int = _key(0, "Height and width restored together; 0 for the whole frame.")
     size_patch_overlapping: schema.Int = _key(20, "Pixels that neighbouring patches share.")
     side_by_side: schema.Bool = _key(
-        True,
-        "Write a PNG of one frame at the end, with the part that changed most enlarged.",
+        True, "Write a PNG of one frame at the end, with the part that changed most enlarged."
     )
 
 
