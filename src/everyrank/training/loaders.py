@@ -201,7 +201,8 @@ def prepare_loaders(
         ("Validation", config.validation, config.validation.on),
         ("Test", config.testing, config.test_on),
     ):
-        evaluators, per_rank = 1 if on == "rank0" else world.world_size, section.batch_size or training.batch_size
+        evaluators = 1 if on == "rank0" else world.world_size
+        per_rank = section.batch_size or training.batch_size
         plans.append((name, section, per_rank * evaluators if per_rank else global_batch_size, evaluators))
     loaders: list[Any] = []
     for dataset, device, (name, options, size, ranks) in zip(datasets, devices, plans, strict=True):
