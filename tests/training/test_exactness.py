@@ -19,6 +19,8 @@ STEP_LR = {"type": torch.optim.lr_scheduler.StepLR, "kwargs": {"step_size": 7, "
 VARIANTS: dict[str, dict[str, Any]] = {
     # 103 samples in batches of 10: the last is short, and 10 does not divide by 3. 50 steps and more.
     "plain": {"num_epochs": 5},
+    # with nothing asked for, a step takes a shorter way
+    "bare": {"num_epochs": 2, "dtype": None, "model": {"type": tiny.DoubleNet}},
     "drop_last": {"num_epochs": 1, "drop_last": True},
     "accumulated": {"num_epochs": 2, "accumulation_steps": 4},
     "options": {
@@ -74,7 +76,7 @@ def plain_pytorch(num_epochs: int, accumulation: int = 1) -> tuple[list[float], 
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
-@pytest.mark.parametrize(("variant", "accumulation"), [("plain", 1), ("accumulated", 4)])
+@pytest.mark.parametrize(("variant", "accumulation"), [("plain", 1), ("bare", 1), ("accumulated", 4)])
 def test_the_curve_is_that_of_plain_pytorch(results: Any, size: int, variant: str, accumulation: int) -> None:
     found = results[size][0][variant]
     losses, state = plain_pytorch(VARIANTS[variant]["num_epochs"], accumulation)

@@ -24,6 +24,14 @@ class TinyNet(nn.Sequential):
         super().__init__(nn.Linear(4, 8), nn.Tanh(), nn.Dropout(dropout), nn.Linear(8, 2))
 
 
+class DoubleNet(TinyNet):
+    """In the type of the data: nothing is to be converted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.double()
+
+
 def compute_loss(output: Tensor, data: Any) -> Tensor:
     """Return the mean squared error."""
     return nn.functional.mse_loss(output, data[1])
@@ -45,7 +53,9 @@ def make_data(num_samples: int = 103, seed: int = 0) -> TensorDataset:
 def make_config(path: Path | str, **training: Any) -> dict[str, Any]:
     """Return a configuration; keys of ``training`` change that section, ``dropout`` the model."""
     dropout = training.pop("dropout", 0.0)
-    sections = {key: training.pop(key) for key in ("validation", "early_stopping", "parallel") if key in training}
+    sections = {
+        key: training.pop(key) for key in ("model", "validation", "early_stopping", "parallel") if key in training
+    }
     settings: dict[str, Any] = {
         "path": str(path),
         "num_epochs": 3,
