@@ -116,7 +116,7 @@ class StaticRendezvous(FixedRendezvous):
             assert self._store is not None
             if self._store.check([stores.MISFIT]):
                 raise RendezvousError(self._store.get(stores.MISFIT).decode())
-            return store.check(["go"]) if self._node_rank != 0 else not missing()
+            return store.check(["go"] if self._node_rank != 0 else [f"node/{rank}" for rank in range(self._num_nodes)])
 
         def absent() -> str:
             return f"{_nodes(missing())} of {self._num_nodes} did not come to {self._host}:{self._port}"
