@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from waiting import WAITS, wait_for
 from conftest import ROOT, RunCli, cli_environment
 from everyrank.cli.main import run
 from everyrank.cli.run_folder import RunFolder
-from everyrank.errors import ConfigError
+from everyrank.errors import ConfigError, UserError
 
 
 def test_a_port_that_is_taken_leaves_no_folder(run_cli: RunCli, tmp_path: Path) -> None:
@@ -124,6 +125,13 @@ def test_a_folder_that_must_be_new_is_made_by_one(tmp_path: Path) -> None:
     first = RunFolder("a", str(tmp_path / "a"), False, is_new=True)
     with first.held() as mine, RunFolder("a", str(tmp_path / "a"), False, is_new=True).held() as yours:
         assert (mine, yours) == (True, False)
+
+
+def test_a_mistake_is_told_also_where_another_node_has_taken_the_folder_away(tmp_path: Path) -> None:
+    path = tmp_path / "outputs" / "a"
+    with pytest.raises(UserError, match="the mistake"), RunFolder("a", str(path), shared=True).held():
+        shutil.rmtree(path)  # the other node made the same mistake, and was quicker
+        raise UserError("the mistake")
 
 
 def test_other_settings_in_the_same_folder_are_said(tmp_path: Path) -> None:

@@ -108,10 +108,10 @@ class RunFolder:
         try:
             yield True
         except UserError:
-            is_ours = {entry.name for entry in path.iterdir()} <= _WRITTEN_FIRST
-            if path in created and is_ours and not any((path / "logs").iterdir()):
-                shutil.rmtree(path, ignore_errors=True)
-                with contextlib.suppress(OSError):  # somebody else uses it by now
+            with contextlib.suppress(OSError):  # another node has taken it away as well, or uses it by now
+                is_ours = {entry.name for entry in path.iterdir()} <= _WRITTEN_FIRST
+                if path in created and is_ours and not any((path / "logs").iterdir()):
+                    shutil.rmtree(path, ignore_errors=True)
                     for folder in created[1:]:
                         folder.rmdir()
             raise

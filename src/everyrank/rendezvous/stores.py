@@ -142,12 +142,13 @@ def host_store(listener: socket.socket) -> TCPStore:
     )
 
 
-def check_alike(store: Store, settings: Mapping[str, Any]) -> None:
+def check_alike(store: Store, settings: Mapping[str, Any], waits_s: float = 0.0) -> None:
     """Compare this node with the first that came: versions, and settings that must be the same on every node.
 
     Args:
         store: Where the nodes meet.
         settings: The settings, by configuration key.
+        waits_s: How long this node waits for another to be the first; 0: it may be the first itself.
 
     Raises:
         RendezvousError: They differ; both nodes and both values are named, also under the key ``misfit``.
@@ -159,6 +160,8 @@ def check_alike(store: Store, settings: Mapping[str, Any]) -> None:
         "Python": ".".join(platform.python_version_tuple()[:2]),
         **settings,
     }
+    if waits_s:
+        store.wait(["first-node"], timedelta(seconds=waits_s))
     first_node, first = json.loads(store.compare_set("first-node", "", json.dumps([node, mine])))
     for name, value in mine.items():
         if first.get(name) != value:
