@@ -129,9 +129,14 @@ def test_a_folder_that_must_be_new_is_made_by_one(tmp_path: Path) -> None:
 
 def test_a_mistake_is_told_also_where_another_node_has_taken_the_folder_away(tmp_path: Path) -> None:
     path = tmp_path / "outputs" / "a"
-    with pytest.raises(UserError, match="the mistake"), RunFolder("a", str(path), shared=True).held():
-        shutil.rmtree(path)  # the other node made the same mistake, and was quicker
-        raise UserError("the mistake")
+
+    def launch() -> None:
+        with RunFolder("a", str(path), shared=True).held():
+            shutil.rmtree(path)  # the other node made the same mistake, and was quicker
+            raise UserError("the mistake")
+
+    with pytest.raises(UserError, match="the mistake"):
+        launch()
 
 
 def test_other_settings_in_the_same_folder_are_said(tmp_path: Path) -> None:
