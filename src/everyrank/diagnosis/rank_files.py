@@ -40,7 +40,8 @@ def clear_errors(log_dir: str) -> None:
     if os.path.isdir(log_dir):
         for name in os.listdir(log_dir):
             if name.endswith(".error.json"):
-                os.remove(os.path.join(log_dir, name))
+                with contextlib.suppress(FileNotFoundError):  # another host shares the folder
+                    os.remove(os.path.join(log_dir, name))
 
 
 def watch_dir(run_dir: str) -> str:
@@ -71,9 +72,10 @@ def clear_watch(watch: str, older_than_s: float = 0.0) -> None:
     Without it everything goes: a clock that was set back since shows the files as not yet written.
     """
     for folder in glob.glob(os.path.join(glob.escape(watch), "attempt-*")):
-        newest_s = max((os.stat(path).st_mtime for path in glob.glob(f"{glob.escape(folder)}/*")), default=0.0)
-        if not older_than_s or time.time() - newest_s >= older_than_s:
-            shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):
+            newest_s = max((os.stat(path).st_mtime for path in glob.glob(f"{glob.escape(folder)}/*")), default=0.0)
+            if not older_than_s or time.time() - newest_s >= older_than_s:
+                shutil.rmtree(folder, ignore_errors=True)
     for path in glob.glob(os.path.join(glob.escape(watch), "host-*.json")):
         with contextlib.suppress(FileNotFoundError):
             if not older_than_s or time.time() - os.stat(path).st_mtime >= older_than_s:
