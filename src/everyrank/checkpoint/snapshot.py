@@ -88,7 +88,9 @@ class Snapshot:
         """Copy the tensors. Copies from a GPU are only started; ``synchronize`` waits for them.
 
         A GPU's tensors are copied on its current stream, which must be the one that wrote them: the copies come after
-        what wrote the tensors, and before what the caller queues there afterwards, such as the next optimizer step.
+        what wrote the tensors, and before what the caller queues there afterwards, such as the next optimizer step. A
+        stream of their own would gain nothing: whatever may write a tensor next (a step, an average put in its place,
+        the statistics of a forward pass) would have to wait for the copies all the same, or tear the checkpoint.
         Shared, strided and empty tensors are each stored as what they look like.
 
         Raises:
