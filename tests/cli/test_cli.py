@@ -24,6 +24,7 @@ from conftest import ROOT, RunCli, cli_environment
         (["app=hello_dist", "driver=torchrun", "driver.nproc_per_node=0"], ["driver.nproc_per_node=0 was set"]),
         (["app=hello_dist", "driver=torchrun", "driver.nnodes=two"], ["driver.nnodes", "'two'"]),
         (["driver=local"], ["no app was chosen", "hello_dist"]),
+        (["app=hello_dist", "doctor"], ["doctor was given", "key=value", "Fix: put a command first"]),
         (["app=custom"], ["app._target_: no value was set"]),
         (["app=custom", "app._target_=nowhere.App"], ["no module nowhere"]),
         (["app=custom", "app._target_=probe_apps.Wait"], ["has no 'Wait'", "Did you mean 'Waits'"]),
@@ -85,12 +86,19 @@ def test_help_and_dry_run_import_no_torch(tmp_path: Path) -> None:
         assert "driver" in done.stdout
 
 
-def test_everyrank_command_suggests_commands() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "everyrank", "rum"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("rum", "Did you mean 'run'"),
+        ("driver=torchrun rum", "Did you mean 'run'"),
+        ("driver=local app=hello_dist", "Fix: everyrank run driver=local app=hello_dist"),
+    ],
+)
+def test_everyrank_command_suggests_commands(words: str, told: str) -> None:
+    command = [sys.executable, "-m", "everyrank", *words.split()]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert "Did you mean 'run'" in done.stderr
+    assert told in done.stderr
 
 
 def test_a_process_of_a_launcher_starts_no_other(run_cli: RunCli, tmp_path: Path) -> None:

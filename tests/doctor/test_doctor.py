@@ -58,8 +58,8 @@ def test_what_is_wrong_is_said_with_its_cure(doctor: Ask) -> None:
     assert checks["TORCH_DISTRIBUTED_DEBUG"]["status"] == "warn"
 
 
-def test_on_every_rank_of_a_run(doctor: Ask) -> None:
-    done = doctor("driver=torchrun", "driver.nproc_per_node=2")
+def test_on_every_rank_of_a_run(run_cli: RunCli) -> None:
+    done = run_cli("driver=torchrun", "doctor", "driver.nproc_per_node=2", program=DOCTOR[:-1])
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("locks and renames") == 1
     assert "s apart" in done.stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,6 +26,11 @@ def explain(error: BaseException) -> ConfigError:
         group = text.split("'")[1]
         options = [line.strip() for line in text.splitlines()[1:] if line.strip() and ":" not in line]
         return ConfigError(f"no {group} was chosen. Set {group}=NAME, one of: {', '.join(options)}.")
+    if bare := re.match(r"Error parsing override '([^'=]+)'\s+missing EQUAL", text):
+        return ConfigError(
+            f"{bare[1]} was given, but a setting is key=value. "
+            "Fix: put a command first (everyrank --help lists them), and a program behind --."
+        )
     return ConfigError("the command line was not understood: " + " ".join(text.split()))
 
 

@@ -47,7 +47,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(f"everyrank {__version__}")
         return EXIT_OK
-    command, *rest = arguments
+    # Settings may come first, as in ``everyrank driver=slurm doctor``.
+    at = next((k for k, word in enumerate(arguments) if "=" not in word), None)
+    if at is None:
+        return _fail(f"no command was given. Fix: everyrank run {' '.join(arguments)}")
+    command, rest = arguments[at], [*arguments[:at], *arguments[at + 1 :]]
     if command == "run":
         return run(rest)
     if command not in _COMMANDS:
