@@ -24,6 +24,7 @@ from conftest import ROOT, RunCli, cli_environment
         (["app=hello_dist", "driver=torchrun", "driver.nproc_per_node=0"], ["driver.nproc_per_node=0 was set"]),
         (["app=hello_dist", "driver=torchrun", "driver.nnodes=two"], ["driver.nnodes", "'two'"]),
         (["driver=local"], ["no app was chosen", "hello_dist"]),
+        (["app=hello_dist", "run.name=7"], ["run.name: found 7 (int)", """Fix: put it in quotes: "'7'"."""]),
         (["app=hello_dist", "doctor"], ["doctor was given", "key=value", "Fix: put a command first"]),
         (["app=custom"], ["app._target_: no value was set"]),
         (["app=custom", "app._target_=nowhere.App"], ["no module nowhere"]),

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import hydra
+from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
@@ -57,3 +58,8 @@ def for_each_composed(argv: list[str], task: Callable[[DictConfig], Any]) -> Non
             del os.environ["HYDRA_FULL_ERROR"]
     if mistakes:
         raise mistakes[0]
+
+
+def as_text(value: object) -> str:
+    """Write a value so that Hydra's grammar takes it for text, whatever it looks like, and nobody interpolates it."""
+    return QuotedString(str(value).replace("${", "\\${"), Quote.single).with_quotes()

@@ -110,9 +110,10 @@ class TorchrunDriver(Driver[TorchrunConfig]):
                 f"driver.rdzv_backend={c.rdzv_backend} was set; it is one of {', '.join(_BACKENDS)}."
                 f"{did_you_mean(c.rdzv_backend, _BACKENDS)}"
             )
+        run_id = "" if c.rdzv_id is None else str(c.rdzv_id)
         if max_nodes == 1 and not c.rdzv_endpoint and c.rdzv_backend is None and c.standalone:
-            return Rendezvous(run_id=c.rdzv_id or ""), ()
-        run_id = c.rdzv_id or "everyrank"
+            return Rendezvous(run_id=run_id), ()
+        run_id = run_id or "everyrank"
         notices: tuple[str, ...] = ()
         if c.standalone:
             reason = "driver.rdzv_endpoint is set" if c.rdzv_endpoint else f"there are up to {max_nodes} nodes"
@@ -137,7 +138,9 @@ class TorchrunDriver(Driver[TorchrunConfig]):
             )
         host, port = split_endpoint(endpoint, "driver.rdzv_endpoint")
         endpoint = f"{host}:{port}"
-        config = {"timeout_s": c.rdzv_timeout_s} if backend == "c10d" else {"join_timeout": int(c.rdzv_timeout_s)}
+        config = {"join_timeout": int(c.rdzv_timeout_s), "last_call_timeout": int(c.rdzv_last_call_s)}
+        if backend == "c10d":
+            config = {"timeout_s": c.rdzv_timeout_s, "last_call_s": c.rdzv_last_call_s}
         return Rendezvous(backend=backend, endpoint=endpoint, run_id=run_id, config=config), notices
 
     def _command(

@@ -27,8 +27,11 @@ class TorchrunConfig(DriverConfig):
         default=None, doc="`static`, `c10d` or another of torch's; null: static, or c10d with an endpoint."
     )
     rdzv_endpoint: str | None = field(default=None, doc="`host:port` of an elastic rendezvous, the same on every node.")
-    rdzv_id: str | None = field(default=None, doc="A name for the job, the same on every node.")
+    rdzv_id: int | str | None = field(default=None, doc="A name for the job, the same on every node.")
     rdzv_timeout_s: float = field(default=300.0, gt=0, doc="Seconds a node waits for the others.")
+    rdzv_last_call_s: float = field(
+        default=2.0, ge=0, doc="Seconds an elastic run waits for further nodes once there are enough."
+    )
     min_nodes: int | None = field(default=None, ge=1, doc="Nodes an elastic run starts with; null means `nnodes`.")
     max_nodes: int | None = field(default=None, ge=1, doc="Nodes an elastic run grows to; null means `nnodes`.")
     max_restarts: int = field(default=0, ge=0, doc="How often a failed group is started again.")

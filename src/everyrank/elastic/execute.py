@@ -133,7 +133,10 @@ def _rendezvous(run: EngineRun) -> RendezvousHandler:
         timeout_s = float(config["timeout_s"])
         if rendezvous.backend == "static":
             return StaticRendezvous(host, port, rendezvous.node_rank, run.max_nodes, rendezvous.run_id, timeout_s)
-        return ElasticRendezvous(host, port, rendezvous.run_id, run.min_nodes, run.max_nodes, timeout_s)
+        return ElasticRendezvous(
+            *(host, port, rendezvous.run_id, run.min_nodes, run.max_nodes, timeout_s),
+            last_call_s=float(config["last_call_s"]),
+        )
     return get_rendezvous_handler(
         RendezvousParameters(
             backend=rendezvous.backend,

@@ -39,9 +39,8 @@ from everyrank.rendezvous import stores
 from everyrank.rendezvous.interfaces import address_towards, is_this_host, why_unreachable
 from everyrank.rendezvous.ports import listen
 
-# torch waits 30 s for further nodes and 15 s for a silent one. Two missed keep-alives of a second were seen to split a
-# job in two; four were not.
-_LAST_CALL_S, _KEEP_ALIVE_S, _MAX_MISSED = 2, 1, 4
+# torch waits 15 s for a silent node. Two missed keep-alives of a second were seen to split a job in two; four were not.
+_KEEP_ALIVE_S, _MAX_MISSED = 1, 4
 _CONTACT_S = 10.0  # a store that has not answered for so long is lost
 _SURE_S = 2.0
 _LOOK_S = 0.25
@@ -58,13 +57,23 @@ class ElasticRendezvous(RendezvousHandler):
         min_nodes: Start with so many nodes.
         max_nodes: Take in no more.
         timeout_s: How long to wait until there are enough.
+        last_call_s: How long to wait then for further ones.
     """
 
-    def __init__(self, host: str, port: int, run_id: str, min_nodes: int, max_nodes: int, timeout_s: float) -> None:
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        run_id: str,
+        min_nodes: int,
+        max_nodes: int,
+        timeout_s: float,
+        last_call_s: float,
+    ) -> None:
         self._host, self._port, self._endpoint = host, port, f"{host}:{port}"
         self._run_id = run_id
         self._min_nodes, self._max_nodes = min_nodes, max_nodes
-        self._timeout_s = timeout_s
+        self._timeout_s, self._last_call_s = timeout_s, last_call_s
         self._address = "127.0.0.1"
         self._inner: DynamicRendezvousHandler | None = None
         self._rank_store: TCPStore | None = None
@@ -147,7 +156,7 @@ class ElasticRendezvous(RendezvousHandler):
             self._max_nodes,
             local_addr=self._address,
             timeout=RendezvousTimeout(
-                join=timedelta(seconds=self._timeout_s), last_call=timedelta(seconds=_LAST_CALL_S)
+                join=timedelta(seconds=self._timeout_s), last_call=timedelta(seconds=self._last_call_s)
             ),
             keep_alive_interval=_KEEP_ALIVE_S,
             keep_alive_max_attempt=_MAX_MISSED,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ ZOOM = 4
 """How much the part that is shown beside the frame is enlarged, pixel by pixel."""
 
 _GAP, _HEAD = 4, 16
+_LEAST_WIDTH = 360  # of a panel: room for its title
 _RED = (255, 0, 0)
 
 Image = NDArray[np.uint8]
@@ -55,10 +57,12 @@ def write_picture(path: Path, example: Example, baseline: str) -> None:
         frame[window][edge] = _RED
     panels = [
         ("sharp frame; the box is enlarged beside and below", frame),
-        (f"{baseline}: {_say(example.plain_scores)}", _enlarge(example.plain[window])),
-        (f"VRT: {_say(example.restored_scores)}", _enlarge(example.restored[window])),
-        ("sharp", _enlarge(example.sharp[window])),
+        (f"{baseline}: {_say(example.plain_scores)}", _enlarge(example.plain[window], ZOOM)),
+        (f"VRT: {_say(example.restored_scores)}", _enlarge(example.restored[window], ZOOM)),
+        ("sharp", _enlarge(example.sharp[window], ZOOM)),
     ]
+    factor = math.ceil(_LEAST_WIDTH / frame.shape[1])
+    panels = [(title, _enlarge(image, factor)) for title, image in panels]
     rows, columns = (max(image.shape[axis] for _, image in panels) for axis in (0, 1))
     sheet = np.full((2 * (rows + _HEAD), 2 * columns + _GAP, 3), 255, np.uint8)
     places = [(row * (rows + _HEAD), column * (columns + _GAP)) for row in (0, 1) for column in (0, 1)]
@@ -81,8 +85,8 @@ def most_changed(plain: Image, restored: Image) -> tuple[int, int, int, int]:
     return top, left, height, width
 
 
-def _enlarge(image: Image) -> Image:
-    return image.repeat(ZOOM, axis=0).repeat(ZOOM, axis=1)
+def _enlarge(image: Image, factor: int) -> Image:
+    return image.repeat(factor, axis=0).repeat(factor, axis=1)
 
 
 def _say(scores: tuple[float, float]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -18,13 +19,20 @@ _SAME = {
     "nproc_per_node": "driver.nproc_per_node",
     "max_restarts": "driver.max_restarts",
     "monitor_interval": "driver.monitor_interval",
-    "start_method": "driver.start_method",
     "node_rank": "driver.node_rank",
     "master_addr": "driver.master_addr",
     "shutdown_timeout": "driver.shutdown_timeout_s",
     "role": "driver.role",
     "log_dir": "env.output_dir",
 }
+# Text, which Hydra would read as a number or as a list where it looks like one.
+_TEXT = {"driver.master_addr", "driver.role", "driver.rdzv_backend", "driver.rdzv_endpoint", "driver.rdzv_id"} | {
+    "env.output_dir"
+}
+# torchrun's own for --rdzv-conf, in seconds: what nodes wait for each other, and for more of them than are needed.
+_TIMEOUTS = {"static": 900, "join": 600, "last_call": 30}
+# Values that ask for nothing.
+_HARMLESS = {"logs_specs": "default", "event_log_handler": "null"}
 # What cannot be honoured, and why.
 _CANNOT = {
     "logs_specs": "the logs are everyrank's own; run.show and run.prefix say what the console shows",
@@ -83,7 +91,13 @@ def translate(argv: Sequence[str]) -> list[str]:
         program.insert(0, "-m")
     if args.no_python and not args.run_path:
         settings["app.no_python"] = "true"
-    return [*(f"{name}={value}" for name, value in settings.items()), *keys, "--", *program]
+    return [*(_override(name, value) for name, value in settings.items()), *keys, "--", *program]
+
+
+def _override(name: str, value: Any) -> str:
+    from everyrank.cli.compose import as_text
+
+    return f"{name}={as_text(value) if name in _TEXT else value}"
 
 
 def _given(parser: argparse.ArgumentParser, words: list[str], args: argparse.Namespace) -> set[str]:
@@ -91,10 +105,7 @@ def _given(parser: argparse.ArgumentParser, words: list[str], args: argparse.Nam
     unset = object()
     asked = parser.parse_args(words, argparse.Namespace(**dict.fromkeys(vars(args), unset)))
     by_default = {name for name, value in vars(asked).items() if value is unset}
-    defaults = vars(parser.parse_args(["script"]))  # with PET_ variables, which are defaults to the parser
-    plain = {"nnodes": "1:1", "nproc_per_node": "1", "rdzv_backend": "static", "max_restarts": 0, "role": "default"}
-    from_variables = {name for name in plain if defaults.get(name) != plain[name]}
-    return {name for name in vars(args) if name not in by_default} | from_variables
+    return {name for name in vars(args) if name not in by_default or f"PET_{name.upper()}" in os.environ}
 
 
 def _named_by(given: set[str]) -> set[str]:
@@ -107,9 +118,10 @@ def _named_by(given: set[str]) -> set[str]:
 
 
 def _settings(args: argparse.Namespace, given: set[str]) -> dict[str, Any]:
-    harmless = {None, "null", *(("localhost", "127.0.0.1") if args.nnodes in ("1", "1:1") else ())}
+    local = ("localhost", "127.0.0.1") if args.nnodes in ("1", "1:1") else ()
     for flag, why in _CANNOT.items():
-        if flag in given and (value := getattr(args, flag)) != [] and value not in harmless:
+        value = getattr(args, flag)
+        if flag in given and value and value not in (_HARMLESS.get(flag), *local):
             raise ConfigError(f"--{flag.replace('_', '-')} was given, but everyrank cannot honour it: {why}.")
     settings: dict[str, Any] = {"driver.nproc_per_node": args.nproc_per_node}
     if args.nproc_per_node == "1":  # torchrun limits the threads of ranks that share a machine, and of no other
@@ -139,25 +151,39 @@ def _nodes(args: argparse.Namespace, given: set[str]) -> dict[str, Any]:
     if args.standalone:  # torchrun ignores what else is set about the rendezvous
         return {}
     host = args.rdzv_endpoint.rpartition(":")[0] or args.rdzv_endpoint
+    named = {"driver.rdzv_id": args.rdzv_id} if "rdzv_id" in given else {}
     if most == 1 and (is_loopback_name(host) if host else args.rdzv_backend == "static"):
-        return {**nodes, **({"driver.rdzv_id": args.rdzv_id} if "rdzv_id" in given else {})}  # nobody else is to come
+        return {**nodes, **named}  # nobody else is to come
     if args.rdzv_backend == "static":
         port = args.rdzv_endpoint.rpartition(":")[2] if host != args.rdzv_endpoint else ""
         nodes["driver.master_addr"] = host or args.master_addr
         nodes["driver.master_port"] = port or args.master_port or 29500
+        nodes.update(named)
     elif args.rdzv_endpoint or most > 1:
         nodes["driver.rdzv_backend"] = args.rdzv_backend
         nodes["driver.rdzv_endpoint"] = args.rdzv_endpoint or "localhost:29400"  # torchrun's default
         nodes["driver.rdzv_id"] = args.rdzv_id
-    for pair in filter(None, args.rdzv_conf.split(",")):
-        name, _, value = pair.partition("=")
-        if name not in ("timeout", "join_timeout"):
-            raise ConfigError(
-                f"--rdzv-conf={name}={value} was given, but everyrank's rendezvous has no such setting: it notices by "
-                "itself who came and went. It takes timeout=SECONDS."
-            )
-        nodes["driver.rdzv_timeout_s"] = value
+    nodes.update(_timeouts(args, is_elastic=least != most))
     return nodes
+
+
+def _timeouts(args: argparse.Namespace, *, is_elastic: bool) -> dict[str, Any]:
+    """The settings of ``--rdzv-conf``; ``timeout`` is the static backend's alone, as in torch."""
+    known = {"timeout": "static", "join_timeout": "join", "last_call_timeout": "last_call"}
+    waits = dict(_TIMEOUTS)
+    for pair in filter(None, args.rdzv_conf.strip("'\"").split(",")):
+        name, _, value = (part.strip() for part in pair.partition("="))
+        if name not in known or not value.isdigit():
+            raise ConfigError(
+                f"--rdzv-conf={name}={value} was given, but everyrank takes timeout, join_timeout and "
+                "last_call_timeout, in whole seconds. The node that has the endpoint's address hosts the store, and "
+                "one that is silent for 4 s has gone."
+            )
+        waits[known[name]] = int(value)
+    if args.rdzv_backend == "static":
+        return {"driver.rdzv_timeout_s": max(waits["static"], 1)}
+    last_call = {"driver.rdzv_last_call_s": waits["last_call"]} if is_elastic else {}
+    return {"driver.rdzv_timeout_s": max(waits["join"], 1), **last_call}
 
 
 def _output(args: argparse.Namespace) -> dict[str, Any]:
@@ -179,7 +205,7 @@ def _output(args: argparse.Namespace) -> dict[str, Any]:
         )
     if args.tee == "3":
         shown["run.prefix"] = "rank"
-    if args.redirects == "3":
+    if args.redirects == "3" and args.tee != "3":
         shown["run.show"] = "failed"
     elif args.local_ranks_filter == "0":
         shown["run.show"] = "main"
