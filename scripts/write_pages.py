@@ -35,21 +35,7 @@ def _fill(block: re.Match[str]) -> str:
     name = block[2]
     if name not in SHOWN:
         raise SystemExit(f"There is nothing called {name!r} to show. Allowed: {', '.join(SHOWN)}.")
-    try:
-        return f"{block[1]}\n{SHOWN[name]().rstrip()}\n\n{block[3]}"
-    except FileNotFoundError:  # nobody has run the command yet: what stands there stays
-        return block[0]
-
-
-def without_a_file() -> list[str]:
-    """Names of what the pages show as it was, because the file it should come from is not there."""
-    missing = []
-    for name, show in SHOWN.items():
-        try:
-            show()
-        except FileNotFoundError:
-            missing.append(name)
-    return missing
+    return f"{block[1]}\n{SHOWN[name]().rstrip()}\n\n{block[3]}"
 
 
 def _output(name: str, num_tables: int | None = None) -> Callable[[], str]:
@@ -230,5 +216,3 @@ if __name__ == "__main__":
     for path, text in written_pages().items():
         path.write_text(text, encoding="utf-8")
         print(path)
-    for name in without_a_file():
-        print(f"left as it was, for want of its file: {name}")

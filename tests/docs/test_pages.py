@@ -18,10 +18,6 @@ _ELSEWHERE = {"troubleshooting.md", "rehearsal.md", "getting_started.md"}
 """Pages whose quoted outputs other tests, or the last one here, compare with what is printed."""
 
 
-_WITHOUT_A_FILE = {"demo_carphone_compression"}
-"""Shown as they were measured before their commands wrote a file; a name leaves this list with its first file."""
-
-
 def test_pages_show_what_the_files_hold() -> None:
     written = write_pages.written_pages()
     assert {page.name for page in written} >= {"README.md", "benchmarks.md", "causal_sets.md", "video_restoration.md"}
@@ -32,7 +28,6 @@ def test_pages_show_what_the_files_hold() -> None:
 def test_everything_that_can_be_shown_is_shown() -> None:
     shown = {name for page in write_pages.PAGES for _, name in _markers(page.read_text(encoding="utf-8"))}
     assert shown == set(write_pages.SHOWN)
-    assert set(write_pages.without_a_file()) == _WITHOUT_A_FILE
 
 
 def test_the_recording_of_the_start_page_fetches_nothing() -> None:
