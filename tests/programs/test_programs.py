@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from conftest import RunCli, nightly
+from conftest import RunCli
 from programs.others import programs
 
 DRIVERS = ("torchrun", "spawn", "launch", *(("mpi",) if shutil.which("mpirun") else ()))
@@ -15,16 +15,8 @@ RAY = (("accelerate_sync", "ray"),) if importlib.util.find_spec("ray") else ()
 PAIRS = (*((name, driver) for name in sorted(programs()) for driver in DRIVERS), *RAY)
 
 
-def _is_of_the_day(number: int) -> bool:
-    """Every program by one launcher, every launcher for a program or two."""
-    program, driver = divmod(number, len(DRIVERS))
-    return driver == program % len(DRIVERS)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "driver"), [pair if _is_of_the_day(number) else nightly(*pair) for number, pair in enumerate(PAIRS)]
-)
+@pytest.mark.parametrize(("name", "driver"), PAIRS)
 def test_a_program_of_others_does_its_work_under_every_launcher(run_cli: RunCli, name: str, driver: str) -> None:
     program = programs()[name]
     order = ("-n2", *program.settings, f"driver={driver}", "--", str(program.script))
