@@ -40,7 +40,7 @@ class Collective:
         op: Such as ``all_reduce``.
         sizes: Shapes of what was passed, as text.
         dtypes: Types of what was passed, as text.
-        place: The user's line; empty where no Python call began it, as in a backward pass of DDP's.
+        place: The user's line; empty where no Python call began it: DDP begins its own in C++.
         done: Whether torch has seen its end.
         reduce: The reduction, such as ``SUM``, where a Python call named it; else empty.
         time_s: When it was begun, by the host's clock.
@@ -63,7 +63,7 @@ class Collective:
     @property
     def at(self) -> str:
         """Where it was begun, as far as Python knows."""
-        return f"at {self.place}" if self.place else "in a backward pass"
+        return f"at {self.place}" if self.place else "(begun in C++, as by DDP)"
 
     @property
     def content(self) -> tuple[str, ...]:
