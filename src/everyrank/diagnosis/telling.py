@@ -18,8 +18,8 @@ _FIXES = {
     "loader or a return in an `if`.",
     causes.STOPPED: "continue it with kill -CONT PID, or find out who stopped it.",
     causes.SKIPPED: "a collective is called by all ranks or by none: look for an `if` around one of these lines.",
-    causes.MISMATCHED: "all ranks must make the same calls in the same order, with equal shapes, types and reductions; a "
-    "rank with fewer batches comes to the next call too early.",
+    causes.MISMATCHED: "all ranks must make the same calls in the same order, with equal shapes, types and reductions; "
+    "a rank with fewer batches comes to the next call too early.",
     causes.STUCK_IN_DATA: "look at the samples and the line named; a DataLoader's timeout=60 turns such a wait into an "
     "error.",
     causes.STUCK_IN_PYTHON: "look at the line named; if it is only slow, raise watch.end_after_s.",

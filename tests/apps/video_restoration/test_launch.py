@@ -218,7 +218,7 @@ def test_legacy_launch_with_use_env_and_every_old_flag(
         f"    runpy.run_path({SCRIPT!r}, run_name='__main__')\n"
         "finally:\n"
         "    same = os.environ.get('CUDA_VISIBLE_DEVICES') == before\n"
-        "    print('visible devices', 'left alone' if same else 'changed', flush=True)\n"
+        "    os.write(1, b'visible devices left alone\\n' if same else b'they were changed\\n')\n"
     )
     done = _start(
         *("-m", "torch.distributed.launch", "--use-env", "--nproc_per_node=2", f"--master_port={_free_port()}"),

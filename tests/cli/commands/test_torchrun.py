@@ -136,7 +136,7 @@ names += ["GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE", "OMP_NUM_THREADS", "TORCHELASTI
 names += ["TORCHELASTIC_USE_AGENT_STORE", *(["TORCHELASTIC_RUN_ID"] if "id" in sys.argv else [])]
 said = {name: os.environ.get(name) for name in names}
 said.update(attempt=attempt, argv=sys.argv, name=__name__, path=sys.path[0], cwd=os.getcwd())
-print(json.dumps(said, sort_keys=True))
+sys.stdout.write(json.dumps(said, sort_keys=True) + "\\n")  # at once: print() writes the end of a line by itself
 sys.exit(3 if "fails" in sys.argv else 0)
 """
 FLAGS = {

@@ -83,7 +83,8 @@ def main():
     if kind == "cuda":
         torch.cuda.synchronize()
     rank, steps = dist.get_rank(), int(optimizer.state[next(model.parameters())]["step"])
-    print(f"rank {rank} on {device}: {steps} steps, losses {' '.join(f'{loss:.6f}' for loss in losses)}", flush=True)
+    # One write: torchrun's ranks share a pipe, and print() would write the line's end by itself.
+    sys.stdout.write(f"rank {rank} on {device}: {steps} steps, losses {' '.join(f'{loss:.6f}' for loss in losses)}\n")
     dist.destroy_process_group()
 
 

@@ -43,4 +43,6 @@ with everyrank.join() as world:
     trainer.run_training()
     weight = trainer.module[0].weight
     assert weight.device == torch.device("cuda", world.rank)
-    print("FOUND " + json.dumps({"rank": world.rank, "agreed": agreed, "weight": weight.sum().item(), **asked}))
+    found = {"rank": world.rank, "agreed": agreed, "weight": weight.sum().item(), **asked}
+    # One write: torchrun's ranks share a pipe, and print() would write the line's end by itself.
+    sys.stdout.write(f"FOUND {json.dumps(found)}\n")

@@ -55,5 +55,6 @@ def with_fabric():
 
 if __name__ == "__main__":
     rank, world_size, device, loss = {"accelerate": with_accelerate, "fabric": with_fabric}[sys.argv[1]]()
-    print(f"rank {rank} of {world_size} on {device}: 12 steps, loss {loss.item():.6f}", flush=True)
+    # One write: torchrun's ranks share a pipe, and print() would write the line's end by itself.
+    sys.stdout.write(f"rank {rank} of {world_size} on {device}: 12 steps, loss {loss.item():.6f}\n")
     torch.distributed.destroy_process_group()

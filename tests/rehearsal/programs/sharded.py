@@ -101,7 +101,9 @@ def main():
     if KIND == "cuda":  # the first FSDP has no CPU path of its own to compare with
         parts["fsdp1"] = fsdp1(local_rank)
     for name, losses in parts.items():
-        print(f"rank {dist.get_rank()} {name} on {KIND}: {' '.join(f'{loss:.6f}' for loss in losses)}", flush=True)
+        # One write: torchrun's ranks share a pipe, and print() would write the line's end by itself.
+        said = " ".join(f"{loss:.6f}" for loss in losses)
+        sys.stdout.write(f"rank {dist.get_rank()} {name} on {KIND}: {said}\n")
     dist.destroy_process_group()
 
 
