@@ -11,7 +11,7 @@ import time
 _CHECKS = """
 import time
 from everyrank.rendezvous.elastic import ElasticRendezvous
-rendezvous = ElasticRendezvous("127.0.0.1", {port}, "stopped", 1, 1, 60)
+rendezvous = ElasticRendezvous("127.0.0.1", {port}, "stopped", 1, 1, 60, 2)
 rendezvous.next_rendezvous()
 print("met", flush=True)
 end_s = time.monotonic() + 16
