@@ -134,6 +134,8 @@ def _contenders(folder: str) -> dict[str, Callable[[], dict[str, float]]]:
             *app,
         ]
     commands["everyrank run -- script"] = [python, run, "-n", "2", f"env.output_dir={folder}/outputs", "--", "bare.py"]
+    torchrun = [python, "-m", "everyrank", "torchrun", "--standalone", "--nproc-per-node=2"]
+    commands["everyrank torchrun script"] = [*torchrun, f"--log-dir={folder}/outputs", "bare.py"]
     commands["everyrank.launch"] = [python, "function.py"]
     return {name: lambda c=command: _measure(c, folder) for name, command in commands.items()}  # type: ignore[misc]
 

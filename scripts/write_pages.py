@@ -117,6 +117,7 @@ def _launch() -> str:
         "driver=torchrun (spawn)": "`driver=torchrun driver.start_method=spawn`",
         "driver=torchrun (fork)": "`driver=torchrun driver.start_method=fork`",
         "everyrank run -- script": "`everyrank run -- script.py`",
+        "everyrank torchrun script": "`everyrank torchrun script.py`",
         "everyrank.launch": "`everyrank.launch`, first call",
     }
     results = _results("launch")

@@ -13,7 +13,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from conftest import RunCli, cli_environment
-from everyrank.cli.commands.torchrun import translate
+from everyrank.cli.commands.torchrun import torchrun_parser, translate
 from everyrank.errors import ConfigError
 
 TORCHRUN = (sys.executable, "-m", "everyrank", "torchrun")
@@ -75,6 +75,20 @@ def test_text_stays_text_whatever_it_looks_like(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("PET_NNODES", "2")
     with pytest.raises(ConfigError, match="--local-addr was given"):
         translate(["train.py"])
+
+
+def test_the_parser_is_the_installed_torchruns_and_imports_no_torch() -> None:
+    from torch.distributed.run import get_args_parser
+
+    ours, theirs = torchrun_parser(), get_args_parser()
+    assert ours.format_help() == theirs.format_help()
+    flags = ["--standalone", "-t=3", "--numa-binding=node", "train.py", "--lr", "1"]
+    assert vars(ours.parse_args(flags)) == vars(theirs.parse_args(flags))
+    code = (
+        "import sys; from everyrank.cli.commands.torchrun import translate\n"
+        "translate(['--nnodes=2', 'train.py']); sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_no_flag_of_the_installed_torchrun_is_passed_over() -> None:

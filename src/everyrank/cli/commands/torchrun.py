@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import ast
+import enum
+import importlib.util
 import os
 import re
 from collections.abc import Sequence
+from types import CodeType
 from typing import Any
 
 from everyrank.elastic import engine_pool
@@ -51,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
     from everyrank.cli.main import run
 
     if not {"-h", "--help"} & set(argv[:1]):
-        engine_pool.fork_early()  # imports torch while this process does so for torchrun's parser
+        engine_pool.fork_early()  # imports torch while this process reads the flags
     return run(translate(argv))
 
 
@@ -65,9 +69,7 @@ def translate(argv: Sequence[str]) -> list[str]:
     Raises:
         ConfigError: A flag that everyrank cannot honour, or one that contradicts a setting.
     """
-    from torch.distributed.run import get_args_parser
-
-    parser = get_args_parser()
+    parser = torchrun_parser()
     parser.prog = "everyrank torchrun"
     keys, words = [], list(argv)
     args = parser.parse_args(words)
@@ -92,6 +94,37 @@ def translate(argv: Sequence[str]) -> list[str]:
     if args.no_python and not args.run_path:
         settings["app.no_python"] = "true"
     return [*(_override(name, value) for name, value in settings.items()), *keys, "--", *program]
+
+
+def torchrun_parser() -> argparse.ArgumentParser:
+    """The parser of the installed torch's torchrun, without importing torch, which takes longer than all else here.
+
+    Its definition and the three names that it needs are taken out of torch's files; where that fails, it is imported.
+    """
+    torch = importlib.util.find_spec("torch")
+    try:
+        folder = os.path.dirname(torch.origin)  # type: ignore[union-attr, arg-type]
+        names: dict[str, Any] = {**vars(argparse), "os": os, "Enum": enum.Enum}
+        for file, name in (
+            ("distributed/argparse_util.py", "env"),
+            ("distributed/argparse_util.py", "check_env"),
+            ("numa/binding.py", "AffinityMode"),
+            ("distributed/run.py", "get_args_parser"),
+        ):
+            exec(_definition(os.path.join(folder, file), name), names)
+            names["_AffinityMode"] = names.get("AffinityMode")
+        return names["get_args_parser"]()
+    except Exception:
+        from torch.distributed.run import get_args_parser
+
+        return get_args_parser()
+
+
+def _definition(file: str, name: str) -> CodeType:
+    with open(file, encoding="utf-8") as source:
+        nodes = ast.parse(source.read()).body
+    found = next(node for node in nodes if getattr(node, "name", "") == name)
+    return compile(ast.Module([found], []), file, "exec")
 
 
 def _override(name: str, value: Any) -> str:
