@@ -7,10 +7,10 @@ step of torch's AdamW.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import signal
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -122,8 +122,12 @@ def send(harm: Harm) -> None:
         elif harm.victim == "group":
             os.killpg(os.getpgid(launcher().pid), number)
         else:
-            processes = [*launcher().children(recursive=True), launcher()]
-            subprocess.run(["kill", f"-{number}", *(str(process.pid) for process in processes)], check=True)
+            # Not by a command: a thread that starts one blocks signals for a moment, and may then be the one that takes
+            # this process's own from its main thread, which hears nothing until it wakes.
+            pids = [process.pid for process in (*launcher().children(recursive=True), launcher())]
+            for pid in sorted(pids, key=lambda pid: pid == os.getpid()):  # this one last
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
         deadline = time.monotonic() + 30
         while attempt == 0 and not _arrived.is_set():
             assert time.monotonic() < deadline, f"{harm.name} did not arrive"
