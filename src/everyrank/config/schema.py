@@ -7,6 +7,7 @@ documentation (``field(..., doc="...")``), from which the reference page is gene
 from __future__ import annotations
 
 import dataclasses
+import re
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -160,10 +161,12 @@ def _config_error(problems: list[str], what: str) -> ConfigError:
     return ConfigError(f"The {what} has {count}:", problems)
 
 
+_NUMBER_FOR_TEXT = re.compile(r"found (\S+) \((?:int|float|bool)\), but it must be text\.$")
+
+
 def _problems(schema: Any, items: list[Any]) -> list[str]:
     """Return one line per key: what a union's branches each ask for is joined by "or"."""
     lines: dict[str, str] = {}
-    found: dict[str, Any] = {}
     for item in items:
         if item["type"] == "bool_type" and isinstance(item["input"], dict):
             continue  # a section that may also be true or false: what is wrong lies in the section
@@ -178,13 +181,7 @@ def _problems(schema: Any, items: list[Any]) -> list[str]:
             lines[path] = earlier if allowed in earlier else f"{earlier.removesuffix('.')} or {allowed}"
         else:
             lines.setdefault(path, line)
-            found.setdefault(path, item.get("input"))
-    return [_with_quotes(line, found.get(path)) for path, line in lines.items()]
-
-
-def _with_quotes(line: str, found: Any) -> str:
-    is_number = isinstance(found, int | float) and line.endswith("but it must be text.")
-    return f"""{line} Fix: put it in quotes: "'{found}'".""" if is_number else line
+    return [_NUMBER_FOR_TEXT.sub(r"""\g<0> Fix: put it in quotes: "'\1'".""", line) for line in lines.values()]
 
 
 def _problem(schema: Any, path: str, location: list[str], item: Any) -> str:

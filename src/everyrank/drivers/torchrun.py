@@ -138,9 +138,10 @@ class TorchrunDriver(Driver[TorchrunConfig]):
             )
         host, port = split_endpoint(endpoint, "driver.rdzv_endpoint")
         endpoint = f"{host}:{port}"
-        config = {"join_timeout": int(c.rdzv_timeout_s), "last_call_timeout": int(c.rdzv_last_call_s)}
         if backend == "c10d":
             config = {"timeout_s": c.rdzv_timeout_s, "last_call_s": c.rdzv_last_call_s}
+        else:
+            config = {"join_timeout": int(c.rdzv_timeout_s), "last_call_timeout": int(c.rdzv_last_call_s)}
         return Rendezvous(backend=backend, endpoint=endpoint, run_id=run_id, config=config), notices
 
     def _command(

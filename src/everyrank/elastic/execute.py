@@ -134,8 +134,7 @@ def _rendezvous(run: EngineRun) -> RendezvousHandler:
         if rendezvous.backend == "static":
             return StaticRendezvous(host, port, rendezvous.node_rank, run.max_nodes, rendezvous.run_id, timeout_s)
         return ElasticRendezvous(
-            *(host, port, rendezvous.run_id, run.min_nodes, run.max_nodes, timeout_s),
-            last_call_s=float(config["last_call_s"]),
+            host, port, rendezvous.run_id, run.min_nodes, run.max_nodes, timeout_s, float(config["last_call_s"])
         )
     return get_rendezvous_handler(
         RendezvousParameters(

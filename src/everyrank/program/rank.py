@@ -7,7 +7,6 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
-from string import Template
 from types import TracebackType
 
 from everyrank.diagnosis.frames import raised_at
@@ -18,7 +17,8 @@ from everyrank.diagnosis.rank_files import error_file, log_file
 from everyrank.errors import EXIT_BAD_INPUT, EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_OK
 from everyrank.launch_env.detection import detect
 from everyrank.launch_env.guard import add_startup
-from everyrank.launch_env.process_environment import SUPERVISED, ProcessEnvironment
+from everyrank.launch_env.process_environment import SUPERVISED
+from everyrank.launch_env.torchelastic import line_prefix
 from everyrank.program.command import EXECUTABLE, MODULE, Program
 from everyrank.program.main_module import run_module, run_script
 from everyrank.program.output import divert_output, log_only
@@ -48,7 +48,8 @@ def run_program(program: Program, run_dir: str, *, prefix: str, show: str, local
     if environment.launcher != "python" or not (sys.stdin and sys.stdin.isatty() and sys.stdout.isatty()):
         tagged = several and (prefix == "rank" or (prefix == "auto" and sys.stdout.isatty()))
         shown = not several or show == "all" or (show == "main" and rank == 0)
-        divert_output(log_file(log_dir, rank), prefix=_prefix(environment) if tagged else "", on_console=shown)
+        mark = line_prefix(environment, os.environ) if tagged else ""
+        divert_output(log_file(log_dir, rank), prefix=mark, on_console=shown)
     reporter.start()
     register_stack_dump()
     argv = list(program.argv)
@@ -58,13 +59,6 @@ def run_program(program: Program, run_dir: str, *, prefix: str, show: str, local
         return _execute(argv)
     run = run_module if program.kind == MODULE else run_script
     return _exit_code(lambda: run(argv), rank, log_dir)
-
-
-def _prefix(environment: ProcessEnvironment) -> str:
-    """What marks a rank's lines: torchelastic's template if there is one."""
-    template = os.environ.get("TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE", "[rank ${rank}] ")
-    role = os.environ.get("ROLE_NAME", "default")
-    return Template(template).safe_substitute(rank=environment.rank, local_rank=environment.local_rank, role_name=role)
 
 
 def _execute(argv: list[str]) -> int:

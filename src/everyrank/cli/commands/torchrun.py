@@ -15,6 +15,7 @@ from typing import Any
 from everyrank.elastic import engine_pool
 from everyrank.errors import ConfigError
 from everyrank.launch_env.detection import is_loopback_name
+from everyrank.launch_env.torchelastic import is_flag_set
 
 _KEY = re.compile(r"\+{0,2}(driver|env|run|distributed|app|rehearse|resume)(\.[\w.]+)?=")
 _OURS = {"SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2"}  # passed on to the ranks in any case
@@ -30,11 +31,13 @@ _SAME = {
     "log_dir": "env.output_dir",
 }
 # Text, which Hydra would read as a number or as a list where it looks like one.
-_TEXT = {"driver.master_addr", "driver.role", "driver.rdzv_backend", "driver.rdzv_endpoint", "driver.rdzv_id"} | {
-    "env.output_dir"
+_TEXT = {
+    *("driver.master_addr", "driver.rdzv_backend", "driver.rdzv_endpoint", "driver.rdzv_id", "driver.role"),
+    "env.output_dir",
 }
-# torchrun's own for --rdzv-conf, in seconds: what nodes wait for each other, and for more of them than are needed.
-_TIMEOUTS = {"static": 900, "join": 600, "last_call": 30}
+# What --rdzv-conf takes, with torchrun's defaults, in seconds: fixed nodes wait for each other, elastic ones, and these
+# for more of them than are needed.
+_WAITS = {"timeout": 900, "join_timeout": 600, "last_call_timeout": 30}
 # Values that ask for nothing.
 _HARMLESS = {"logs_specs": "default", "event_log_handler": "null"}
 # What cannot be honoured, and why.
@@ -105,14 +108,13 @@ def torchrun_parser() -> argparse.ArgumentParser:
     try:
         folder = os.path.dirname(torch.origin)  # type: ignore[union-attr, arg-type]
         names: dict[str, Any] = {**vars(argparse), "os": os, "Enum": enum.Enum}
-        for file, name in (
-            ("distributed/argparse_util.py", "env"),
-            ("distributed/argparse_util.py", "check_env"),
-            ("numa/binding.py", "AffinityMode"),
-            ("distributed/run.py", "get_args_parser"),
+        for file, wanted in (
+            ("distributed/argparse_util.py", ("env", "check_env")),
+            ("numa/binding.py", ("AffinityMode",)),
+            ("distributed/run.py", ("get_args_parser",)),
         ):
-            exec(_definition(os.path.join(folder, file), name), names)
-            names["_AffinityMode"] = names.get("AffinityMode")
+            exec(_definitions(os.path.join(folder, file), wanted), names)
+        names["_AffinityMode"] = names["AffinityMode"]  # as run.py calls it
         return names["get_args_parser"]()
     except Exception:
         from torch.distributed.run import get_args_parser
@@ -120,11 +122,10 @@ def torchrun_parser() -> argparse.ArgumentParser:
         return get_args_parser()
 
 
-def _definition(file: str, name: str) -> CodeType:
+def _definitions(file: str, wanted: Sequence[str]) -> CodeType:
     with open(file, encoding="utf-8") as source:
         nodes = ast.parse(source.read()).body
-    found = next(node for node in nodes if getattr(node, "name", "") == name)
-    return compile(ast.Module([found], []), file, "exec")
+    return compile(ast.Module([node for node in nodes if getattr(node, "name", "") in wanted], []), file, "exec")
 
 
 def _override(name: str, value: Any) -> str:
@@ -138,7 +139,7 @@ def _given(parser: argparse.ArgumentParser, words: list[str], args: argparse.Nam
     unset = object()
     asked = parser.parse_args(words, argparse.Namespace(**dict.fromkeys(vars(args), unset)))
     by_default = {name for name, value in vars(asked).items() if value is unset}
-    return {name for name in vars(args) if name not in by_default or f"PET_{name.upper()}" in os.environ}
+    return {name for name in vars(args) if name not in by_default or is_flag_set(name, os.environ)}
 
 
 def _named_by(given: set[str]) -> set[str]:
@@ -202,21 +203,20 @@ def _nodes(args: argparse.Namespace, given: set[str]) -> dict[str, Any]:
 
 def _timeouts(args: argparse.Namespace, *, is_elastic: bool) -> dict[str, Any]:
     """The settings of ``--rdzv-conf``; ``timeout`` is the static backend's alone, as in torch."""
-    known = {"timeout": "static", "join_timeout": "join", "last_call_timeout": "last_call"}
-    waits = dict(_TIMEOUTS)
+    waits = dict(_WAITS)
     for pair in filter(None, args.rdzv_conf.strip("'\"").split(",")):
         name, _, value = (part.strip() for part in pair.partition("="))
-        if name not in known or not value.isdigit():
+        if name not in waits or not value.isdigit():
             raise ConfigError(
                 f"--rdzv-conf={name}={value} was given, but everyrank takes timeout, join_timeout and "
                 "last_call_timeout, in whole seconds. The node that has the endpoint's address hosts the store, and "
                 "one that is silent for 4 s has gone."
             )
-        waits[known[name]] = int(value)
+        waits[name] = int(value)
     if args.rdzv_backend == "static":
-        return {"driver.rdzv_timeout_s": max(waits["static"], 1)}
-    last_call = {"driver.rdzv_last_call_s": waits["last_call"]} if is_elastic else {}
-    return {"driver.rdzv_timeout_s": max(waits["join"], 1), **last_call}
+        return {"driver.rdzv_timeout_s": max(waits["timeout"], 1)}
+    last_call = {"driver.rdzv_last_call_s": waits["last_call_timeout"]} if is_elastic else {}
+    return {"driver.rdzv_timeout_s": max(waits["join_timeout"], 1), **last_call}
 
 
 def _output(args: argparse.Namespace) -> dict[str, Any]:
