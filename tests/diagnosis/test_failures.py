@@ -105,7 +105,7 @@ def test_no_rank_outlives_a_launcher_killed_with_sigkill(
     process = start_cli(f"driver={driver.split('-')[0]}", *app)
     pids = rank_pids(tmp_path / "told")
     os.kill(process.pid, signal.SIGKILL)
-    process.wait(timeout=60)
+    process.wait(timeout=10)
     assert wait_gone(pids) == []
 
 

@@ -37,8 +37,8 @@ def test_nothing_of_a_run_outlives_its_launcher(
     pids = [int(path.name.rpartition("-")[2]) for path in (tmp_path / "told").glob("pid-*")]
     assert len(pids) == 8, "for each rank: itself, a loader worker, a child with its output, one in another session"
     os.kill(process.pid, signal.SIGKILL)
-    process.communicate(timeout=60)  # nobody holds the pipe any more
-    assert wait_gone(pids) == []
+    process.communicate(timeout=10)  # nobody holds the pipe any more
+    assert wait_gone(pids, timeout_s=8) == []
 
 
 def test_a_rank_that_ends_takes_its_children_along(
@@ -52,4 +52,4 @@ def test_a_rank_that_ends_takes_its_children_along(
     os.kill(killed, signal.SIGKILL)
     process.communicate(timeout=60)
     assert process.returncode == 1
-    assert wait_gone(pids) == []
+    assert wait_gone(pids, timeout_s=3) == []

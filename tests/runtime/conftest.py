@@ -21,12 +21,13 @@ _PRELOAD = ["torch", "everyrank.runtime.collectives", "everyrank.runtime.preempt
 
 @dataclass
 class Rank:
-    """How one rank ended: what its function returned, or the type and text of its exception."""
+    """How one rank ended: what its function returned, or the type and text of its exception, and when."""
 
     value: Any = None
     error: str | None = None
     message: str = ""
     exit_code: int | None = None
+    seconds: float = 0.0
 
 
 class _ByValue:
@@ -71,11 +72,12 @@ class Ranks:
 
 
 def _child(function: Callable[..., Any], pipe: Connection, rank: int, args: tuple[Any, ...]) -> None:
+    started = time.monotonic()
     try:
         result = {"value": function(rank, *args)}
     except BaseException as error:
         result = {"error": type(error).__name__, "message": str(error)}
-    pipe.send(result)
+    pipe.send(result | {"seconds": time.monotonic() - started})
     pipe.close()
 
 
