@@ -25,8 +25,6 @@ from everyrank.elastic.process.sweep import sweep
 from everyrank.elastic.spec import EngineRun
 from everyrank.errors import EXIT_BAD_INPUT, EXIT_FAILURE, EXIT_OK, EXIT_PREEMPTED, ProcessGroupError
 
-# DistributedDataParallel and every optimizer import it when they are made, which is most of the time a restart takes.
-_NEEDED_BY_TRAINING = ("torch._dynamo",)
 SETTLE_S = 7.0  # a node that went away has been noticed by then (see rendezvous/elastic.py)
 
 
@@ -63,8 +61,7 @@ class ForkedRanks(PContext):
     def __init__(self, run: EngineRun, forkserver: Forkserver, stdio: tuple[int, int], **context: Any) -> None:
         super().__init__(**context)
         self._run = run
-        self._forkserver = forkserver.current
-        self._first_forkserver = forkserver
+        self._forkserver = forkserver
         self._stdio = stdio
         self._pids: dict[int, int] = {}
         self._first_failure_s: float | None = None
@@ -81,8 +78,6 @@ class ForkedRanks(PContext):
                 surroundings=self._run.surroundings,
             )
             self._pids[local_rank] = self._forkserver.fork(process, *self._stdio)
-        if self._run.max_restarts or self._run.min_nodes != self._run.max_nodes:
-            self._first_forkserver.warm_up((*_NEEDED_BY_TRAINING, *self._run.preload))
 
     def exit_codes(self) -> dict[int, int]:
         """Exit codes of the local ranks that have ended."""

@@ -16,7 +16,6 @@ import selectors
 import signal
 import socket
 import sys
-import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -67,43 +66,13 @@ class Forkserver:
             finally:
                 os._exit(0)
         theirs.close()
-        self._connect(ours, pid)
-
-    def _connect(self, channel: socket.socket, pid: int) -> None:
-        self._channel, self.pid = channel, pid
+        self._channel, self.pid = ours, pid
         self.exit_codes: dict[int, int] = {}
         self._new_pids: list[int] = []
-        self._successor: Forkserver | None = None
-        self._is_warm = False
 
     def prepare(self, entry: str) -> None:
         """Import the module of an entry, so that the ranks need not; nobody waits for it."""
         wire.send(self._channel, ("import", [entry.partition(":")[0]]))
-
-    def warm_up(self, modules: Sequence[str]) -> None:
-        """Prepare a second forkserver, which has imported these modules, for the ranks of a later attempt.
-
-        It is forked from this one and imports while the ranks of the present attempt run, so that nobody waits for it.
-        """
-        if self._successor is not None:
-            return
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        with theirs:
-            wire.send(self._channel, ("warm", tuple(modules)), [theirs.fileno()])
-        self._successor = Forkserver.__new__(Forkserver)
-        self._successor._connect(ours, self._next_pid())
-
-    @property
-    def current(self) -> Forkserver:
-        """The warm forkserver if there is one by now, else this one."""
-        if self._successor is not None:
-            try:
-                self._successor.wait(0)
-            except (EOFError, OSError):  # it must not be forked from, see _warm
-                return self
-            if self._successor._is_warm:
-                return self._successor
-        return self
 
     def fork(self, process: RankProcess, stdout: int, stderr: int) -> int:
         """Start a rank that writes to the given descriptors and return its pid."""
@@ -133,15 +102,11 @@ class Forkserver:
         (kind, *rest), _ = wire.receive(self._channel)
         if kind == "pid":
             self._new_pids.append(rest[0])
-        elif kind == "warm":
-            self._is_warm = True
         else:
             self.exit_codes[rest[0]] = rest[1]
 
     def close(self) -> None:
         """End the forkserver (and with it any rank that is left)."""
-        if self._successor is not None:
-            self._successor._channel.close()
         self._channel.close()
         os.waitpid(self.pid, 0)
 
@@ -157,7 +122,7 @@ def _serve(channel: socket.socket) -> None:
     os.set_blocking(wake_w, False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.set_wakeup_fd(wake_w)
-    alive: dict[int, bool] = {}  # whether it is a rank
+    alive: set[int] = set()
     marks: set[str] = set()
     with selectors.DefaultSelector() as selector:
         selector.register(channel, selectors.EVENT_READ)
@@ -173,21 +138,21 @@ def _serve(channel: socket.socket) -> None:
             except (EOFError, OSError):
                 break
     for mark in marks or {""}:
-        sweep(mark, [pid for pid, is_rank in alive.items() if is_rank])  # each rank is the first of a session
+        sweep(mark, list(alive))  # each rank is the first of a session
 
 
-def _reap(alive: dict[int, bool], marks: set[str], channel: socket.socket) -> None:
+def _reap(alive: set[int], marks: set[str], channel: socket.socket) -> None:
     for pid in list(alive):
         done, status = os.waitpid(pid, os.WNOHANG)
         if done:
-            if alive.pop(pid):
-                sweep(sessions=[pid])  # a rank's children end with it
-            if marks and not any(alive.values()):
+            alive.remove(pid)
+            sweep(sessions=[pid])  # a rank's children end with it
+            if marks and not alive:
                 sweep(marks.pop())  # also those that have left its session
             wire.send(channel, ("exit", pid, os.waitstatus_to_exitcode(status)))
 
 
-def _answer(channel: socket.socket, alive: dict[int, bool], marks: set[str], private_fds: Sequence[int]) -> None:
+def _answer(channel: socket.socket, alive: set[int], marks: set[str], private_fds: Sequence[int]) -> None:
     (kind, *rest), fds = wire.receive(channel)
     if kind == "kill":
         if rest[0] in alive:
@@ -203,29 +168,12 @@ def _answer(channel: socket.socket, alive: dict[int, bool], marks: set[str], pri
         channel.close()
         for fd in private_fds:
             os.close(fd)
-        if kind == "warm":
-            _warm(rest[0], socket.socket(fileno=fds[0]))
         _become_rank(rest[0], fds, server_pid)
-    alive[pid] = kind == "fork"
-    if kind == "fork" and (mark := rest[0].env.get(MARK)):
+    alive.add(pid)
+    if mark := rest[0].env.get(MARK):
         marks.add(mark)
     wire.close_all(fds)
     wire.send(channel, ("pid", pid))
-
-
-def _warm(modules: Sequence[str], channel: socket.socket) -> None:
-    """Be a forkserver that has imported modules; never returns."""
-    code = 1
-    try:
-        import_all(modules)
-        # What has threads or an accelerator context cannot be forked: then ranks come from the first forkserver.
-        torch = sys.modules.get("torch")
-        if threading.active_count() == 1 and not (torch and torch.cuda.is_initialized()):
-            wire.send(channel, ("warm",))
-            _serve(channel)
-        code = 0
-    finally:
-        os._exit(code)
 
 
 def _become_rank(process: RankProcess, fds: Sequence[int], server_pid: int) -> None:

@@ -1,4 +1,4 @@
-"""Cures of torch.distributed for any program: leaving a gloo group without its deadlock, and listening on loopback.
+"""Cures of torch for any program: leaving a gloo group without its deadlock, listening on loopback, a quicker start.
 
 In torch 2.13 a ``backward()`` leaves a Python object in what gloo's work keeps, and gloo's thread needs Python's lock
 to let it go. Two things go wrong when that meets an end:
@@ -14,6 +14,9 @@ group. For the second: the lock is free, before the interpreter ends, until gloo
 Where no launcher holds the store (``mpirun``, ``srun``, Ray), rank 0 of a plain program does, and torch then listens on
 every address of the machine. If all ranks are on this machine, the store gets a socket that listens on 127.0.0.1 alone.
 
+Optimizers and DistributedDataParallel import torch's compiler when they are made, only to tell it what it may not
+compile: two seconds of a core, and a hundred megabytes, in each rank. Here it is imported when something needs it.
+
 This file needs neither torch nor the rest of everyrank: ``startup/sitecustomize.py`` loads it by its path, in every
 Python program that we start.
 """
@@ -25,50 +28,62 @@ import sys
 # Every Python program that we start pays for these imports: there are few, and the rest is made where it is used.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from importlib.machinery import ModuleSpec
     from socket import socket
     from types import ModuleType
     from typing import Any
 
-_MODULE = "torch.distributed.distributed_c10d"
+_COMPILER = "torch._dynamo"
+# What torch asks the compiler to leave alone, of all that a plain training calls.
+_LEFT_ALONE = (
+    ("torch.optim.optimizer", "Optimizer.add_param_group"),
+    ("torch.optim.optimizer", "Optimizer.zero_grad"),
+    ("torch.optim.optimizer", "Optimizer.state_dict"),
+    ("torch.optim.optimizer", "Optimizer.load_state_dict"),
+    ("torch.nn.parallel.distributed", "DistributedDataParallel._inside_ddp_forward"),
+)
 _THREAD_NAME = "pt_gloo_runloop"
 _LOOK_S = 0.006  # a thread that waits for Python's lock looks again every 5 ms, which the kernel counts
 _SETTLE_S = 30.0  # on a machine where a thread that could run is not let for long
 
 
 def install() -> None:
-    """Cure this process: now if it has imported ``torch.distributed``, else right after that import."""
-    module = sys.modules.get(_MODULE)
-    if module is not None:
-        _cure(module)
-    elif not any(type(finder).__name__ == _AfterImport.__name__ for finder in sys.meta_path):
-        sys.meta_path.insert(0, _AfterImport())
+    """Cure this process: now what it has imported of torch, else right after that import."""
+    for name, cure in (("torch.distributed.distributed_c10d", _cure), ("torch", _compile_on_demand)):
+        module = sys.modules.get(name)
+        if module is not None:
+            cure(module)
+        elif not any(getattr(finder, "cures", None) == name for finder in sys.meta_path):
+            sys.meta_path.insert(0, _AfterImport(name, cure))
 
 
 class _AfterImport:
-    """Lets the other finders find the one module, and cures it after its import."""
+    """Lets the other finders find one module, and cures it after its import."""
+
+    def __init__(self, name: str, cure: Callable[[Any], None]) -> None:
+        self.cures = name
+        self._cure = cure
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name != _MODULE:
+        if name != self.cures:
             return None
         sys.meta_path.remove(self)
         for finder in sys.meta_path:
             spec = finder.find_spec(name, path, target)
             if spec is not None:
-                _cure_after(spec.loader)
+                self._cure_after(spec.loader)
                 return spec
         return None
 
+    def _cure_after(self, loader: Any) -> None:
+        execute = loader.exec_module
 
-def _cure_after(loader: Any) -> None:
-    execute = loader.exec_module
+        def exec_module(module: ModuleType) -> None:
+            execute(module)
+            self._cure(module)
 
-    def exec_module(module: ModuleType) -> None:
-        execute(module)
-        _cure(module)
-
-    loader.exec_module = exec_module
+        loader.exec_module = exec_module
 
 
 def _cure(module: Any) -> None:
@@ -198,3 +213,84 @@ def _loopback_listener(options: dict[str, Any]) -> socket | None:
         return socket.create_server(("127.0.0.1", options["port"]), backlog=4096)
     except OSError:  # this process serves it already, or the port is taken: torch's to find out
         return None
+
+
+def _compile_on_demand(torch: Any) -> None:
+    """Let training go on without torch's compiler until something asks for it, such as ``torch.compile``.
+
+    As long as nobody has imported it, nothing is compiled, so a function that it must leave alone is called as it is.
+    From its import on, what torch has made of the function is.
+    """
+    if "_dynamo" in vars(torch):
+        return
+    import inspect
+
+    functions = []
+    for module, name in _LEFT_ALONE:
+        function: Any = sys.modules.get(module)
+        for part in name.split("."):
+            function = getattr(function, part, None)
+        if function is not None:
+            functions.append(inspect.unwrap(function))
+    for function in functions:
+        function.__dynamo_disable = function  # where torch keeps what the compiler makes of it
+    optimizers: list[Any] = [cls for cls in vars(torch.optim).values() if isinstance(cls, type)]
+    for optimizer in optimizers:
+        step = vars(optimizer).get("step")
+        if _COMPILER in getattr(getattr(step, "__code__", None), "co_names", ()):
+            optimizer.step = _step_without_compiler(torch, step)
+    vars(torch)["_dynamo"] = _OnDemand(_COMPILER, utils=_OnDemand(f"{_COMPILER}.utils", get_optimize_ddp_mode=_mode))
+    sys.meta_path.insert(0, _BeforeCompiler(torch, functions))
+
+
+def _step_without_compiler(torch: Any, step: Any) -> Any:
+    import functools
+
+    @functools.wraps(step)
+    def stepped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if _COMPILER in sys.modules:
+            return step(self, *args, **kwargs)
+        with torch.set_grad_enabled(self.defaults["differentiable"]):
+            return step.__wrapped__(self, *args, **kwargs)
+
+    return stepped
+
+
+def _mode() -> str:
+    """What the compiler would do with DistributedDataParallel if nobody changes its settings."""
+    return "ddp_optimizer"
+
+
+class _OnDemand(type(sys)):  # type: ignore[misc]
+    """Stands for a module until something of it is used that is not given here."""
+
+    def __init__(self, name: str, **given: object) -> None:
+        super().__init__(name)
+        self.__dict__.update(given)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(_import(self.__name__), name)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        setattr(_import(self.__name__), name, value)
+
+
+def _import(name: str) -> Any:
+    import importlib
+
+    return importlib.import_module(name)
+
+
+class _BeforeCompiler:
+    """Undoes what stands in for the compiler, just before its import."""
+
+    def __init__(self, torch: Any, functions: list[Any]) -> None:
+        self._torch = torch
+        self._functions = functions
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> None:
+        if name == _COMPILER and self in sys.meta_path:
+            sys.meta_path.remove(self)
+            vars(self._torch).pop("_dynamo", None)
+            for function in self._functions:
+                vars(function).pop("__dynamo_disable", None)

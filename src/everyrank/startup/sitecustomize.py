@@ -18,7 +18,11 @@ _PACKAGE = os.path.dirname(_HERE)
 
 def _load(name: str, folders: list[str], file: str) -> types.ModuleType | None:
     """Load the module ``file`` as ``name`` from the first of these folders that has it."""
-    spec = importlib.machinery.PathFinder.find_spec(file, folders)
+    found = importlib.machinery.PathFinder.find_spec(file, folders)
+    if found is None or found.origin is None:
+        return None
+    inside = found.submodule_search_locations
+    spec = importlib.util.spec_from_file_location(name, found.origin, submodule_search_locations=inside)
     if spec is None or spec.loader is None:
         return None
     module = importlib.util.module_from_spec(spec)

@@ -1,0 +1,86 @@
+"""Trains, and says what came of it and whether torch's compiler was imported before.
+
+python compiling.py plain|compile|reducer|names FILE_TO_MEET_AT
+"""
+
+import json
+import sys
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+COMPILER = "torch._dynamo"
+OPTIMIZERS = (torch.optim.SGD, torch.optim.AdamW, torch.optim.RMSprop)
+
+
+def train(optimizer_class, counter=None):
+    """The last loss and the weights after three steps, compiled if there is a counter to compile them with."""
+    torch.manual_seed(0)
+    model = DistributedDataParallel(torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4)))
+    optimizer = optimizer_class(model.parameters(), lr=0.1)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 2)
+    step = optimizer.step
+    if counter is not None:
+        model, step = torch.compile(model, backend=counter), torch.compile(step, backend=counter)
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = model(torch.randn(8, 4)).square().mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        step()
+        schedule.step()
+    optimizer.load_state_dict(optimizer.state_dict())
+    return [loss.item(), *(weight.sum().item() for weight in model.parameters())]
+
+
+def differentiate_a_step():
+    """The derivative through a step of an optimizer, whose step differentiates only if it is told to."""
+    weight = torch.ones(2, requires_grad=True)
+    stepped = weight.clone()
+    optimizer = torch.optim.SGD([stepped], lr=0.1, differentiable=True)
+    stepped.grad = weight * 3
+    optimizer.step()
+    return torch.autograd.grad(stepped.sum(), weight)[0].tolist()
+
+
+def plain():
+    return [train(optimizer) for optimizer in OPTIMIZERS], differentiate_a_step()
+
+
+def compile_after_training():
+    from torch._dynamo.testing import CompileCounter
+
+    said = []
+    for optimizer in OPTIMIZERS:
+        counter = CompileCounter()
+        said.append((train(optimizer), train(optimizer, counter), counter.frame_count, counter.op_count))
+    return said
+
+
+def choose_a_reducer():
+    torch._dynamo.config.optimize_ddp = "python_reducer"
+    model = DistributedDataParallel(torch.nn.Linear(2, 2))
+    return len(model._accum_grad_hooks)  # the one thing that tells which reducer it is
+
+
+def use_names():
+    torch._dynamo.of_the_user = 7
+    from torch._dynamo import config, utils
+
+    module = sys.modules[COMPILER]
+    return [torch._dynamo.of_the_user, torch._dynamo is module, config is module.config, utils is module.utils]
+
+
+def main(what, meeting):
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=0, world_size=1)
+    trained = plain()
+    was_imported = COMPILER in sys.modules
+    dist.barrier()
+    ways = {"compile": compile_after_training, "reducer": choose_a_reducer, "names": use_names}
+    print(json.dumps({"imported": was_imported, "plain": trained, "then": ways[what]() if what in ways else None}))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
