@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from waiting import WAITS, rank_pids, wait_gone
+from warm_start import Started
 
 from conftest import RunCli
 from everyrank.diagnosis.judging.crashes import judge_crash
 from everyrank.diagnosis.outcome import RankFailure
 from everyrank.diagnosis.rank.record import record_error
+from everyrank.diagnosis.rank_files import ask_for_reports, attempt_dir, report_file
+from everyrank.diagnosis.verdict import UNDECIDED
 from everyrank.errors import RankFailedError
 
 
@@ -39,6 +42,32 @@ def test_of_ranks_that_raise_the_first_with_an_error_of_its_own_is_named(tmp_pat
     verdict = judge_crash(failures, str(tmp_path), world_size=3, attempt=0)
     assert verdict is not None
     assert (verdict.rank, verdict.said) == (first, "failed: ValueError: bad")
+
+
+@pytest.mark.parametrize(("has_answered", "named"), [(True, 1), (False, None)])
+def test_a_rank_of_another_host_is_blamed_for_its_answer_alone(
+    tmp_path: Path, has_answered: bool, named: int | None
+) -> None:
+    """One that has said nothing since the others lost it may be busy, or gone with its host before it was seen."""
+    folder = attempt_dir(str(tmp_path), 0)
+    os.makedirs(folder)
+    request = ask_for_reports(folder) if not has_answered else 0
+    for rank, host, ended, answers in ((0, "here", "error", request), (1, "elsewhere", None, 0)):
+        report = {
+            **dict.fromkeys(("in_collective", "in_backward", "in_loader"), False),
+            **dict.fromkeys(("stack", "collectives", "workers", "stopped"), ()),
+            **dict.fromkeys(("started", "seq", "cpu_s", "data_share", "log_from", "time_s"), 0),
+            **dict.fromkeys(("reads", "handling")),
+            **{"rank": rank, "pid": 100 + rank, "host": host, "here": host, "groups": {}, "where": f"train.py:{rank}"},
+            **{"ended": ended, "request": answers},
+        }
+        Path(report_file(folder, rank)).write_text(json.dumps(report))
+    lost = RuntimeError("[gloo/transport/tcp/pair.cc:537] Read error [10.77.0.2]:51848: Connection reset by peer")
+    failures = [RankFailure(rank=0, exit_code=1, error=record_error(lost, 0, 2))]
+    verdict = judge_crash(failures, folder, world_size=2, attempt=0)
+    assert verdict is not None
+    assert verdict.rank == named
+    assert (verdict.cause == UNDECIDED) == (named is None)
 
 
 def test_a_killed_rank_is_named_and_the_other_is_ended(run_cli: RunCli) -> None:
@@ -80,7 +109,7 @@ def test_a_mistake_of_the_user_is_one_message_and_is_not_retried(run_cli: RunCli
     ],
 )
 def test_a_signal_to_the_launcher_ends_every_rank(
-    start_cli: Callable[..., subprocess.Popen[str]], tmp_path: Path, driver: str, signum: int, code: int
+    start_cli: Callable[..., Started], tmp_path: Path, driver: str, signum: int, code: int
 ) -> None:
     process = start_cli(f"driver={driver}", *WAITS)
     pids = rank_pids(tmp_path / "told")
@@ -92,7 +121,7 @@ def test_a_signal_to_the_launcher_ends_every_rank(
 
 @pytest.mark.parametrize("driver", ["torchrun", "spawn", "launch", "torchrun-command"])
 def test_no_rank_outlives_a_launcher_killed_with_sigkill(
-    start_cli: Callable[..., subprocess.Popen[str]], tmp_path: Path, driver: str
+    start_cli: Callable[..., Started], tmp_path: Path, driver: str
 ) -> None:
     app: tuple[str, ...] = WAITS
     if driver == "torchrun-command":

@@ -130,6 +130,14 @@ def ask_for_reports(attempt: str, thoroughly: bool = True) -> int:
     return 0
 
 
+def newest_request(attempt: str) -> int:
+    """The number of the latest request for reports; 0 if there was none."""
+    try:
+        return os.stat(request_file(attempt)).st_mtime_ns
+    except FileNotFoundError:
+        return 0
+
+
 def end_file(attempt: str) -> str:
     """Path of the file that tells the ranks to end, where the watcher cannot reach their processes."""
     return os.path.join(attempt, "end")

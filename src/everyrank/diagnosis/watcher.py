@@ -90,6 +90,9 @@ class Watcher:
         return oom_kills() - self._oom_kills
 
     def __enter__(self) -> Watcher:
+        if self._sign is not None:  # before a rank of this host can be lost with it
+            with contextlib.suppress(OSError):
+                self._sign.give()
         if self.config.enabled:
             self._thread.start()
         return self

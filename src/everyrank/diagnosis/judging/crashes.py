@@ -14,7 +14,7 @@ from everyrank.diagnosis.frames import parse_stack, where
 from everyrank.diagnosis.judging.host_signs import judge_lost, on_lost_hosts
 from everyrank.diagnosis.judging.stalls import Stall, judge_departure, judge_stall
 from everyrank.diagnosis.outcome import RankFailure
-from everyrank.diagnosis.rank_files import fatal_file
+from everyrank.diagnosis.rank_files import fatal_file, newest_request
 from everyrank.diagnosis.reports import Report, read_beats, read_reports
 from everyrank.diagnosis.verdict import Verdict
 
@@ -189,9 +189,14 @@ class _Case:
         )
 
     def stood_still(self, world_size: int) -> Stall | None:
-        """The reports are of the moment in which the first rank gave up waiting."""
+        """The reports are of the moment in which the first rank gave up waiting.
+
+        A rank of another host that has not answered since may be busy, or gone with its host: nothing is known of it.
+        """
         lost = {rank: r for rank, r in self.reports.items() if r.ended == "error"}
-        alive = [r for rank, r in self.reports.items() if rank not in lost and not r.waits]
+        asked = newest_request(self.folder)
+        known = [r for r in self.reports.values() if r.is_local or r.request >= asked]
+        alive = [r for r in known if r.rank not in lost and not r.waits]
         if not lost or len(alive) != 1 or len(self.reports) < world_size:
             return None
         waiting = {k: replace(r, in_collective=True, ended=None, here="") for k, r in lost.items()}

@@ -36,6 +36,7 @@ from everyrank.diagnosis.rank_files import (
     fatal_file,
     is_told_to_end,
     log_file,
+    newest_request,
     report_file,
     request_file,
     stacks_file,
@@ -147,7 +148,7 @@ class Reporter:
             return
         self._write_beat()
         self._end_if_told()
-        asked = self._request()
+        asked = newest_request(self.folder)
         now_s = time.monotonic()
         if asked != self._asked or (self._seq != self._reported_seq and now_s - self._reported_s > _REPORT_EVERY_S):
             thoroughly = asked != self._asked and os.stat(request_file(self.folder)).st_size > 0
@@ -172,12 +173,6 @@ class Reporter:
             ours = report.is_local and [report.pid, report.started] in stopped
             if ours and is_told_to_end(self.folder, report.rank, report.pid):
                 os.kill(report.pid, signal.SIGKILL)
-
-    def _request(self) -> int:
-        try:
-            return os.stat(request_file(self.folder)).st_mtime_ns
-        except FileNotFoundError:
-            return 0
 
     def _stack(self) -> list[Place]:
         return stack_of(sys._current_frames().get(self._main.ident or 0))
