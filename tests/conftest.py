@@ -18,13 +18,14 @@ from typing import Any
 
 import psutil
 import pytest
+import warm_start
 from xdist.scheduler import LoadScopeScheduling
 
 ROOT = Path(__file__).resolve().parent.parent
 _MARK = "EVERYRANK_TEST_SESSION"
 _SESSION = uuid.uuid4().hex
 _NETWORKED = ("tests/cluster/", "tests/rendezvous/test_two_hosts.py")  # hosts of their own: one set of them at a time
-_STARTS = re.compile(r"run_cli|subprocess|start_on|Popen|launch\(|spawn\(|nbclient|nbformat")
+_STARTS = re.compile(r"run_cli|warm_start|subprocess|start_on|Popen|launch\(|spawn\(|nbclient|nbformat")
 # Started by the standard library for a whole session, on purpose.
 _SESSION_PROCESSES = ("multiprocessing.resource_tracker",)
 
@@ -69,7 +70,7 @@ def _nothing_is_left(_scratch: Path) -> Iterator[None]:
     ports = _listening_ports()
     yield
     deadline = time.monotonic() + 10
-    while (left := _our_processes() - processes - _idle_engine()) and time.monotonic() < deadline:
+    while (left := _our_processes() - processes - _idle_engine() - _idle_forkserver()) and time.monotonic() < deadline:
         time.sleep(0.05)
     described = [_describe(process) for process in left]
     for process in left:
@@ -93,6 +94,12 @@ def _idle_engine() -> set[psutil.Process]:
         below = engines[0].children(recursive=True)
         return {engines[0], *(process for process in below if os.getsid(process.pid) == engines[0].pid)}
     return set()
+
+
+def _idle_forkserver() -> set[psutil.Process]:
+    """What `warm_start` forks from; its forks have the same command, but another parent."""
+    children = _living_children(psutil.Process())
+    return {child for child in children if "multiprocessing.forkserver" in " ".join(child.cmdline())}
 
 
 def _living_children(process: psutil.Process) -> list[psutil.Process]:
@@ -165,38 +172,20 @@ def run_cli(tmp_path: Path) -> RunCli:
         *args: str, timeout_s: float = 200, env: dict[str, str] | None = None, program: tuple[str, ...] = ()
     ) -> subprocess.CompletedProcess[str]:
         command = [*(program or (sys.executable, str(ROOT / "run.py"))), *args]
-        return subprocess.run(
-            command,
-            cwd=tmp_path,
-            env=cli_environment() | (env or {}),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=timeout_s,
-            check=False,
-        )
+        return warm_start.run(command, timeout_s=timeout_s, cwd=tmp_path, env=cli_environment() | (env or {}))
 
     return run
 
 
 @pytest.fixture
-def start_cli(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+def start_cli(tmp_path: Path) -> Iterator[Callable[..., warm_start.Started]]:
     """Start ``python run.py ARGS`` in a session of its own and return it running; ended with the test."""
-    started: list[subprocess.Popen[str]] = []
+    started: list[warm_start.Started] = []
 
-    def start(*args: str, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
-        process = subprocess.Popen(
-            [sys.executable, str(ROOT / "run.py"), *args],
-            cwd=tmp_path,
-            env=cli_environment() | (env or {}),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        started.append(process)
-        return process
+    def start(*args: str, env: dict[str, str] | None = None) -> warm_start.Started:
+        command = [sys.executable, str(ROOT / "run.py"), *args]
+        started.append(warm_start.start(command, cwd=tmp_path, env=cli_environment() | (env or {})))
+        return started[-1]
 
     yield start
     for process in started:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import warm_start
 
 from conftest import ROOT, RunCli, cli_environment
 
@@ -33,7 +33,7 @@ def test_equal_weights_under_every_launcher(run_cli: RunCli, tmp_path: Path) -> 
         result_file = tmp_path / f"{'-'.join(flags)}.json"
         script = str(ROOT / "tests" / "support" / "probe_apps.py")
         command = [sys.executable, "-m", *flags, "--standalone", "--nproc-per-node=2", f"--log-dir={tmp_path / 'l'}"]
-        subprocess.run([*command, script, str(result_file)], env=cli_environment(), check=True, timeout=120)
+        warm_start.run([*command, script, str(result_file)], env=cli_environment(), timeout_s=120).check_returncode()
         two[" ".join(flags)] = json.loads(result_file.read_text())
     hashes = {name: result["hash"] for name, result in two.items()}
     assert len(set(hashes.values())) == 1, hashes

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 from hurt_run import Harm
+from warm_start import Started
 
-Start = Callable[..., subprocess.Popen[str]]
+Start = Callable[..., Started]
 
 
 def start_command(
     start_cli: Start, harm: Harm, run: Path, num_workers: int = 0, extra: tuple[str, ...] = ()
-) -> subprocess.Popen[str]:
+) -> Started:
     """Start ``run.py driver=torchrun app=certify`` on two ranks, one of which sends a signal."""
     return start_cli(
         "driver=torchrun",

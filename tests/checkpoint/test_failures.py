@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm_start
 
 from everyrank import current_world
 from everyrank.checkpoint.checkpointer import Checkpointer
@@ -26,7 +27,7 @@ PROGRAMS = Path(__file__).parent / "programs"
 
 def run_program(name: str, *args: object) -> str:
     command = [sys.executable, str(PROGRAMS / name), *map(str, args)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = warm_start.run(command, timeout_s=120)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from waiting import WAITS, wait_for
+from warm_start import Started
 
 from conftest import ROOT, RunCli, cli_environment
 from everyrank.cli.main import run
@@ -85,7 +86,7 @@ def test_mistakes_are_one_message_and_leave_nothing(
 
 
 def test_four_starts_at_once_get_four_folders(
-    tmp_path: Path, start_cli: Callable[..., subprocess.Popen[str]], run_cli: RunCli
+    tmp_path: Path, start_cli: Callable[..., Started], run_cli: RunCli
 ) -> None:
     arguments = ["driver=local", *WAITS]
     started = [start_cli(*arguments) for _ in range(4)]

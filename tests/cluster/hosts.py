@@ -15,6 +15,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import warm_start
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 NEEDED = ("ip", "nft", "nsenter", "unshare")
 
@@ -55,8 +57,7 @@ class Host:
 
     def command(self, argv: Sequence[str], cwd: str | Path = "/") -> list[str]:
         """``argv`` as it is started on this host; the process keeps its pid through all of it."""
-        enter = ["nsenter", f"--target={self.holder.pid}", "--net", "--uts", "--mount", "--"]
-        return [*enter, "sh", "-c", 'cd "$0" && exec "$@"', str(cwd), *argv]
+        return warm_start.on_host(self.holder.pid, argv, cwd)
 
     def run(self, *argv: str, timeout_s: float = 60) -> subprocess.CompletedProcess[str]:
         """Run a command on this host to its end."""
@@ -69,17 +70,10 @@ class Host:
         assert done.returncode == 0, f"{argv} on {self.name}: {done.stderr}"
         return done.stdout
 
-    def start(self, argv: Sequence[str], cwd: Path, env: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
+    def start(self, argv: Sequence[str], cwd: Path, env: Mapping[str, str] | None = None) -> warm_start.Started:
         """Start a command on this host, its two outputs in one."""
-        return subprocess.Popen(
-            self.command(argv, cwd),
-            env={**os.environ, "PYTHONPATH": str(ROOT / "tests" / "support"), **(env or {})},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
+        environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests" / "support"), **(env or {})}
+        return warm_start.start(argv, cwd=cwd, env=environment, host=self.holder.pid)
 
     def limit(self, rate_mbit: int) -> None:
         """Let this host send no more than so many Mbit/s."""

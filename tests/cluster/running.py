@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 
 import pytest
+from warm_start import Started
 
 PATIENCE_S = 200.0  # beside other workers on two cores everything takes its time
 
@@ -15,7 +16,7 @@ PATIENCE_S = 200.0  # beside other workers on two cores everything takes its tim
 class Running:
     """A command line that runs on a host; its output is collected as it comes."""
 
-    def __init__(self, process: subprocess.Popen[str], name: str) -> None:
+    def __init__(self, process: Started, name: str) -> None:
         self.process = process
         self.name = name
         self._lines: list[str] = []

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 from waiting import wait_for
+from warm_start import Started
 
 from conftest import RunCli
 from everyrank.diagnosis.flight import Collective
@@ -84,9 +85,7 @@ def test_a_rank_whose_first_word_comes_late_goes_on_reporting(run_cli: RunCli, t
     assert done.stdout.count("reports True") == 2, done.stdout + done.stderr
 
 
-def test_time_in_which_the_machine_slept_is_nobodys(
-    start_cli: Callable[..., subprocess.Popen[str]], tmp_path: Path
-) -> None:
+def test_time_in_which_the_machine_slept_is_nobodys(start_cli: Callable[..., Started], tmp_path: Path) -> None:
     """All processes are stopped just when the ranks have been asked what they do, for longer than a stall may last."""
     (tmp_path / "keeps_waiting.py").write_text(_KEEPS_WAITING)
     settings = ("driver=torchrun", "app=script", "run.dir=run", "watch.stall_s=6", "watch.end_after_s=12")

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from troubleshooting_page import ENTRIES, VERDICT
 from waiting import WAITS, rank_pids
+from warm_start import Started
 
 from conftest import ROOT, RunCli
 from everyrank.diagnosis.rank_files import tell_to_end
@@ -137,9 +138,7 @@ def test_each_attempt_keeps_its_verdict(run_cli: RunCli, tmp_path: Path) -> None
     assert "<h3>attempt 1</h3>" in page
 
 
-def test_the_stacks_of_a_live_run_are_shown(
-    run_cli: RunCli, start_cli: Callable[..., subprocess.Popen[str]], tmp_path: Path
-) -> None:
+def test_the_stacks_of_a_live_run_are_shown(run_cli: RunCli, start_cli: Callable[..., Started], tmp_path: Path) -> None:
     process = start_cli("driver=torchrun", *WAITS)
     os.kill(rank_pids(tmp_path / "told")[1], signal.SIGSTOP)
     done = run_cli("stacks", str(next(tmp_path.glob("outputs/*"))), program=_EVERYRANK)

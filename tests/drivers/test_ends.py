@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from waiting import WAITS, rank_pids, wait_gone
+from warm_start import Started
 
-StartCli = Callable[..., "subprocess.Popen[str]"]
+StartCli = Callable[..., Started]
 
 
 def ends(how: str) -> tuple[str, ...]:

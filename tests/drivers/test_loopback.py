@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 from waiting import WAITS, rank_pids, wait_for
+from warm_start import Started
 
 import everyrank
 from conftest import cli_environment
@@ -35,9 +36,7 @@ def family(pid: int) -> list[int]:
 
 
 @pytest.mark.parametrize("driver", ["local", "spawn", "torchrun", "launch"])
-def test_a_run_listens_on_loopback_only(
-    start_cli: Callable[..., subprocess.Popen[str]], tmp_path: Path, driver: str
-) -> None:
+def test_a_run_listens_on_loopback_only(start_cli: Callable[..., Started], tmp_path: Path, driver: str) -> None:
     process = start_cli(f"driver={driver}", *WAITS)
     rank_pids(tmp_path / "told", 1 if driver == "local" else 2)
     addresses = listening_addresses(family(process.pid))

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from waiting import wait_for, wait_gone
+from warm_start import Started
 
 STUCK = ("app=custom", "app._target_=probe_apps.StuckWithChildren", "+app.folder=told")
 
@@ -27,7 +27,7 @@ STUCK = ("app=custom", "app._target_=probe_apps.StuckWithChildren", "+app.folder
     ids=" ".join,
 )
 def test_nothing_of_a_run_outlives_its_launcher(
-    start_cli: Callable[..., subprocess.Popen[str]], tmp_path: Path, driver: tuple[str, ...]
+    start_cli: Callable[..., Started], tmp_path: Path, driver: tuple[str, ...]
 ) -> None:
     if driver == ("driver=mpi",) and shutil.which("mpirun") is None:
         pytest.skip("there is no mpirun here")
@@ -41,9 +41,7 @@ def test_nothing_of_a_run_outlives_its_launcher(
     assert wait_gone(pids, timeout_s=8) == []
 
 
-def test_a_rank_that_ends_takes_its_children_along(
-    start_cli: Callable[..., subprocess.Popen[str]], tmp_path: Path
-) -> None:
+def test_a_rank_that_ends_takes_its_children_along(start_cli: Callable[..., Started], tmp_path: Path) -> None:
     process = start_cli("driver=torchrun", *STUCK)
     for rank in (0, 1):
         wait_for(tmp_path / "told" / f"stuck-{rank}")

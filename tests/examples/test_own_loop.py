@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import warm_start
 
 from conftest import nightly
 
@@ -19,13 +19,10 @@ EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "own_loop.py"
 
 def run_campaign(folder: Path, seed: int, *attempts: object) -> tuple[dict, dict[str, torch.Tensor]]:
     folder.mkdir()
-    done = subprocess.run(
-        [sys.executable, CAMPAIGN, folder, str(seed), *map(str, attempts)],
-        capture_output=True,
-        text=True,
-        timeout=150,
+    done = warm_start.run(
+        [sys.executable, str(CAMPAIGN), str(folder), str(seed), *map(str, attempts)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=False,
+        timeout_s=150,
     )
     logs = "".join(file.read_text() for file in folder.glob("rank-*.log"))
     assert done.returncode == 0, done.stderr + logs

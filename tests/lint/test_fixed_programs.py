@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import warm_start
 
 from conftest import cli_environment, nightly
 from everyrank.cli.main import main
@@ -23,15 +24,7 @@ def program(tmp_path: Path) -> Path:
 
 def _start(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
     environment = {key: value for key, value in cli_environment().items() if key not in ("RANK", "WORLD_SIZE")}
-    return subprocess.run(
-        [sys.executable, *command],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=200,
-    )
+    return warm_start.run([sys.executable, *command], cwd=folder, env=environment, timeout_s=200)
 
 
 def _launchers(folder: Path) -> dict[str, tuple[list[str], int]]:

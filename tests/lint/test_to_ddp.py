@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import warm_start
 
 from everyrank.cli.main import main
 from everyrank.lint.engine import find
@@ -22,9 +22,7 @@ _TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"
 
 
 def _run(*command: str, folder: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, *command], cwd=folder, capture_output=True, text=True, check=False, timeout=200
-    )
+    done = warm_start.run([sys.executable, *command], cwd=folder, timeout_s=200)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

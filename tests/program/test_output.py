@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from waiting import wait_for, wait_gone
+from warm_start import Started
 
 from everyrank.program.output import wait_for_logs
 
@@ -59,7 +60,7 @@ def test_lines_of_two_ranks_do_not_run_into_each_other_on_a_full_console(tmp_pat
 
 @pytest.mark.parametrize("driver", ["torchrun", "spawn"])
 def test_a_console_that_is_read_late_shows_all_that_was_printed(
-    start_cli: Callable[..., subprocess.Popen[str]], tmp_path: Path, driver: str
+    start_cli: Callable[..., Started], tmp_path: Path, driver: str
 ) -> None:
     """More than a pipe holds of two ranks: they are gone before their last lines are taken."""
     (tmp_path / "prints.py").write_text(

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from warm_start import Started
 
 from conftest import RunCli, cli_environment
 from everyrank.launch_env.guard import STARTUP
@@ -284,9 +285,7 @@ def test_what_cannot_be_run_is_said_before_anything_starts(
     assert not (tmp_path / "outputs").exists()
 
 
-def test_ctrl_c_ends_a_script_and_leaves_nothing(
-    start_cli: Callable[..., subprocess.Popen[str]], tmp_path: Path
-) -> None:
+def test_ctrl_c_ends_a_script_and_leaves_nothing(start_cli: Callable[..., Started], tmp_path: Path) -> None:
     (tmp_path / "waits.py").write_text(
         "import os, time\nopen(f\"up-{os.environ['RANK']}\", 'w').close()\nwhile True:\n    time.sleep(0.1)\n"
     )

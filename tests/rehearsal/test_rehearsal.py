@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import warm_start
 
 import everyrank
 from conftest import nightly
@@ -24,14 +25,11 @@ TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 
 def _run(*command: str | Path, cwd: Path, **variables: str) -> str:
-    done = subprocess.run(
+    done = warm_start.run(
         [str(part) for part in command],
         cwd=cwd,
         env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "TMPDIR": str(cwd), **variables},
-        capture_output=True,
-        text=True,
-        timeout=250,
-        check=False,
+        timeout_s=250,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import socket
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from warm_start import Started
 
 from conftest import RunCli
 
@@ -36,7 +36,7 @@ def test_a_port_that_was_asked_for_is_used(run_cli: RunCli) -> None:
 
 
 @pytest.mark.slow
-def test_eight_runs_at_once_do_not_meet(start_cli: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
+def test_eight_runs_at_once_do_not_meet(start_cli: Callable[..., Started], tmp_path: Path) -> None:
     """The same command eight times in the same folder: eight ports, eight run folders."""
     processes = [start_cli("driver=torchrun", "app=hello_dist") for _ in range(8)]
     outputs = [process.communicate(timeout=250)[0] for process in processes]

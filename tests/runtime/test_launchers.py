@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import warm_start
 
 PROGRAM = """
 import json, os, signal, sys
@@ -40,7 +39,7 @@ def _launch(tmp_path: Path, *launcher: str, kill: int = 0) -> list[dict[str, Any
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
     command = [sys.executable, *launcher, f"--log-dir={tmp_path / 'logs'}", str(program), str(tmp_path), str(kill)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env={**os.environ})
+    done = warm_start.run(command, timeout_s=120)
     assert done.returncode == 0, done.stderr[-4000:]
     return [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2)]
 

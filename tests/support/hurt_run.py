@@ -139,7 +139,10 @@ def send(harm: Harm) -> None:
 
 def launcher() -> psutil.Process:
     """The process that a user started."""
-    above = reversed(psutil.Process().parents())
+    above = list(reversed(psutil.Process().parents()))
+    forks = [process for process in above if "multiprocessing.forkserver" in " ".join(process.cmdline())]
+    if forks:
+        return forks[1]  # see warm_start: the first is what it forks from
     return next(process for process in above if process.cmdline()[1:2] == [str(ROOT / "run.py")])
 
 

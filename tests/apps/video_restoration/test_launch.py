@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+import warm_start
 
 from conftest import nightly
 
@@ -40,14 +41,7 @@ Write = Callable[..., Path]
 
 
 def _start(*command: str, code: int = 0) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [sys.executable, *command],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    done = warm_start.run([sys.executable, *command], env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout_s=240)
     assert done.returncode == code, done.stdout + done.stderr
     return done
 
@@ -272,7 +266,7 @@ def test_the_house_entry_runs_the_same_options(single: Path, tmp_path: Path, cli
         *(sys.executable, str(ROOT / "run.py"), "driver=torchrun", "env=local", "app=video_restoration"),
         f"app.opt={write_options(options)}",
     ]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    done = warm_start.run(command, cwd=tmp_path, timeout_s=120)
     assert done.returncode == 0, done.stdout + done.stderr
     assert _curve(tmp_path) == pytest.approx(_curve(single)[:1], rel=TOLERANCE)
 
