@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import gc
 import multiprocessing
 import os
 import signal
@@ -185,6 +186,7 @@ def _fresh_path() -> list[str]:
 
 def _become(order: _Order, outputs: list[Connection]) -> None:
     """Be the program, from its arguments to its end; never returns."""
+    gc.freeze()  # else the first full collection visits, and so copies, every object that came with torch
     os.setsid()
     if order.host is not None:
         for namespace in _NAMESPACES.values():

@@ -52,15 +52,20 @@ def test_the_device_that_is_asked_for_is_the_current_one(answers: dict[str, Any]
     assert not missing["folder"]
 
 
-def test_a_checkpoint_waits_for_the_stream_that_wrote_each_tensor(answers: dict[str, Any]) -> None:
+def test_a_checkpoint_is_copied_after_its_writers_and_beside_the_training(answers: dict[str, Any]) -> None:
+    """A copy within the GPU on the stream that wrote each tensor, and from there to the host on another."""
     found = answers["in_which_order_a_snapshot_copies"]
-    assert found["calls"] == [
-        ["copy", "cuda:1", True],
-        ["copy", "cuda:0", True],
-        ["event", "cuda:1", True],
-        ["event", "cuda:0", False],
-    ]
-    assert found["same"]
+    first, again, without_room = found["calls"]
+    for device, calls in (("cuda:1", first[:4]), ("cuda:0", first[4:])):
+        assert calls == [
+            ["clone", device, "writer"],
+            ["wait", device, "writer", True],
+            ["copy", device, "side", True, False],
+            ["event", device, "side"],
+        ]
+    assert again == first
+    for device, calls in (("cuda:1", without_room[:2]), ("cuda:0", without_room[2:])):
+        assert calls == [["copy", device, "writer", True, True], ["event", device, "writer"]]
     assert found["pinned"]
     assert found["reused"], "memory is set aside once"
     assert found["values"] == [1.0, 1.0, 1.0]

@@ -15,6 +15,7 @@ from everyrank.checkpoint.tensor_file import Layout, lay_out
 
 Tensors = Mapping[str, torch.Tensor]
 _Piece = tuple[np.ndarray, np.ndarray]
+_Copy = tuple[torch.Tensor, torch.Tensor]
 
 # Bytes from which on torch would copy a tensor with several threads, bytes of a piece, pieces that are worth a thread,
 # and threads that fill memory's bandwidth.
@@ -22,6 +23,9 @@ _LARGE = 64 << 10
 _PIECE = 4 << 20
 _PIECES_A_THREAD = 16
 _MAX_THREADS = 4
+
+# Memory that a GPU must have to spare for a copy within it, in sizes of the copy: an allocator's memory is in pieces.
+_ROOM = 1.25
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,16 +57,18 @@ class _Buffer:
         return data.view(tensor.dtype).view(tensor.shape)
 
     def fill(self, tensors: Tensors) -> list[_Piece]:
-        """Copy the tensors, or start to; return the large plain copies, which are left to ``_copy``."""
+        """Copy what is in host memory; return the large plain copies, which are left to ``_copy``."""
         pieces: list[_Piece] = []
         for name, tensor in tensors.items():
+            if tensor.is_cuda:
+                continue
             if tensor.is_cpu and tensor.nbytes >= _LARGE and tensor.is_contiguous() and not tensor.is_complex():
                 begin = self.layout.offsets[name]
                 target = self.data[begin : begin + tensor.nbytes].numpy()
                 source = tensor.detach().reshape(-1).view(torch.uint8).numpy()
                 pieces += [(target[i : i + _PIECE], source[i : i + _PIECE]) for i in range(0, tensor.nbytes, _PIECE)]
             else:
-                self.views[name].copy_(tensor, non_blocking=tensor.is_cuda)
+                self.views[name].copy_(tensor)
         return pieces
 
 
@@ -75,6 +81,7 @@ class Snapshot:
 
     def __init__(self) -> None:
         self._buffers: dict[str, _Buffer] = {}
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._copied: list[torch.cuda.Event] = []  # one for each GPU that tensors were copied from
 
     def prepare(self, groups: Mapping[str, Tensors]) -> None:
@@ -87,30 +94,54 @@ class Snapshot:
     def take(self, groups: Mapping[str, Tensors]) -> dict[str, Group]:
         """Copy the tensors. Copies from a GPU are only started; ``synchronize`` waits for them.
 
-        A GPU's tensors are copied on its current stream, which must be the one that wrote them: the copies come after
-        what wrote the tensors, and before what the caller queues there afterwards, such as the next optimizer step. A
-        stream of their own would gain nothing: whatever may write a tensor next (a step, an average put in its place,
-        the statistics of a forward pass) would have to wait for the copies all the same, or tear the checkpoint.
+        A GPU's tensors are first copied within its memory, on its current stream, which must be the one that wrote
+        them: after what wrote the tensors, and before what the caller queues there next, such as an optimizer step, so
+        nobody can tear the checkpoint. From there they go to host memory on a stream of their own, beside the training.
+        Where training needs the GPU's memory for itself, they go to host memory at once, on the training's stream.
         Shared, strided and empty tensors are each stored as what they look like.
 
         Raises:
             CheckpointError: If a tensor cannot be stored.
         """
         self.prepare(groups)
+        on_gpus: dict[torch.device, list[_Copy]] = {}
+        for group, tensors in groups.items():
+            for name, tensor in tensors.items():
+                if tensor.is_cuda:
+                    copy = (self._buffers[group].views[name], tensor.detach())
+                    on_gpus.setdefault(tensor.device, []).append(copy)
         with torch.no_grad():
+            self._copied = [self._start(device, copies) for device, copies in on_gpus.items()]
             _copy([piece for group, tensors in groups.items() for piece in self._buffers[group].fill(tensors)])
-        every = (tensor for tensors in groups.values() for tensor in tensors.values())
-        devices = dict.fromkeys(tensor.device for tensor in every if tensor.is_cuda)
-        # Not of the current device alone: a tensor's copy runs on the stream of the device that the tensor is on.
-        self._copied = [_record(torch.cuda.current_stream(device)) for device in devices]
         return {
             group: Group(header=self._buffers[group].layout.header, data=self._buffers[group].data) for group in groups
         }
+
+    def _start(self, device: torch.device, copies: list[_Copy]) -> torch.cuda.Event:
+        """Start copies from one GPU, on the streams of that GPU, whichever is the current one."""
+        stream = torch.cuda.current_stream(device)
+        if _has_room(device, sum(tensor.nbytes for _, tensor in copies)):
+            copies = [(target, tensor.clone()) for target, tensor in copies]
+            if device not in self._streams:
+                self._streams[device] = torch.cuda.Stream(device)
+            self._streams[device].wait_stream(stream)
+            stream = self._streams[device]
+        with torch.cuda.stream(stream):
+            for target, tensor in copies:
+                target.copy_(tensor, non_blocking=True)
+                tensor.record_stream(stream)  # its memory is not given to another before that
+        return _record(stream)
 
     def synchronize(self) -> None:
         """Wait until the copies of the last ``take`` are in host memory. May be called from another thread."""
         for event in self._copied:
             event.synchronize()
+
+
+def _has_room(device: torch.device, num_bytes: int) -> bool:
+    """Whether a GPU has so much memory beyond the most that this process has needed of it at a time."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.max_memory_allocated(device) >= _ROOM * num_bytes
 
 
 def _record(stream: torch.cuda.Stream) -> torch.cuda.Event:

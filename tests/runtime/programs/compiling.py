@@ -61,7 +61,7 @@ def compile_after_training():
 def choose_a_reducer():
     torch._dynamo.config.optimize_ddp = "python_reducer"
     model = DistributedDataParallel(torch.nn.Linear(2, 2))
-    return len(model._accum_grad_hooks)  # the one thing that tells which reducer it is
+    return len(model._accum_grad_hooks)  # noqa: ER302 (the one thing that tells which reducer it is)
 
 
 def use_names():

@@ -83,35 +83,65 @@ def a_device_that_is_not_there(folder: Path) -> dict[str, Any]:
 def in_which_order_a_snapshot_copies(folder: Path) -> dict[str, Any]:
     """Tensors on both devices, the second's on a stream of its own, copied while the first device is current."""
     calls: list[list[Any]] = []
-    event, copy = torch.cuda.Event.record, Tensor.copy_
+    written = {}
+
+    def on(device: torch.device) -> str:
+        return "writer" if torch.cuda.current_stream(device) == written[device.index] else "side"
 
     def record(self: Any, stream: Any = None) -> None:
-        calls.append(["event", str(stream.device), stream == side])
-        event(self, stream)
+        calls.append(["event", str(stream.device), "writer" if stream == written[stream.device.index] else "side"])
+        real[torch.cuda.Event, "record"](self, stream)
+
+    def wait_stream(self: Any, stream: Any) -> None:
+        waits_for = "writer" if stream == written[stream.device.index] else "side"
+        calls.append(["wait", str(self.device), waits_for, self != stream])
+        real[torch.cuda.Stream, "wait_stream"](self, stream)
+
+    def clone(self: Tensor, **kwargs: Any) -> Tensor:
+        if self.is_cuda:
+            calls.append(["clone", str(self.device), on(self.device)])
+        return real[Tensor, "clone"](self, **kwargs)
 
     def copy_(self: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
-        calls.append(["copy", str(source.device), non_blocking])
-        return copy(self, source, non_blocking)
+        is_itself = source.data_ptr() in (x.data_ptr(), y.data_ptr())
+        calls.append(["copy", str(source.device), on(source.device), non_blocking, is_itself])
+        return real[Tensor, "copy_"](self, source, non_blocking)
 
+    spies: dict[tuple[Any, str], Any] = {
+        (torch.cuda.Event, "record"): record,
+        (torch.cuda.Stream, "wait_stream"): wait_stream,
+        (Tensor, "clone"): clone,
+        (Tensor, "copy_"): copy_,
+    }
+    real = {(owner, name): getattr(owner, name) for owner, name in spies}
     torch.cuda.set_device(0)
     side = torch.cuda.Stream(1)
-    torch.cuda.Event.record, Tensor.copy_ = record, copy_  # type: ignore[method-assign]
+    x, y = torch.ones(3, device="cuda:1"), torch.full((2,), 2.0, device="cuda:0")
+    groups = {"a": {"x": x}, "b": {"y": y}}
+    snapshot, mem_get_info = Snapshot(), torch.cuda.mem_get_info
+    found: dict[str, Any] = {}
     try:
-        groups = {"a": {"x": torch.ones(3, device="cuda:1")}, "b": {"y": torch.full((2,), 2.0, device="cuda:0")}}
-        snapshot = Snapshot()
         with torch.cuda.stream(side):
             torch.cuda.set_device(0)
-            taken = [snapshot.take(groups) for _ in range(2)]
+            written.update({0: torch.cuda.current_stream(0), 1: side})
+            for (owner, name), spy in spies.items():
+                setattr(owner, name, spy)
+            taken = []
+            for free in (10**15, 10**15, -(10**15)):
+                torch.cuda.mem_get_info = lambda device=None, free=free: (free, 10**15)  # type: ignore[assignment]
+                calls.clear()
+                taken.append(snapshot.take(groups))
+                found.setdefault("calls", []).append(list(calls))
         snapshot.synchronize()
     finally:
-        torch.cuda.Event.record, Tensor.copy_ = event, copy  # type: ignore[method-assign]
-    first, second = (group["a"].data for group in taken)
-    return {
-        "calls": calls[: len(calls) // 2],
-        "same": calls[: len(calls) // 2] == calls[len(calls) // 2 :],
+        torch.cuda.mem_get_info = mem_get_info
+        for (owner, name), original in real.items():
+            setattr(owner, name, original)
+    first, *_, last = (group["a"].data for group in taken)
+    return found | {
         "pinned": first.is_pinned(),
-        "reused": first.data_ptr() == second.data_ptr(),
-        "values": second.view(torch.float32).tolist(),
+        "reused": first.data_ptr() == last.data_ptr(),
+        "values": last.view(torch.float32).tolist(),
     }
 
 
