@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import warm_start
 
 ROOT = Path(__file__).parent.parent.parent
 STANDALONE = ROOT / "examples" / "train_ddp_standalone.py"
@@ -23,9 +24,8 @@ def free_port() -> str:
 
 
 def run(*command: object) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    words = [sys.executable, *map(str, command)]
-    return subprocess.run(words, env=environment, capture_output=True, text=True, check=False, timeout=120)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return warm_start.run([sys.executable, *map(str, command)], env=environment, timeout_s=120)
 
 
 def results(folder: Path) -> list[dict[str, float]]:

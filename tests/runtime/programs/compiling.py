@@ -1,8 +1,9 @@
 """Trains, and says what came of it and whether torch's compiler was imported before.
 
-python compiling.py plain|compile|reducer|names FILE_TO_MEET_AT
+python compiling.py FILE_TO_MEET_AT
 """
 
+import gc
 import json
 import sys
 
@@ -72,13 +73,12 @@ def use_names():
     return [torch._dynamo.of_the_user, torch._dynamo is module, config is module.config, utils is module.utils]
 
 
-def main(what, meeting):
+def main(meeting):
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=0, world_size=1)
-    trained = plain()
-    was_imported = COMPILER in sys.modules
-    dist.barrier()
-    ways = {"compile": compile_after_training, "reducer": choose_a_reducer, "names": use_names}
-    print(json.dumps({"imported": was_imported, "plain": trained, "then": ways[what]() if what in ways else None}))
+    trained = plain(), gc.isenabled()
+    said = {"imported": COMPILER in sys.modules, "plain": trained, "names": use_names()}
+    said |= {"compiled": compile_after_training(), "reducer": choose_a_reducer()}
+    print(json.dumps(said))
     dist.destroy_process_group()
 
 
