@@ -15,7 +15,7 @@ Where no launcher holds the store (``mpirun``, ``srun``, Ray), rank 0 of a plain
 every address of the machine. If all ranks are on this machine, the store gets a socket that listens on 127.0.0.1 alone.
 
 Optimizers and DistributedDataParallel import torch's compiler when they are made, only to tell it what it may not
-compile: two seconds of a core, and a hundred megabytes, in each rank. Here it is imported when something needs it.
+compile: two seconds of a core, and seventy megabytes, in each rank. Here it is imported when something needs it.
 
 This file needs neither torch nor the rest of everyrank: ``startup/sitecustomize.py`` loads it by its path, in every
 Python program that we start.
@@ -232,22 +232,48 @@ def _compile_on_demand(torch: Any) -> None:
         return
     import inspect
 
-    functions = []
-    for module, name in _LEFT_ALONE:
-        function: Any = sys.modules.get(module)
-        for part in name.split("."):
-            function = getattr(function, part, None)
-        if function is not None:
-            functions.append(inspect.unwrap(function))
-    for function in functions:
+    functions: list[Any] = []
+
+    def leave_alone(function: Any) -> None:
         function.__dynamo_disable = function  # where torch keeps what the compiler makes of it
+        functions.append(function)
+
+    for module, name in _LEFT_ALONE:
+        found: Any = sys.modules.get(module)
+        for part in name.split("."):
+            found = getattr(found, part, None)
+        if found is not None:
+            leave_alone(inspect.unwrap(found))
     optimizers: list[Any] = [cls for cls in vars(torch.optim).values() if isinstance(cls, type)]
     for optimizer in optimizers:
         step = vars(optimizer).get("step")
         if _COMPILER in getattr(getattr(step, "__code__", None), "co_names", ()):
             optimizer.step = _step_without_compiler(torch, step)
     vars(torch)["_dynamo"] = _OnDemand(_COMPILER, utils=_OnDemand(f"{_COMPILER}.utils", get_optimize_ddp_mode=_mode))
-    sys.meta_path.insert(0, _BeforeCompiler(torch, functions))
+    decorate = torch._disable_dynamo
+    torch._disable_dynamo = _marking(decorate, leave_alone)
+
+    def undo() -> None:
+        vars(torch).pop("_dynamo", None)
+        torch._disable_dynamo = decorate
+        for function in functions:
+            vars(function).pop("__dynamo_disable", None)
+
+    sys.meta_path.insert(0, _BeforeCompiler(undo))
+
+
+def _marking(decorate: Any, leave_alone: Callable[[Any], None]) -> Any:
+    """torch's decorator for what the compiler must leave alone, for modules that are imported from now on."""
+    import functools
+
+    @functools.wraps(decorate)
+    def decorated(fn: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if fn is None:
+            return functools.partial(decorated, *args, **kwargs)
+        leave_alone(fn)
+        return decorate(fn, *args, **kwargs)
+
+    return decorated
 
 
 def _step_without_compiler(torch: Any, step: Any) -> Any:
@@ -291,13 +317,10 @@ def _import(name: str) -> Any:
 class _BeforeCompiler:
     """Undoes what stands in for the compiler, just before its import."""
 
-    def __init__(self, torch: Any, functions: list[Any]) -> None:
-        self._torch = torch
-        self._functions = functions
+    def __init__(self, undo: Callable[[], None]) -> None:
+        self._undo = undo
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> None:
         if name == _COMPILER and self in sys.meta_path:
             sys.meta_path.remove(self)
-            vars(self._torch).pop("_dynamo", None)
-            for function in self._functions:
-                vars(function).pop("__dynamo_disable", None)
+            self._undo()

@@ -18,7 +18,6 @@ from everyrank import (
     setup_logging,
     strip_legacy_arguments,
 )
-from everyrank.apps.video_restoration.app import run_options
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             setup_logging(rank)
             for notice in notices if world.is_main else ():
                 logger.info(notice)
+            from everyrank.apps.video_restoration.app import run_options  # seconds, which a mistake above need not wait
+
             result = run_options(given.opt, world)
             if world.is_main:
                 print(json.dumps(result), flush=True)

@@ -32,6 +32,7 @@ PRIVATE_NAMES = (
     "torch.distributed.distributed_c10d:_abort_process_group",
     "torch.distributed.distributed_c10d:_get_default_store",
     "torch.distributed:set_debug_level_from_env",
+    "torch:_disable_dynamo",
     "torch._dynamo:optimize",
     "torch._dynamo.guards:recompiles_log",
     "torch._logging._internal:log_state.enable_artifact",

@@ -30,7 +30,8 @@ LOG2_E = math.log2(math.e)
 Region = tuple[tuple[slice, slice, slice], Tensor | None]
 
 
-@torch.compiler.disable  # the compiler would unroll the loop over chunks
+# The compiler would unroll the loop over chunks. torch.compiler.disable would import it here, two seconds' work.
+@torch._disable_dynamo
 def chunked_attention(
     qkv: Tensor, bias: Tensor | None, regions: list[Region], scale: float, *, frames: int = 1
 ) -> Tensor:

@@ -18,7 +18,8 @@ from torch.ops import aten
 CHUNK_NUMBERS = 1 << 19  # samples made at a time: 2 MiB of float32
 
 
-@torch.compiler.disable  # the compiler would unroll the loop over chunks
+# The compiler would unroll the loop over chunks. torch.compiler.disable would import it here, two seconds' work.
+@torch._disable_dynamo
 def chunked_deform(
     features: Tensor,
     sources: Tensor,
