@@ -20,7 +20,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
-from typing import Any, TextIO
+from typing import TextIO
 
 from everyrank.elastic.process.fresh import as_if_fresh, finish, read_too_early
 from everyrank.elastic.process.surroundings import Surroundings
@@ -64,7 +64,8 @@ class Forked:
     def returncode(self) -> int | None:
         return self._process.exitcode
 
-    poll = returncode.fget
+    def poll(self) -> int | None:
+        return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
         self._process.join(timeout)
@@ -160,7 +161,8 @@ def run(
         process.kill()
         process.communicate()
         raise
-    return subprocess.CompletedProcess(list(command), process.returncode or 0, stdout, stderr)
+    assert process.returncode is not None
+    return subprocess.CompletedProcess(list(command), process.returncode, stdout, stderr)
 
 
 def _forks(command: Sequence[str], env: Mapping[str, str]) -> bool:
@@ -168,8 +170,14 @@ def _forks(command: Sequence[str], env: Mapping[str, str]) -> bool:
     python, first, *_ = command
     is_program = first == "-m" or first.endswith(".py")
     starts_plain = not any(os.path.exists(os.path.join(folder, "sitecustomize.py")) for folder in _python_path(env))
-    is_obeyed = not read_too_early(os.environ, env)
+    is_obeyed = not read_too_early(_at_start(), env)
     return sys.platform == "linux" and python == sys.executable and is_program and starts_plain and is_obeyed
+
+
+@functools.cache
+def _at_start() -> dict[str, str]:
+    """The environment in which the process that is forked starts, with the first of its forks."""
+    return dict(os.environ)
 
 
 def _python_path(env: Mapping[str, str]) -> list[str]:
@@ -206,9 +214,11 @@ def _become(order: _Order, outputs: list[Connection]) -> None:
     sys.path[:] = order.sys_path
     order.surroundings.enter()
     as_if_fresh()
-    arguments: Any = order.arguments
     try:
-        run_module(arguments[1:]) if arguments[0] == "-m" else run_script(arguments)
+        if order.arguments[0] == "-m":
+            run_module(order.arguments[1:])
+        else:
+            run_script(order.arguments)
     except BaseException as error:
         finish(error)
     finish(None)
