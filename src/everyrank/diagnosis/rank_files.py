@@ -122,12 +122,9 @@ def ask_for_reports(attempt: str, thoroughly: bool = True) -> int:
     Returns:
         The number of the request, which the reports then carry.
     """
-    path = request_file(attempt)
-    with contextlib.suppress(FileNotFoundError):
-        with open(path, "w", encoding="ascii") as file:
-            file.write("thoroughly" if thoroughly else "")
-        return os.stat(path).st_mtime_ns
-    return 0
+    with contextlib.suppress(FileNotFoundError), open(request_file(attempt), "w", encoding="ascii") as file:
+        file.write("thoroughly" if thoroughly else "")
+    return newest_request(attempt)
 
 
 def newest_request(attempt: str) -> int:

@@ -233,10 +233,13 @@ def _compile_on_demand(torch: Any) -> None:
     import inspect
 
     functions: list[Any] = []
+    stand_in = _OnDemand(_COMPILER, utils=_OnDemand(f"{_COMPILER}.utils", get_optimize_ddp_mode=_mode))
+    vars(torch)["_dynamo"] = stand_in
 
     def leave_alone(function: Any) -> None:
-        function.__dynamo_disable = function  # where torch keeps what the compiler makes of it
-        functions.append(function)
+        if vars(torch).get("_dynamo") is stand_in:  # the decorator below may be held, and used, for longer
+            function.__dynamo_disable = function  # where torch keeps what the compiler makes of it
+            functions.append(function)
 
     for module, name in _LEFT_ALONE:
         found: Any = sys.modules.get(module)
@@ -249,7 +252,6 @@ def _compile_on_demand(torch: Any) -> None:
         step = vars(optimizer).get("step")
         if _COMPILER in getattr(getattr(step, "__code__", None), "co_names", ()):
             optimizer.step = _step_without_compiler(torch, step)
-    vars(torch)["_dynamo"] = _OnDemand(_COMPILER, utils=_OnDemand(f"{_COMPILER}.utils", get_optimize_ddp_mode=_mode))
     decorate = torch._disable_dynamo
     torch._disable_dynamo = _marking(decorate, leave_alone)
 

@@ -73,10 +73,21 @@ def use_names():
     return [torch._dynamo.of_the_user, torch._dynamo is module, config is module.config, utils is module.utils]
 
 
+def is_looked_at(decorate):
+    """Whether the compiler would look at a function that a decorator taken before its import is to keep it from."""
+
+    def function(): ...
+
+    decorate(function)
+    return hasattr(function, "__dynamo_disable")
+
+
 def main(meeting):
+    decorate = torch._disable_dynamo
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=0, world_size=1)
     trained = plain(), gc.isenabled()
     said = {"imported": COMPILER in sys.modules, "plain": trained, "names": use_names()}
+    said |= {"looked_at": is_looked_at(decorate)}
     said |= {"compiled": compile_after_training(), "reducer": choose_a_reducer()}
     print(json.dumps(said))
     dist.destroy_process_group()

@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             setup_logging(rank)
             for notice in notices if world.is_main else ():
                 logger.info(notice)
-            from everyrank.apps.video_restoration.app import run_options  # seconds, which a mistake above need not wait
+            from everyrank.apps.video_restoration.app import run_options  # after the cures that join brings
 
             result = run_options(given.opt, world)
             if world.is_main:
