@@ -50,7 +50,7 @@ def _scratch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("scratch")
     previous = tempfile.tempdir, os.environ.get("TMPDIR")
     tempfile.tempdir = os.environ["TMPDIR"] = str(folder)
-    # torch's compiler makes its cache folder as soon as it is imported, which DistributedDataParallel does.
+    # torch's compiler makes its cache folder as soon as it is imported, which a bare DistributedDataParallel does.
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("compiler")))
     yield folder
     if engine_pool := sys.modules.get("everyrank.elastic.engine_pool"):

@@ -24,7 +24,7 @@ from everyrank.checkpoint.checkpointer import read_checkpoint
 from everyrank.checkpoint.folder import list_checkpoints
 from everyrank.errors import RankFailedError
 
-PRELOAD = ("everyrank.apps.train", "hurt_run", "torch._dynamo")
+PRELOAD = ("everyrank.apps.train", "hurt_run")
 PLACES = ("training", "optimizer", "validation", "writing", "renaming")
 # How far into a launch a kill may come: three of them still leave the run unfinished, so that none is in vain.
 LATEST = {"training": 9, "optimizer": 9, "validation": 2, "writing": 14, "renaming": 8}

@@ -22,7 +22,7 @@ from campaign.starting import Start, start_command
 from conftest import nightly
 from everyrank.certification.evidence import Evidence
 
-PRELOAD = ("everyrank.apps.train", "hurt_run", "torch._dynamo")
+PRELOAD = ("everyrank.apps.train", "hurt_run")
 GRACE_S = 30  # what Slurm leaves between its SIGTERM and its SIGKILL
 SIGNALS = itertools.cycle(("SIGTERM", "SIGUSR1", "SIGINT", "SIGUSR2"))
 PLACES = {"training": Harm("training", 6, rank=1), "validation": Harm("validation", 2), "saving": Harm("fsync", 9)}

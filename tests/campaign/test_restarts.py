@@ -22,7 +22,7 @@ def test_a_killed_rank_is_named_and_all_go_on_from_the_last_checkpoint(start_cli
         place: start_command(start_cli, harm, tmp_path / place, extra=("driver.max_restarts=2",))
         for place, harm in harms.items()
     }
-    everyrank.launch(hurt_run.train, tmp_path / "uninterrupted", preload=("everyrank.apps.train", "torch._dynamo"))
+    everyrank.launch(hurt_run.train, tmp_path / "uninterrupted", preload=("everyrank.apps.train",))
     uninterrupted = Evidence.of(tmp_path / "uninterrupted")
     for place, process in processes.items():
         output, _ = process.communicate(timeout=120)

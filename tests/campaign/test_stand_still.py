@@ -10,7 +10,7 @@ import torch
 import everyrank
 from everyrank.checkpoint.checkpointer import read_checkpoint
 
-PRELOAD = ("everyrank.apps.train", "hurt_run", "torch._dynamo")
+PRELOAD = ("everyrank.apps.train", "hurt_run")
 CHANGES = {"checkpoint_every_steps": 4, "keep_last": 20}
 
 

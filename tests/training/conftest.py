@@ -12,7 +12,7 @@ import pytest
 import everyrank
 
 PROGRAMS = str(Path(__file__).parent / "programs")
-# DistributedDataParallel imports the compiler; without a preload each rank of each launch would import all of it again.
+# FSDP2 imports the compiler; without a preload each rank of each launch would import all of it again.
 _PRELOAD = ("everyrank.training.trainer", "torch._dynamo", "torch.distributed.fsdp")
 
 
