@@ -103,7 +103,6 @@ def _contenders() -> dict[str, list[str]]:
     return {
         "torchrun --max-restarts=1": [*torchrun, "--max-restarts=1", "--log-dir=FOLDER", "kill_train.py", "FOLDER"],
         "driver=torchrun": ours,
-        "driver=torchrun, app.preload": [*ours, "+app.preload=[torch._dynamo]"],
     }
 
 

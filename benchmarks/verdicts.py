@@ -194,7 +194,6 @@ def run_ours(fault: dict[str, Any]) -> dict[str, Any]:
         argv = [
             *settings,
             limit,
-            "+app.preload=[torch._dynamo]",
             "app=script",
             "--",
             *words,

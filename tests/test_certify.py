@@ -6,18 +6,37 @@ import random
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from conftest import RunCli
-from everyrank.certification.launchers import Launcher
+from everyrank.certification.evidence import Evidence
+from everyrank.certification.launchers import Launcher, find_launchers
 from everyrank.certification.trial import Trial, carry_out
 
 CERTIFY = (sys.executable, "-m", "everyrank", "certify")
 
 
 @pytest.mark.slow
+def test_a_run_that_is_killed_goes_on_at_another_size_and_its_evidence_shows_both(tmp_path: Path) -> None:
+    torchrun = next(launcher for launcher in find_launchers()[0] if launcher.name == "driver=torchrun")
+    overrides = ["app=certify", f"env.data_dir={tmp_path / 'data'}"]
+    trial = Trial(torchrun, (2, 1), "SIGKILL rank", 1)
+    run, num_delivered = carry_out(trial, tmp_path / "run", overrides, random.Random(3))
+    assert num_delivered == 1
+    evidence = Evidence.of(run)
+    assert evidence.world_sizes == (2, 1)
+    assert evidence.uses == {epoch: dict.fromkeys(evidence.uses[0], 1) for epoch in range(3)}
+    assert len(evidence.uses[0]) == 103
+    assert evidence.exactly_once(evidence)
+    lost = evidence.uses[1].copy()
+    del lost[next(iter(lost))]
+    assert not replace(evidence, uses=evidence.uses | {1: lost}).exactly_once(evidence)
+
+
+@pytest.mark.nightly
 def test_kills_and_resizes_leave_every_sample_exactly_once(run_cli: RunCli) -> None:
     # Killed loader processes leave their folders of sockets, whose names must be short.
     with tempfile.TemporaryDirectory(prefix="c-", dir="/var/tmp") as folder:

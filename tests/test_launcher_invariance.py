@@ -29,7 +29,7 @@ def test_equal_weights_under_every_launcher(run_cli: RunCli, tmp_path: Path) -> 
         name: result_of(run_cli, tmp_path, f"driver={name}", "driver.nproc_per_node=2")
         for name in ("spawn", "torchrun", "launch")
     }
-    for flags in (["torch.distributed.run"], ["torch.distributed.launch"], ["torch.distributed.launch", "--use-env"]):
+    for flags in (["torch.distributed.run"], ["torch.distributed.launch"]):
         result_file = tmp_path / f"{'-'.join(flags)}.json"
         script = str(ROOT / "tests" / "support" / "probe_apps.py")
         command = [sys.executable, "-m", *flags, "--standalone", "--nproc-per-node=2", f"--log-dir={tmp_path / 'l'}"]

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from cluster.running import PATIENCE_S, Running, wait_for
+from conftest import nightly
 from everyrank.training.saving.ledger import read_ledger
 
 pytestmark = pytest.mark.cluster
@@ -47,7 +48,8 @@ def test_a_shell_in_a_terminal_of_srun_is_no_run(start_on: Start, slurm: dict[st
     assert "rank 0 of 1 by python: 0" in shell.output
 
 
-@pytest.mark.parametrize("task_per", ["node", "rank"])
+# A task a rank is asked by test_scripts.py.
+@pytest.mark.parametrize("task_per", ["node", nightly("rank")])
 def test_driver_slurm_runs_a_job_and_shows_rank_0(start_on: Start, slurm: dict[str, str], task_per: str) -> None:
     launch = start_on(
         0,

@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from cluster.running import PATIENCE_S, Running, wait_for
+from conftest import nightly
 
 pytestmark = pytest.mark.cluster
 Start = Callable[..., Running]
@@ -44,7 +45,7 @@ def test_a_failure_names_the_rank_and_a_host_without_login_is_named(start_on: St
     assert "driver.hosts names node9, but ssh could not start anything there, or lost it" in lost.output
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("signum", [nightly(signal.SIGINT), signal.SIGKILL])
 def test_the_nodes_end_with_the_command(start_on: Start, login: str, tmp_path: Path, signum: int) -> None:
     folder = tmp_path / "job"
     folder.mkdir()

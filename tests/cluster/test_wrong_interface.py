@@ -11,7 +11,7 @@ import pytest
 
 from cluster.hosts import Host
 from cluster.running import Running
-from conftest import RunCli
+from conftest import RunCli, nightly
 
 pytestmark = pytest.mark.cluster
 Start = Callable[..., Running]
@@ -24,7 +24,7 @@ LAUNCHERS = {
 }
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("launcher", ["python", "torchrun", nightly("mpirun")])
 def test_on_one_machine(run_cli: RunCli, tmp_path: Path, launcher: str) -> None:
     if launcher == "mpirun" and shutil.which("mpirun") is None:
         pytest.skip("mpirun not installed (scripts/install_cluster_tools.sh installs it)")
@@ -51,21 +51,24 @@ def bare_interface(hosts: list[Host]) -> Iterator[str]:
     hosts[2].must("ip", "link", "del", "bare0")
 
 
-def test_tasks_of_srun_on_two_nodes(start_on: Start, slurm: dict[str, str], bare_interface: str) -> None:
+@pytest.mark.parametrize("interfaces", [("eth1",), nightly(("lo", "bare0"))])
+def test_tasks_of_srun_on_two_nodes(
+    start_on: Start, slurm: dict[str, str], bare_interface: str, interfaces: tuple[str, ...]
+) -> None:
     """Set on node2 only, told by both tasks at once, which end with exit code 2."""
-    steps = {}
-    for interface in ("eth1", "lo", bare_interface):
-        only_there = f'[ "$SLURM_NODEID" = 1 ] && export GLOO_SOCKET_IFNAME={interface}; exec "$0" -c "$1"'
-        task = ("bash", "-c", only_there, sys.executable, JOINS)
-        steps[interface] = start_on(0, "-N2", "-n2", *task, program=("srun",), env=slurm)
-    for interface, found in {
+    found = {
         "eth1": "there is no interface eth1 there, but lo, eth0. Did you mean 'eth0'?",
         "lo": "the loopback leads to no other node.",
         bare_interface: "the interface bare0 has no address there; lo, eth0 have.",
-    }.items():
-        tasks = steps[interface]
+    }
+    steps = {}
+    for interface in interfaces:
+        only_there = f'[ "$SLURM_NODEID" = 1 ] && export GLOO_SOCKET_IFNAME={interface}; exec "$0" -c "$1"'
+        task = ("bash", "-c", only_there, sys.executable, JOINS)
+        steps[interface] = start_on(0, "-N2", "-n2", *task, program=("srun",), env=slurm)
+    for interface, tasks in steps.items():
         assert tasks.wait() == 2, tasks.output
-        assert f"GLOO_SOCKET_IFNAME={interface} was set on node2, but {found}" in tasks.output
+        assert f"GLOO_SOCKET_IFNAME={interface} was set on node2, but {found[interface]}" in tasks.output
         assert "Fix: unset it (then eth0 is used, which leads to node1)" in tasks.output
         assert "Traceback" not in tasks.output
         assert "joined" not in tasks.output

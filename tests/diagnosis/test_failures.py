@@ -12,7 +12,7 @@ import pytest
 from waiting import WAITS, rank_pids, wait_gone
 from warm_start import Started
 
-from conftest import RunCli
+from conftest import RunCli, nightly
 from everyrank.diagnosis.judging.crashes import judge_crash
 from everyrank.diagnosis.outcome import RankFailure
 from everyrank.diagnosis.rank.record import record_error
@@ -21,7 +21,7 @@ from everyrank.diagnosis.verdict import UNDECIDED
 from everyrank.errors import RankFailedError
 
 
-@pytest.mark.parametrize("driver", ["torchrun", "spawn", "launch"])
+@pytest.mark.parametrize("driver", ["torchrun", "spawn", nightly("launch")])
 def test_an_exception_is_blamed_on_the_rank_that_raised_it(run_cli: RunCli, tmp_path: Path, driver: str) -> None:
     done = run_cli(f"driver={driver}", "app=custom", "app._target_=probe_apps.RaisesOnRank", "+app.guilty=1")
     assert done.returncode == 1
@@ -76,7 +76,7 @@ def test_a_killed_rank_is_named_and_the_other_is_ended(run_cli: RunCli) -> None:
     assert "rank 1 of 2 failed: killed by SIGKILL" in done.stderr
 
 
-@pytest.mark.parametrize("start_method", ["forkserver", "spawn"])
+@pytest.mark.parametrize("start_method", ["forkserver", nightly("spawn")])
 def test_max_restarts_starts_the_group_again(run_cli: RunCli, start_method: str) -> None:
     done = run_cli(
         "driver=torchrun",
@@ -104,7 +104,7 @@ def test_a_mistake_of_the_user_is_one_message_and_is_not_retried(run_cli: RunCli
     [
         ("torchrun", signal.SIGTERM, 128 + signal.SIGTERM),
         ("torchrun", signal.SIGINT, 130),
-        ("spawn", signal.SIGTERM, 128 + signal.SIGTERM),
+        nightly("spawn", signal.SIGTERM, 128 + signal.SIGTERM),
         ("launch", signal.SIGINT, 130),
     ],
 )
@@ -119,19 +119,17 @@ def test_a_signal_to_the_launcher_ends_every_rank(
     assert wait_gone(pids) == []
 
 
-@pytest.mark.parametrize("driver", ["torchrun", "spawn", "launch", "torchrun-command"])
-def test_no_rank_outlives_a_launcher_killed_with_sigkill(
-    start_cli: Callable[..., Started], tmp_path: Path, driver: str
+def test_no_outside_program_outlives_a_launcher_killed_with_sigkill(
+    start_cli: Callable[..., Started], tmp_path: Path
 ) -> None:
-    app: tuple[str, ...] = WAITS
-    if driver == "torchrun-command":
-        code = (
-            "import os,time,pathlib; p=pathlib.Path('told'); p.mkdir(exist_ok=True);"
-            "(p/('pid-'+os.environ['RANK'])).write_text(str(os.getpid()));"
-            "time.sleep(0.5); (p/'joined').touch(); time.sleep(600)"
-        )
-        app = ("app=custom", "app._target_=probe_apps.OutsideProgram", f'+app.code="{code}"')
-    process = start_cli(f"driver={driver.split('-')[0]}", *app)
+    """As no rank of ours does, under any driver: tests/drivers/test_orphans.py."""
+    code = (
+        "import os,time,pathlib; p=pathlib.Path('told'); p.mkdir(exist_ok=True);"
+        "(p/('pid-'+os.environ['RANK'])).write_text(str(os.getpid()));"
+        "time.sleep(0.5); (p/'joined').touch(); time.sleep(600)"
+    )
+    app = ("app=custom", "app._target_=probe_apps.OutsideProgram", f'+app.code="{code}"')
+    process = start_cli("driver=torchrun", *app)
     pids = rank_pids(tmp_path / "told")
     os.kill(process.pid, signal.SIGKILL)
     process.wait(timeout=10)

@@ -12,6 +12,8 @@ import pytest
 from waiting import WAITS, rank_pids, wait_gone
 from warm_start import Started
 
+from conftest import nightly
+
 StartCli = Callable[..., Started]
 
 
@@ -19,7 +21,7 @@ def ends(how: str) -> tuple[str, ...]:
     return ("app=custom", "app._target_=probe_apps.EndsOnRank1", f"+app.how={how}")
 
 
-@pytest.mark.parametrize("driver", ["torchrun", "spawn", "launch"])
+@pytest.mark.parametrize("driver", ["torchrun", nightly("spawn"), "launch"])
 def test_a_mistake_that_one_rank_found_ends_with_2_and_names_it(run_cli: Callable[..., Any], driver: str) -> None:
     done = run_cli(f"driver={driver}", *ends("mistake"))
     assert done.returncode == 2, done.stderr
@@ -34,7 +36,7 @@ def test_the_text_of_an_exit_reaches_the_user(run_cli: Callable[..., Any]) -> No
     assert "the disk is missing" in done.stderr
 
 
-@pytest.mark.parametrize("driver", ["torchrun", "spawn", "launch"])
+@pytest.mark.parametrize("driver", ["torchrun", "spawn", nightly("launch")])
 def test_sigquit_shows_the_stacks_of_all_ranks_and_the_run_goes_on(
     start_cli: StartCli, tmp_path: Path, driver: str
 ) -> None:

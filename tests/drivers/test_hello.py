@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import RunCli
+from conftest import RunCli, nightly
 
 
 def expected_lines(world_size: int, message: str = "Hello from distributed PyTorch!") -> list[str]:
@@ -34,7 +34,7 @@ def expected_lines(world_size: int, message: str = "Hello from distributed PyTor
         (["driver=torchrun", "driver.nproc_per_node=3", "driver.start_method=fork"], 3),
         (["driver=torchrun", "driver.nproc_per_node=1", "driver.start_method=spawn"], 1),
         (["driver=launch"], 2),
-        (["driver=launch", "driver.use_env=true", "driver.nproc_per_node=1"], 1),
+        nightly(["driver=launch", "driver.use_env=true", "driver.nproc_per_node=1"], 1),
     ],
     ids=lambda value: "-".join(value).replace("driver", "").replace("=", "") if isinstance(value, list) else str(value),
 )

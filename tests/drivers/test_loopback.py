@@ -15,7 +15,7 @@ from waiting import WAITS, rank_pids, wait_for
 from warm_start import Started
 
 import everyrank
-from conftest import cli_environment
+from conftest import cli_environment, nightly
 
 LOOPBACK = {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
 
@@ -35,7 +35,8 @@ def family(pid: int) -> list[int]:
     return [root.pid, *(child.pid for child in root.children(recursive=True))]
 
 
-@pytest.mark.parametrize("driver", ["local", "spawn", "torchrun", "launch"])
+# The other drivers are asked by tests/cluster/test_scripts.py, rank by rank.
+@pytest.mark.parametrize("driver", ["local", "torchrun", *map(nightly, ("spawn", "launch"))])
 def test_a_run_listens_on_loopback_only(start_cli: Callable[..., Started], tmp_path: Path, driver: str) -> None:
     process = start_cli(f"driver={driver}", *WAITS)
     rank_pids(tmp_path / "told", 1 if driver == "local" else 2)

@@ -12,6 +12,8 @@ import pytest
 from waiting import wait_for, wait_gone
 from warm_start import Started
 
+from conftest import nightly
+
 STUCK = ("app=custom", "app._target_=probe_apps.StuckWithChildren", "+app.folder=told")
 
 
@@ -19,7 +21,7 @@ STUCK = ("app=custom", "app._target_=probe_apps.StuckWithChildren", "+app.folder
     "driver",
     [
         ("driver=torchrun",),
-        ("driver=torchrun", "driver.start_method=spawn"),
+        nightly(("driver=torchrun", "driver.start_method=spawn")),
         ("driver=spawn",),
         ("driver=launch",),
         ("driver=mpi",),

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._dynamo
 
 from everyrank.checkpoint.folder import list_checkpoints
 

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import warm_start
 
+from conftest import nightly
+
 ROOT = Path(__file__).parent.parent.parent
 STANDALONE = ROOT / "examples" / "train_ddp_standalone.py"
 UNDER_A_LAUNCHER = ROOT / "examples" / "train_ddp_torchrun.py"
@@ -59,7 +61,7 @@ def test_a_script_that_spawns(spawned: tuple[Path, str]) -> None:
     "launcher",
     [
         ("torch.distributed.run", "--standalone", "--nproc_per_node=2"),
-        ("torch.distributed.launch", "--nproc_per_node=2", "--master-addr=127.0.0.1", "--master-port=PORT"),
+        nightly(("torch.distributed.launch", "--nproc_per_node=2", "--master-addr=127.0.0.1", "--master-port=PORT")),
     ],
     ids=["torchrun", "launch"],
 )

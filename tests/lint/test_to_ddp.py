@@ -18,7 +18,7 @@ from everyrank.lint.source import read
 from everyrank.lint.to_ddp.rewrite import to_ddp
 
 PROGRAM = Path(__file__).parent / "programs" / "single_device.py"
-_TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+_TWO_RANKS = ("-m", "everyrank", "run", "-n2", "--")
 
 
 def _run(*command: str, folder: Path) -> None:
@@ -37,7 +37,7 @@ def test_the_curve_at_two_ranks_is_that_of_the_single_device_program(
     assert capsys.readouterr() == ("", "")
     _run("train.py", "--out", "ranks_1", folder=tmp_path)
     # 1501 samples in batches of 50: the last batch holds one, and rank 1 none of it.
-    _run(*_TORCHRUN, f"--log-dir={tmp_path}", "train.py", "--out", "ranks_2", folder=tmp_path)
+    _run(*_TWO_RANKS, "train.py", "--out", "ranks_2", folder=tmp_path)
     before = json.loads((tmp_path / "before").read_text())
     weights = torch.load(tmp_path / "before.pt", weights_only=True)
     assert len(before["curve"]) == 2 * 31

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from warm_start import Started
 
-from conftest import RunCli, cli_environment
+from conftest import RunCli, cli_environment, nightly
 from everyrank.launch_env.guard import STARTUP
 
 # What a program can see of how it was started, and what a child that multiprocessing spawns sees of it.
@@ -137,7 +137,8 @@ def write_programs(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("driver", "command"),
     [
-        *((driver, ("looks.py",)) for driver in ("local", "torchrun", "spawn", "launch")),
+        *((driver, ("looks.py",)) for driver in ("local", "torchrun", "spawn")),
+        nightly("launch", ("looks.py",)),
         pytest.param("mpi", ("looks.py",), marks=pytest.mark.cluster),
         *((driver, ("-m", "package.looks")) for driver in ("local", "torchrun")),
     ],
@@ -158,7 +159,7 @@ def test_a_program_sees_what_python_alone_shows(
     assert done.returncode == (3 if driver == "local" else 1)
 
 
-@pytest.mark.parametrize(("driver", "fails"), [("local", True), ("torchrun", False)])
+@pytest.mark.parametrize(("driver", "fails"), [nightly("local", True), ("torchrun", False)])
 def test_a_programs_own_hydra_record_and_loader_workers(
     run_cli: RunCli, tmp_path: Path, plain: Plain, driver: str, fails: bool
 ) -> None:

@@ -7,12 +7,21 @@ import shutil
 
 import pytest
 
-from conftest import RunCli
+from conftest import RunCli, nightly
 from programs.others import programs
 
 DRIVERS = ("torchrun", "spawn", "launch", *(("mpi",) if shutil.which("mpirun") else ()))
 RAY = (("accelerate_sync", "ray"),) if importlib.util.find_spec("ray") else ()
-PAIRS = (*((name, driver) for name in sorted(programs()) for driver in DRIVERS), *RAY)
+# Every program and every launcher by day; under mpirun those that look for its variables themselves.
+BY_DAY = {
+    *((name, "torchrun") for name in programs()),
+    *(("accelerate_sync", "spawn"), ("launcher", "spawn"), ("ignite", "launch"), ("launcher", "launch")),
+    *(("accelerate_script", "mpi"), ("fabric", "mpi")),
+}
+PAIRS = [
+    pair if pair in BY_DAY else nightly(*pair)
+    for pair in (*((name, driver) for name in sorted(programs()) for driver in DRIVERS), *RAY)
+]
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ import tiny
 PROGRAMS = Path(__file__).parent / "programs"
 REHEARSED = (sys.executable, "-m", "everyrank.rehearsal", "-n", "2", "--")
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+RUN = (sys.executable, "-m", "everyrank", "run", "-n2", "--")
 
 
 def _run(*command: str | Path, cwd: Path, **variables: str) -> str:
@@ -43,7 +44,7 @@ def test_a_process_gets_consistent_answers(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [nightly("bfloat16"), "float16"])
 def test_a_trainer_takes_the_steps_it_takes_on_the_cpu(tmp_path: Path, dtype: str) -> None:
     rehearsed = _losses(_run(*REHEARSED, *TORCHRUN, PROGRAMS / "gpt.py", dtype, cwd=tmp_path), "cuda:{rank}")
-    plain = _losses(_run(*TORCHRUN, PROGRAMS / "gpt.py", dtype, cwd=tmp_path), "cpu")
+    plain = _losses(_run(*RUN, PROGRAMS / "gpt.py", dtype, cwd=tmp_path), "cpu")
     assert rehearsed == plain
     assert rehearsed[0] != rehearsed[1]  # each rank has its own samples
     assert rehearsed[0][-1] < rehearsed[0][0]
@@ -61,8 +62,9 @@ def _losses(output: str, device: str) -> dict[int, list[float]]:
 @pytest.mark.slow
 def test_shards_and_checkpoints_are_those_of_the_cpu(tmp_path: Path) -> None:
     """FSDP2 (meta device, mixed precision, DCP) and tensor parallelism; the first FSDP trains as well."""
-    rehearsed = _parts(_run(*REHEARSED, *TORCHRUN, PROGRAMS / "sharded.py", tmp_path / "rehearsed", cwd=tmp_path))
-    plain = _parts(_run(*TORCHRUN, PROGRAMS / "sharded.py", tmp_path / "plain", cwd=tmp_path))
+    order = (*RUN[:-1], "rehearse=cpu", "--", PROGRAMS / "sharded.py", tmp_path / "rehearsed")
+    rehearsed = _parts(_run(*order, cwd=tmp_path))
+    plain = _parts(_run(*RUN, PROGRAMS / "sharded.py", tmp_path / "plain", cwd=tmp_path))
     assert {(rank, name) for rank, name, _ in rehearsed} == {
         (rank, name) for rank in "01" for name in ("fsdp2", "fsdp1", "tensor parallel")
     }

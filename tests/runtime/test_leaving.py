@@ -43,8 +43,6 @@ _ENDS = """
 import os
 import time
 
-import torch._dynamo  # which DistributedDataParallel imports: once for all
-
 ends = {}
 for number in range(12):
     pid = os.fork()

@@ -25,8 +25,7 @@ from everyrank.errors import RankFailedError, UserError
 from everyrank.launch_env.process_environment import ProcessEnvironment
 from everyrank.runtime.device import bind_device
 
-# Imported once for the ranks of all launches; DistributedDataParallel imports the compiler.
-_PRELOAD = ("everyrank.training.trainer", "torch._dynamo")
+_PRELOAD = ("everyrank.training.trainer",)  # imported once for the ranks of all launches
 _SAID: dict[str, str] = {}  # by the runs that several entries look at
 _ROWS: dict[int, list[dict[str, Any]]] = {}  # history of the same training at several world sizes
 

@@ -19,6 +19,7 @@ import sys
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from typing import TextIO
 
@@ -26,7 +27,14 @@ from everyrank.elastic.process.fresh import as_if_fresh, finish, read_too_early
 from everyrank.elastic.process.surroundings import Surroundings
 from everyrank.program.main_module import run_module, run_script
 
-_IMPORTED = ["torch.distributed.elastic.agent.server.local_elastic_agent", "hydra"]
+# By name, and what the command line imports when it is used.
+_IMPORTED = [
+    "torch.distributed.elastic.agent.server.local_elastic_agent",
+    "warm_start",
+    "warm_grammar",
+    *(f"everyrank.{name}" for name in ("cli.launching", "drivers.torchrun", "elastic.engine", "elastic.agent")),
+    *(f"everyrank.{name}" for name in ("elastic.entry", "elastic.execute", "worker", "apps.hello_dist", "apps.train")),
+]
 _NAMESPACES = {"uts": "uts", "net": "net", "mount": "mnt"}  # as nsenter and as /proc have them, the last one last
 _context = multiprocessing.get_context("forkserver")
 
@@ -176,8 +184,15 @@ def _forks(command: Sequence[str], env: Mapping[str, str]) -> bool:
 
 @functools.cache
 def _at_start() -> dict[str, str]:
-    """The environment in which the process that is forked starts, with the first of its forks."""
-    return dict(os.environ)
+    """The environment in which the process that is forked starts, before the first of its forks."""
+    environment = dict(os.environ)
+    os.environ["PYTHONPATH"] = os.path.dirname(__file__)  # where it finds what to import
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.environ.clear()
+        os.environ.update(environment)
+    return environment
 
 
 def _python_path(env: Mapping[str, str]) -> list[str]:

@@ -122,7 +122,7 @@ def test_every_sample_is_asked_about_once_at_every_world_size(tmp_path: Path) ->
         names = ("truth", "kind", "size", "p_dimension", "p_curvature", "p_manifold", "myrheim_meyer", "midpoint")
         return [[getattr(comparison, name).tolist() for name in names] for comparison in found]
 
-    results = {size: everyrank.launch(on_rank, nproc_per_node=size) for size in (1, 3)}
+    results = {n: everyrank.launch(on_rank, nproc_per_node=n, preload=("torch_geometric",)) for n in (1, 3)}
     assert results[3] == results[1] * 3, "all ranks have the answers of one process"
     dataset = CausalSetDataset(tmp_path, **SETTINGS)
     for indices, (truth, *_) in zip(questions, results[1][0], strict=True):

@@ -156,8 +156,10 @@ def test_legacy_launch_resumes_from_the_newest_legacy_checkpoint_that_loads(
     options = tiny_options(clips, tmp_path, find_unused_parameters=True)
     done = _start(
         *("-m", "torch.distributed.launch", "--nproc_per_node=2", f"--master_port={_free_port()}"),
-        *(SCRIPT, "--opt", str(write_options(options))),
+        *(SCRIPT, "--opt", str(write_options(options)), "--dist", "True", "--launcher", "pytorch"),
     )
+    for flag in ("--dist", "--launcher", "--local-rank"):
+        assert done.stderr.count(f"{flag} is ignored") == 1
     assert "skipping the checkpoint of iteration 4" in done.stderr
     assert "resumed at iteration 2" in done.stderr
     assert _curve(tmp_path) == pytest.approx(_curve(single)[2:], rel=TOLERANCE)
@@ -198,6 +200,7 @@ def test_launch_script_without_options_says_what_it_takes() -> None:
     assert "usage: bash launch_train.sh options/....json [num_gpus]" in done.stderr
 
 
+@pytest.mark.nightly
 def test_legacy_launch_with_use_env_and_every_old_flag(
     single: Path, tmp_path: Path, clips: Path, write_options: Write
 ) -> None:

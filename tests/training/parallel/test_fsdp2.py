@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import everyrank
+from conftest import nightly
 from everyrank.checkpoint.export import export
 
 AVERAGED: dict[str, dict[str, Any]] = {
@@ -24,12 +25,15 @@ AVERAGED: dict[str, dict[str, Any]] = {
     }
     for every, save, model, keep in product((1, 3), (None, 1, 3), ("tiny", "nested"), (1,))
 }
+NESTED = {name: settings for name, settings in AVERAGED.items() if settings["model"] == "nested"}
 SHAPES: dict[str, dict[str, Any]] = {
     name: {"model": name, "num_epochs": 2, "accumulation_steps": 2, "clip_grad_norm": 1.0} for name in numerics.MODELS
 }
 
 
-@pytest.mark.parametrize("variants", [AVERAGED, SHAPES], ids=["average", "shapes"])
+@pytest.mark.parametrize(
+    "variants", [NESTED, SHAPES, nightly(AVERAGED)], ids=["average", "shapes", "average of all"]
+)
 def test_the_curve_is_that_of_ddp(tmp_path: Path, variants: dict[str, dict[str, Any]]) -> None:
     (found, _) = everyrank.launch(numerics.train_both_ways, tmp_path, variants, nproc_per_node=2)
     for name, ways in found.items():
