@@ -14,7 +14,7 @@ STAMP  := $(VENV)/.installed
 # The tests wait for processes as much as they compute: one worker more than two cores.
 WORKERS ?= 3
 
-.PHONY: quickstart test nightly quick check format docs bench pages clean
+.PHONY: quickstart test nightly quick check format docs bench pages clean ready cluster_tools
 
 # torch first, by itself and pinned: whatever needs torch afterwards is then content with the build that is there.
 $(STAMP): requirements/lock.txt pyproject.toml
@@ -28,16 +28,20 @@ $(STAMP): requirements/lock.txt pyproject.toml
 quickstart: $(STAMP)
 	$(BIN)/python run.py driver=torchrun env=local app=causal_sets driver.nproc_per_node=2
 
-# The source is compiled once: an environment may forbid Python to do so, and each of the tests' many processes would.
-test: $(STAMP)
-	$(BIN)/python -m compileall -q src tests/support
+cluster_tools:
 	sh scripts/install_cluster_tools.sh
+
+# Both installations at once. The source is compiled once: an environment may forbid Python to do so, and each of the
+# tests' many processes would.
+ready:
+	$(MAKE) --jobs=2 --output-sync=line $(STAMP) cluster_tools
+	$(BIN)/python -m compileall -q src tests/support
+
+test: ready
 	$(BIN)/python -m pytest -n $(WORKERS) --no-loadscope-reorder || { echo "== what failed, once more and alone =="; \
 	    $(BIN)/python -m pytest --last-failed --last-failed-no-failures none; }
 
-nightly: $(STAMP)
-	$(BIN)/python -m compileall -q src tests/support
-	sh scripts/install_cluster_tools.sh
+nightly: ready
 	$(BIN)/python -m pytest -n $(WORKERS) --no-loadscope-reorder -m nightly
 
 quick: $(STAMP)

@@ -74,8 +74,8 @@ DRIVERS = (*["torchrun"] * 9, "spawn", "launch", "mpi")
 LIMIT_S = 600.0
 
 
-def faults(num: int, seed: int, kinds: list[str], drivers: list[str], end_after_s: int) -> list[dict[str, Any]]:
-    """``num`` faults, each kind as often as the others."""
+def faults(num: int, seed: int, kinds: list[str], drivers: list[str], **limits: int) -> list[dict[str, Any]]:
+    """``num`` faults, each kind as often as the others; ``limits`` are settings of ``watch``."""
     random_ = random.Random(seed)
     made = []
     for number in range(num):
@@ -88,7 +88,7 @@ def faults(num: int, seed: int, kinds: list[str], drivers: list[str], end_after_
                 "rank": random_.randrange(size),
                 "step": random_.randrange(4, 30),
                 "driver": random_.choice(drivers),
-                "end_after_s": end_after_s,
+                **limits,
                 "program": "trainer" if kind in OF_TRAINER and random_.random() < 0.3 else "torch",
             }
         )
@@ -182,8 +182,8 @@ def run_ours(fault: dict[str, Any]) -> dict[str, Any]:
     stamp = folder / "stamp"
     words = [str(PROGRAMS[fault["program"]]), fault["kind"], str(fault["rank"]), str(fault["step"])]
     settings = [f"driver={fault['driver']}", f"driver.nproc_per_node={fault['size']}"]
-    limit = f"watch.end_after_s={fault['end_after_s']}"
-    command = [sys.executable, "-m", "everyrank", "run", *settings, limit, "--", *words]
+    limits = [f"watch.{name}={fault[name]}" for name in ("stall_s", "end_after_s")]
+    command = [sys.executable, "-m", "everyrank", "run", *settings, *limits, "--", *words]
     began_s = time.time()
     row = dict(fault)
     if fault["driver"] in CLUSTERS:
@@ -193,7 +193,7 @@ def run_ours(fault: dict[str, Any]) -> dict[str, Any]:
         settings[0] = "driver='torchrun'"  # in quotes, which keeps the engine of this process
         argv = [
             *settings,
-            limit,
+            *limits,
             "app=script",
             "--",
             *words,
@@ -341,6 +341,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=600, help="start nothing after this time")
     # When the notice names the suspect: by default a hang that may end is not ended so soon.
+    parser.add_argument("--stall", type=int, default=10, help="watch.stall_s of the runs")
     parser.add_argument("--end-after", type=int, default=10, help="watch.end_after_s of the runs")
     parser.add_argument("--kinds", nargs="*", default=list(KINDS))
     parser.add_argument("--drivers", nargs="*", default=list(DRIVERS))
@@ -361,8 +362,9 @@ def main() -> None:
         print(json.dumps({k: v for k, v in row.items() if k != "told" or row.get("alarm")}), flush=True)
         return row
 
-    planned = faults(arguments.num, arguments.seed, arguments.kinds, arguments.drivers, arguments.end_after)
-    beside = faults(arguments.bare, 1, arguments.kinds, arguments.drivers, arguments.end_after)
+    limits = {"stall_s": arguments.stall, "end_after_s": arguments.end_after}
+    planned = faults(arguments.num, arguments.seed, arguments.kinds, arguments.drivers, **limits)
+    beside = faults(arguments.bare, 1, arguments.kinds, arguments.drivers, **limits)
     with ThreadPoolExecutor(arguments.jobs) as pool:
         if arguments.healthy:
             found = [row for row in pool.map(lambda n: in_time(run_healthy, n), range(10_000)) if row]

@@ -1,4 +1,4 @@
-"""What `warm_start` imports besides packages: the grammars of Hydra and OmegaConf, which learn with each line they read."""
+"""Imported by `warm_start`: the grammars of Hydra and OmegaConf, which are quick with what they have parsed before."""
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf

@@ -1,8 +1,9 @@
 """Starts Python programs as forks of a process that has imported torch: that import is most of what a start costs.
 
-Each worker has one such process, the standard library's forkserver. What is imported there is installed packages alone;
-everyrank and the program are imported by each start, and where a fork would not obey the environment that is asked for,
-a fresh interpreter starts. Tests that ask about the start itself use ``subprocess``.
+Each worker has one such process, the standard library's forkserver. It imports packages, and the modules of everyrank
+that most commands use, but installs none of its cures: a fork may be torch's own launcher. The program is imported by
+each start, and where a fork would not obey the environment that is asked for, a fresh interpreter starts. Tests that
+ask about the start itself use ``subprocess``.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import sys
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from multiprocessing import forkserver
+from multiprocessing import forkserver, process
 from multiprocessing.connection import Connection
 from typing import TextIO
 
@@ -27,7 +28,7 @@ from everyrank.elastic.process.fresh import as_if_fresh, finish, read_too_early
 from everyrank.elastic.process.surroundings import Surroundings
 from everyrank.program.main_module import run_module, run_script
 
-# By name, and what the command line imports when it is used.
+# What the command line and its ranks import when they are used is named as well.
 _IMPORTED = [
     "torch.distributed.elastic.agent.server.local_elastic_agent",
     "warm_start",
@@ -36,6 +37,7 @@ _IMPORTED = [
     *(f"everyrank.{name}" for name in ("elastic.entry", "elastic.execute", "worker", "apps.hello_dist", "apps.train")),
 ]
 _NAMESPACES = {"uts": "uts", "net": "net", "mount": "mnt"}  # as nsenter and as /proc have them, the last one last
+_MAIN_PROCESS = multiprocessing.current_process()  # in a fork: that of the process it is a fork of
 _context = multiprocessing.get_context("forkserver")
 
 
@@ -229,6 +231,7 @@ def _become(order: _Order, outputs: list[Connection]) -> None:
     sys.path[:] = order.sys_path
     order.surroundings.enter()
     as_if_fresh()
+    _be_the_main_process()
     try:
         if order.arguments[0] == "-m":
             run_module(order.arguments[1:])
@@ -237,6 +240,14 @@ def _become(order: _Order, outputs: list[Connection]) -> None:
     except BaseException as error:
         finish(error)
     finish(None)
+
+
+def _be_the_main_process() -> None:
+    """Undo what the standard library makes of a process it has started: its children would start in the same way."""
+    process.__dict__.update(_current_process=_MAIN_PROCESS, _parent_process=None)
+    _MAIN_PROCESS.name = "MainProcess"
+    multiprocessing.set_start_method(None, force=True)
+    multiprocessing.set_forkserver_preload(["__main__"])
 
 
 _context.set_forkserver_preload(_IMPORTED)

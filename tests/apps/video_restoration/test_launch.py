@@ -230,12 +230,18 @@ def test_legacy_launch_with_use_env_and_every_old_flag(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("degradation", "scale"), [("bicubic", 4), nightly("blur", 1), nightly("noise", 1)])
+@pytest.mark.parametrize(
+    ("clip", "degradation", "scale"),
+    [
+        ("carphone/GT", "bicubic", 2),
+        *(nightly("bigbuckbunny", *kind) for kind in (("bicubic", 4), ("blur", 1), ("noise", 1))),
+    ],
+)
 def test_demo_video_trains_super_resolution_deblurring_and_denoising(
-    degradation: str, scale: int, demo: Path, write_options: Write
+    clip: str, degradation: str, scale: int, demo: Path, write_options: Write
 ) -> None:
-    options = tiny_options(demo, demo, task=f"bunny_{degradation}", scale=scale)
-    options["datasets"]["train"] |= {"dataroot_gt": "demo:bigbuckbunny", "degradation": degradation}
+    options = tiny_options(demo, demo, task=f"{clip[0]}_{degradation}", scale=scale)
+    options["datasets"]["train"] |= {"dataroot_gt": f"demo:{clip}", "degradation": degradation}
     options["datasets"]["train"] |= {"frame_range": [0, 8], "val_partition": None, "gt_size": 40 * scale}
     options["train"] |= {"total_iter": 3, "fix_iter": 0}
     del options["datasets"]["test"]

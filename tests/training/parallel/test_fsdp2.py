@@ -31,9 +31,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize(
-    "variants", [NESTED, SHAPES, nightly(AVERAGED)], ids=["average", "shapes", "average of all"]
-)
+@pytest.mark.parametrize("variants", [NESTED, SHAPES, nightly(AVERAGED)], ids=["average", "shapes", "average of all"])
 def test_the_curve_is_that_of_ddp(tmp_path: Path, variants: dict[str, dict[str, Any]]) -> None:
     (found, _) = everyrank.launch(numerics.train_both_ways, tmp_path, variants, nproc_per_node=2)
     for name, ways in found.items():
