@@ -35,12 +35,15 @@ if [ ! -e "$policy" ]; then
 fi
 log=$(mktemp)
 export DEBIAN_FRONTEND=noninteractive
-# One package at a time, so that one that cannot be had does not keep out the others.
-if ! apt-get install --quiet --yes --no-install-recommends $missing >"$log" 2>&1; then
+install() {
+    apt-get install --quiet --yes --no-install-recommends "$@" >>"$log" 2>&1
+}
+if ! install $missing; then
     apt-get update --quiet >>"$log" 2>&1
-    for package in $missing; do
-        apt-get install --quiet --yes --no-install-recommends "$package" >>"$log" 2>&1 ||
-            echo "cluster tests: $package could not be installed ($(tail -n 1 "$log")); the tests that need it are skipped"
+    # One package at a time only then, so that one that cannot be had does not keep out the others.
+    install $missing || for package in $missing; do
+        install "$package" ||
+            echo "cluster tools: $package could not be installed ($(tail -n 1 "$log")); the tests that need it are skipped"
     done
 fi
 rm -f "$log"

@@ -66,11 +66,11 @@ def _scratch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(autouse=True)
 def _nothing_is_left(_scratch: Path) -> Iterator[None]:
     """Fail the test that leaves a process, a listening port or a temporary file behind."""
-    processes, files = _our_processes(), set(os.listdir(_scratch))
+    processes, files = set(psutil.pids()), set(os.listdir(_scratch))
     ports = _listening_ports()
     yield
     deadline = time.monotonic() + 10
-    while (left := _our_processes() - processes - _idle_engine() - _idle_forkserver()) and time.monotonic() < deadline:
+    while (left := _ours_since(processes)) and time.monotonic() < deadline:
         time.sleep(0.05)
     described = [_describe(process) for process in left]
     for process in left:
@@ -108,18 +108,23 @@ def _living_children(process: psutil.Process) -> list[psutil.Process]:
     return []
 
 
-def _our_processes() -> set[psutil.Process]:
-    """Processes that carry this session's mark, wherever they have been reparented, but this one."""
+def _ours_since(before: set[int]) -> set[psutil.Process]:
+    """Processes that carry this session's mark, wherever they have been reparented, but those that idle on purpose.
+
+    Args:
+        before: Numbers of the processes that were there already.
+    """
     ours = set()
-    for process in psutil.process_iter():
+    for pid in set(psutil.pids()) - before:
         try:
-            if process.pid != os.getpid() and process.environ().get(_MARK) == _SESSION:
+            process = psutil.Process(pid)
+            if process.environ().get(_MARK) == _SESSION:
                 command = " ".join(process.cmdline())
                 if process.status() != psutil.STATUS_ZOMBIE and not any(s in command for s in _SESSION_PROCESSES):
                     ours.add(process)
         except psutil.Error:
             continue
-    return ours
+    return ours - _idle_engine() - _idle_forkserver() if ours else ours
 
 
 def _describe(process: psutil.Process) -> str:
