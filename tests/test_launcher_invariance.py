@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import warm_start
 
-from conftest import ROOT, RunCli, cli_environment
+from conftest import ROOT, RunCli, cli_environment, nightly
 
 TRAINS = ("app=custom", "app._target_=probe_apps.Trains")
 
@@ -23,13 +23,17 @@ def result_of(run_cli: RunCli, tmp_path: Path, *driver: str) -> dict[str, Any]:
     return result
 
 
+BARE = ("torch.distributed.run", "torch.distributed.launch", "torch.distributed.launch --use-env")
+
+
 @pytest.mark.slow
-def test_equal_weights_under_every_launcher(run_cli: RunCli, tmp_path: Path) -> None:
+@pytest.mark.parametrize("others", [BARE[1:2], nightly(BARE)], ids=["launch", "all"])
+def test_equal_weights_under_every_launcher(run_cli: RunCli, tmp_path: Path, others: tuple[str, ...]) -> None:
     two = {
         name: result_of(run_cli, tmp_path, f"driver={name}", "driver.nproc_per_node=2")
         for name in ("spawn", "torchrun", "launch")
     }
-    for flags in (["torch.distributed.run"], ["torch.distributed.launch"]):
+    for flags in map(str.split, others):
         result_file = tmp_path / f"{'-'.join(flags)}.json"
         script = str(ROOT / "tests" / "support" / "probe_apps.py")
         command = [sys.executable, "-m", *flags, "--standalone", "--nproc-per-node=2", f"--log-dir={tmp_path / 'l'}"]

@@ -16,7 +16,7 @@ import pytest
 from waiting import WAITS, wait_for
 from warm_start import Started
 
-from conftest import ROOT, RunCli, cli_environment
+from conftest import ROOT, RunCli, cli_environment, nightly
 from everyrank.cli.main import run
 from everyrank.cli.run_folder import RunFolder
 from everyrank.errors import ConfigError, UserError
@@ -220,7 +220,7 @@ print(json.dumps([codes, results]))
 """
 
 
-@pytest.mark.parametrize("console", ["| true", "> /dev/full", ">&- 2>&- <&-"])
+@pytest.mark.parametrize("console", ["| true", nightly("> /dev/full"), ">&- 2>&- <&-"])
 def test_a_console_that_is_gone_does_not_end_the_run(tmp_path: Path, console: str) -> None:
     command = f"{sys.executable} {ROOT / 'run.py'} driver=local app=hello_dist run.dir=run {console}"
     done = subprocess.run(

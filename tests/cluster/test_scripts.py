@@ -147,16 +147,17 @@ def test_a_script_is_told_its_place_on_nodes_that_are_started_one_by_one(
         assert f"rank {one.rank} of 4: total 10.0" in nodes[int(one.said["host"] == "node1")].output
 
 
-@pytest.mark.parametrize("task_per", [nightly("node"), "rank"])
+@pytest.mark.parametrize(("task_per", "per_node"), [("rank", 1), *(nightly(what, 2) for what in ("node", "rank"))])
 def test_a_script_is_told_its_place_in_a_job_of_slurms(
-    start_on: Start, slurm: dict[str, str], tmp_path: Path, promised: set[str], task_per: str
+    start_on: Start, slurm: dict[str, str], tmp_path: Path, promised: set[str], task_per: str, per_node: int
 ) -> None:
-    order = ("driver=slurm", "driver.nodes=2", f"driver.task_per={task_per}", "driver.poll_s=0.2", "-n2")
+    order = ("driver=slurm", "driver.nodes=2", f"driver.task_per={task_per}", "driver.poll_s=0.2", f"-n{per_node}")
     launch = start_on(0, *order, "--", str(SCRIPT), str(tmp_path), env=slurm)
     assert launch.wait() == 0, launch.output
-    told = told_to(tmp_path, 4, promised)
+    size = 2 * per_node
+    told = told_to(tmp_path, size, promised)
     _meets_at_node0(told)
-    assert launch.output.count("rank 0 of 4: total 10.0") == 1
+    assert launch.output.count(f"rank 0 of {size}: total {size * (size + 1) / 2}") == 1
 
 
 @pytest.mark.nightly
@@ -168,21 +169,22 @@ def test_a_program_of_others_does_its_work_in_a_job_of_slurms(start_on: Start, s
     assert program.missing(launch.output) == {}, launch.output
 
 
-@pytest.mark.parametrize("driver", ["torchrun", pytest.param("mpi", marks=needs_mpi)])
+@pytest.mark.parametrize(("driver", "per_node"), [("torchrun", 2), pytest.param("mpi", 1, marks=needs_mpi)])
 def test_a_script_is_told_its_place_on_hosts(
-    start_on: Start, ssh_config: str, tmp_path: Path, promised: set[str], driver: str
+    start_on: Start, ssh_config: str, tmp_path: Path, promised: set[str], driver: str, per_node: int
 ) -> None:
     option = f"driver.ssh_args=[-F,{ssh_config}]"
     if driver == "mpi":
         option = f"driver.mpi_args=[--mca,plm_rsh_args,'-F {ssh_config}']"
-    order = (f"driver={driver}", "driver.hosts=[node0,node1]", option, "-n2")
+    order = (f"driver={driver}", "driver.hosts=[node0,node1]", option, f"-n{per_node}")
     launch = start_on(0, *order, "--", str(SCRIPT), "", "a b", str(tmp_path))
     assert launch.wait() == 0, launch.output
-    told = told_to(tmp_path, 4, promised)
+    size = 2 * per_node
+    told = told_to(tmp_path, size, promised)
     _meets_at_node0(told)
     for one in told:
         assert one.said["argv"] == ["", "a b", str(tmp_path)]
-        assert launch.output.count(f"rank {one.rank} of 4: total 10.0") == 1
+        assert launch.output.count(f"rank {one.rank} of {size}: total {size * (size + 1) / 2}") == 1
 
 
 def test_a_script_is_told_its_place_in_the_pods_of_a_manifest(

@@ -35,11 +35,16 @@ def test_ranks_of_mpirun_meet_without_flags(run_cli: RunCli) -> None:
 
 
 @needs_mpi
-def test_driver_mpi_runs_an_app_and_names_the_guilty_rank(run_cli: RunCli) -> None:
-    done = run_cli("driver=mpi", "app=hello_dist")
+@pytest.mark.nightly  # by day a script is started, see tests/cluster/test_scripts.py
+def test_driver_mpi_runs_an_app(run_cli: RunCli) -> None:
+    done = run_cli("driver=mpi", "app=hello_dist", "driver.nproc_per_node=3")
     assert done.returncode == 0, done.stderr
-    assert "[Rank 0] Sum of all ranks: 1" in done.stdout
-    assert "[Rank 1/2] Local rank: 1" in done.stdout
+    assert "[Rank 0] Sum of all ranks: 3" in done.stdout
+    assert "[Rank 2/3] Local rank: 2" in done.stdout
+
+
+@needs_mpi
+def test_driver_mpi_names_the_guilty_rank(run_cli: RunCli) -> None:
     failed = run_cli("driver=mpi", "app=custom", "app._target_=probe_apps.RaisesOnRank", "+app.guilty=1")
     assert failed.returncode == 1
     assert "error: rank 1 of 2 failed: LookupError: the sample 1 is missing" in failed.stderr

@@ -53,6 +53,7 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 LAUNCH = ("-m", "torch.distributed.launch", "--nproc-per-node=2")
 
 
+@pytest.mark.nightly  # by day it is asked after a restart, below
 def test_torchrun(tmp_path: Path) -> None:
     assert _launch(tmp_path, *TORCHRUN) == _expected("torchrun")
 

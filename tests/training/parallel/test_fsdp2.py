@@ -25,7 +25,7 @@ AVERAGED: dict[str, dict[str, Any]] = {
     }
     for every, save, model, keep in product((1, 3), (None, 1, 3), ("tiny", "nested"), (1,))
 }
-NESTED = {name: settings for name, settings in AVERAGED.items() if settings["model"] == "nested"}
+NESTED = {name: AVERAGED[name] for name in AVERAGED if name.startswith("validated every 3") and "nested" in name}
 SHAPES: dict[str, dict[str, Any]] = {
     name: {"model": name, "num_epochs": 2, "accumulation_steps": 2, "clip_grad_norm": 1.0} for name in numerics.MODELS
 }
