@@ -24,6 +24,7 @@ def login(ssh_config: str) -> str:
     return f"driver.ssh_args=[-F,{ssh_config}]"
 
 
+@pytest.mark.nightly  # by day a script is started, see test_scripts.py
 def test_one_command_starts_all_hosts(start_on: Start, login: str) -> None:
     launch = start_on(0, "driver=torchrun", "app=hello_dist", "driver.hosts=[node0,node1]", login)
     assert launch.wait() == 0, launch.output

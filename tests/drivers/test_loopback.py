@@ -70,6 +70,7 @@ def test_launch_listens_on_loopback_only(tmp_path: Path) -> None:
     assert addresses <= LOOPBACK
 
 
+@pytest.mark.nightly
 def test_bare_torchrun_does_listen_on_every_address(tmp_path: Path) -> None:
     """The rival, seen by the same eyes: otherwise the tests above might be blind."""
     script = tmp_path / "bare.py"

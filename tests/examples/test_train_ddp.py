@@ -60,10 +60,11 @@ def test_a_script_that_spawns(spawned: tuple[Path, str]) -> None:
 @pytest.mark.parametrize(
     "launcher",
     [
-        ("torch.distributed.run", "--standalone", "--nproc_per_node=2"),
+        ("everyrank", "torchrun", "--standalone", "--nproc_per_node=2"),
+        nightly(("torch.distributed.run", "--standalone", "--nproc_per_node=2")),
         nightly(("torch.distributed.launch", "--nproc_per_node=2", "--master-addr=127.0.0.1", "--master-port=PORT")),
     ],
-    ids=["torchrun", "launch"],
+    ids=["everyrank torchrun", "torchrun", "launch"],
 )
 def test_a_script_under_a_launcher_gives_the_same(
     tmp_path: Path, spawned: tuple[Path, str], launcher: tuple[str, ...]
