@@ -26,6 +26,7 @@ def test_a_run_that_is_killed_goes_on_at_another_size_and_its_evidence_shows_bot
     trial = Trial(torchrun, (2, 1), "SIGKILL rank", 1)
     run, num_delivered = carry_out(trial, tmp_path / "run", overrides, random.Random(3))
     assert num_delivered == 1
+    assert "failed: killed by SIGKILL" in (run / "launch-0.log").read_text(), "a rank was hit, and not its launcher"
     evidence = Evidence.of(run)
     assert evidence.world_sizes == (2, 1)
     assert evidence.uses == {epoch: dict.fromkeys(evidence.uses[0], 1) for epoch in range(3)}

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
+from conftest import nightly
 
-@pytest.mark.parametrize("driver", ["local", "torchrun", "launch"])
+
+@pytest.mark.parametrize("driver", ["local", "torchrun", nightly("launch")])
 def test_secrets_reach_the_ranks_by_environment_only(run_cli: Callable[..., Any], tmp_path: Path, driver: str) -> None:
     done = run_cli(
         f"driver={driver}",

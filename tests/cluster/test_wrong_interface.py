@@ -24,7 +24,7 @@ LAUNCHERS = {
 }
 
 
-@pytest.mark.parametrize("launcher", ["python", "torchrun", nightly("mpirun")])
+@pytest.mark.parametrize("launcher", ["python", *map(nightly, ("torchrun", "mpirun"))])
 def test_on_one_machine(run_cli: RunCli, tmp_path: Path, launcher: str) -> None:
     if launcher == "mpirun" and shutil.which("mpirun") is None:
         pytest.skip("mpirun not installed (scripts/install_cluster_tools.sh installs it)")

@@ -12,6 +12,7 @@ import pytest
 from waiting import wait_for, wait_gone
 from warm_start import Started
 
+from conftest import nightly
 from everyrank.program.output import wait_for_logs
 
 # A rank's children are ended with it, by their session: whoever reads its output must have left that before.
@@ -58,7 +59,7 @@ def test_lines_of_two_ranks_do_not_run_into_each_other_on_a_full_console(tmp_pat
     assert [len(line) for line in lines if line[0] == "b"] == expected
 
 
-@pytest.mark.parametrize("driver", ["torchrun", "spawn"])
+@pytest.mark.parametrize("driver", ["torchrun", nightly("spawn")])
 def test_a_console_that_is_read_late_shows_all_that_was_printed(
     start_cli: Callable[..., Started], tmp_path: Path, driver: str
 ) -> None:

@@ -76,6 +76,7 @@ def start(hosts: list[str]) -> Iterator[Start]:
         process.communicate()
 
 
+@pytest.mark.nightly  # by day tests/cluster/test_scripts.py asks it of the ranks of nodes
 def test_the_route_to_the_master_picks_the_interface(start: Start) -> None:
     ranks = [start(rank, "10.77.1.1", 60) for rank in range(2)]
     seen = [json.loads(rank.communicate(timeout=90)[0]) for rank in ranks]
