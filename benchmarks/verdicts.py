@@ -144,8 +144,17 @@ _cluster = threading.Lock()
 def run_on_cluster(fault: dict[str, Any], folder: Path, stamp: Path, words: list[str]) -> tuple[int, str]:
     """Run a program under Ray here, or with its ranks on two hosts; returns exit code and output."""
     driver, size = fault["driver"], fault["size"]
-    limit = f"watch.end_after_s={fault['end_after_s'] + 5}"  # the host that can look at the process is to come first
-    run = [sys.executable, "-m", "everyrank", "run", limit, f"env.variables.FAULT_STAMP={stamp}", "run.dir=outputs/run"]
+    end_after_s = fault["end_after_s"] + 5  # the host that can look at the process is to come first
+    limits = [f"watch.stall_s={fault['stall_s']}", f"watch.end_after_s={end_after_s}"]
+    run = [
+        sys.executable,
+        "-m",
+        "everyrank",
+        "run",
+        *limits,
+        f"env.variables.FAULT_STAMP={stamp}",
+        "run.dir=outputs/run",
+    ]
     with _cluster:
         if driver == "ray":
             command = [*run, "driver=ray", f"driver.num_workers={size}", "driver.cpus_per_worker=0.5", "--", *words]
@@ -340,8 +349,8 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=4, help="runs at once")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=600, help="start nothing after this time")
-    # When the notice names the suspect: by default a hang that may end is not ended so soon.
     parser.add_argument("--stall", type=int, default=10, help="watch.stall_s of the runs")
+    # When the notice names the suspect: by default a hang that may end is not ended so soon.
     parser.add_argument("--end-after", type=int, default=10, help="watch.end_after_s of the runs")
     parser.add_argument("--kinds", nargs="*", default=list(KINDS))
     parser.add_argument("--drivers", nargs="*", default=list(DRIVERS))

@@ -140,7 +140,7 @@ def chi_square(counts: np.ndarray) -> float:
     return ((value / freedom) ** (1 / 3) - (1 - 2 / (9 * freedom))) / math.sqrt(2 / (9 * freedom))
 
 
-@pytest.mark.parametrize(("num_samples", "num_epochs"), [(2, 1000), (3, 2000), (4, 2000), (5, 3000)])
+@pytest.mark.parametrize(("num_samples", "num_epochs"), [(2, 1000), (3, 2000), (4, 4000), (5, 6000)])
 def test_all_permutations_of_few_samples_are_equally_likely(num_samples: int, num_epochs: int) -> None:
     order = GlobalPermutation(num_samples, seed=11)
     numbers = {permutation: i for i, permutation in enumerate(itertools.permutations(range(num_samples)))}

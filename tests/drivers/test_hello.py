@@ -29,7 +29,6 @@ def expected_lines(world_size: int, message: str = "Hello from distributed PyTor
     [
         (["driver=local"], 1),
         ([], 1),
-        nightly(["driver=spawn"], 2),
         nightly(["driver=spawn", "driver.nproc_per_node=3"], 3),
         (["driver=torchrun"], 2),
         (["driver=torchrun", "driver.nproc_per_node=3", "driver.start_method=fork"], 3),

@@ -11,6 +11,7 @@ import pytest
 import torch
 import warm_start
 
+from conftest import nightly
 from everyrank.cli.main import main
 from everyrank.lint.engine import find
 from everyrank.lint.rules import RULES
@@ -18,7 +19,10 @@ from everyrank.lint.source import read
 from everyrank.lint.to_ddp.rewrite import to_ddp
 
 PROGRAM = Path(__file__).parent / "programs" / "single_device.py"
-_TWO_RANKS = ("-m", "everyrank", "run", "-n2", "--")
+_TWO_RANKS = {
+    "run": ("everyrank", "run", "-n2", "--"),
+    "torchrun": ("torch.distributed.run", "--standalone", "--nproc-per-node=2", "--log-dir=logs"),
+}
 
 
 def _run(*command: str, folder: Path) -> None:
@@ -27,8 +31,9 @@ def _run(*command: str, folder: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["run", nightly("torchrun")])
 def test_the_curve_at_two_ranks_is_that_of_the_single_device_program(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], launcher: str
 ) -> None:
     program = tmp_path / "train.py"
     shutil.copy(PROGRAM, program)
@@ -37,7 +42,7 @@ def test_the_curve_at_two_ranks_is_that_of_the_single_device_program(
     assert capsys.readouterr() == ("", "")
     _run("train.py", "--out", "ranks_1", folder=tmp_path)
     # 1501 samples in batches of 50: the last batch holds one, and rank 1 none of it.
-    _run(*_TWO_RANKS, "train.py", "--out", "ranks_2", folder=tmp_path)
+    _run("-m", *_TWO_RANKS[launcher], "train.py", "--out", "ranks_2", folder=tmp_path)
     before = json.loads((tmp_path / "before").read_text())
     weights = torch.load(tmp_path / "before.pt", weights_only=True)
     assert len(before["curve"]) == 2 * 31

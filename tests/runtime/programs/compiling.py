@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 COMPILER = "torch._dynamo"
-OPTIMIZERS = (torch.optim.SGD, torch.optim.AdamW)
+OPTIMIZERS = (torch.optim.SGD, torch.optim.AdamW, torch.optim.RMSprop)
 
 
 def train(optimizer_class, counter=None):
