@@ -8,9 +8,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from everyrank.cli.compose_errors import explain
@@ -43,21 +44,40 @@ def for_each_composed(argv: list[str], task: Callable[[DictConfig], Any]) -> Non
             mistakes.append(mistake)
             return None
 
-    previous = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     # The variables of an environment have names of the user's own, which Hydra's struct mode would refuse.
-    sys.argv = ["everyrank run", *(f"++{arg}" if arg.startswith("env.variables.") else arg for arg in argv)]
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors instead of printing them with exit code 1
+    argv = [f"++{arg}" if arg.startswith("env.variables.") else arg for arg in argv]
     conf = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "conf")
     try:
-        hydra.main(version_base="1.3", config_path=conf, config_name="config")(attempt)()
+        if any(arg.startswith("-") or arg.lstrip("+~").startswith("hydra") for arg in argv):
+            _by_hydras_main(conf, argv, attempt)
+        else:
+            _one_job(conf, argv, attempt)
     except (HydraException, OmegaConfBaseException) as error:
         raise explain(error) from error
+    if mistakes:
+        raise mistakes[0]
+
+
+def _one_job(conf: str, settings: list[str], task: Callable[[DictConfig], Any]) -> None:
+    """Settings alone, none of them Hydra's own. Hydra's main would compose twice, to look for its mode first."""
+    with hydra.initialize_config_dir(conf, job_name="compose", version_base="1.3"):
+        cfg = hydra.compose("config", overrides=settings, return_hydra_config=True)
+        HydraConfig.instance().set_config(cfg)
+        with open_dict(cfg):
+            del cfg["hydra"]
+        task(cfg)
+
+
+def _by_hydras_main(conf: str, argv: list[str], task: Callable[[DictConfig], Any]) -> None:
+    previous = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    sys.argv = ["everyrank run", *argv]
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors instead of printing them with exit code 1
+    try:
+        hydra.main(version_base="1.3", config_path=conf, config_name="config")(task)()
     finally:
         sys.argv = previous[0]
         if previous[1] is None:
             del os.environ["HYDRA_FULL_ERROR"]
-    if mistakes:
-        raise mistakes[0]
 
 
 def as_text(value: object) -> str:
