@@ -42,8 +42,11 @@ def test_a_rank_that_has_left_is_named_at_once(tmp_path: Path, rank: int, method
         assert "left" in said
 
 
-def test_a_failure_reaches_those_who_wait_and_nothing_is_saved_without_a_group(tmp_path: Path) -> None:
-    first, second = everyrank.launch(alone.fails_and_leaves, tmp_path, nproc_per_node=2)
+@pytest.mark.parametrize("between_looks", [False, True])
+def test_a_failure_reaches_those_who_wait_and_nothing_is_saved_without_a_group(
+    tmp_path: Path, between_looks: bool
+) -> None:
+    first, second = everyrank.launch(alone.fails_and_leaves, tmp_path, between_looks, nproc_per_node=2)
     assert first[0] == "ZeroDivisionError: no loss"
     assert second[0] == "RankFailedError: rank 0 failed: ZeroDivisionError: no loss"
     for said in (first[1], second[1]):

@@ -97,8 +97,11 @@ class Handover:
             while not store.check([f"{key}/result"]):
                 if store.check([f"{key}/beat"]) and (newest := store.get(f"{key}/beat")) != beat:
                     beat, alive = newest, time.monotonic()
-                if time.monotonic() - alive > timeout_s or (not beat and store.check(["left/0"])):
-                    why = "has left" if store.check(["left/0"]) else f"has given no sign of it for {timeout_s:g} s"
+                has_left = store.check(["left/0"])
+                if time.monotonic() - alive > timeout_s or (not beat and has_left):
+                    if store.check([f"{key}/result"]):
+                        break  # rank 0 has given it and left since the look above
+                    why = "has left" if has_left else f"has given no sign of it for {timeout_s:g} s"
                     raise ProcessGroupError(
                         f"rank {rank} waits for rank 0's {what}, but rank 0 {why}. Fix: call it on rank 0 too."
                     )

@@ -12,6 +12,7 @@ import torch
 
 import everyrank
 from everyrank import TrainerDDP, cleanup_ddp, initialize_ddp
+from everyrank.runtime import handover
 
 
 def targets(output: Any, data: Any) -> tuple[Any]:
@@ -68,14 +69,37 @@ def called_on(folder: Path, methods: tuple[str, ...], rank: int) -> list[str]:
         return [said_by(calls[method]) for method in methods if world.rank == rank]
 
 
-def fails_and_leaves(folder: Path) -> list[str]:
-    """Test where rank 0's evaluation fails, leave, and save a checkpoint when the group is gone."""
+class _SlowLook:
+    """A store whose answer that there is no result reaches this rank when rank 0 has left."""
+
+    def __init__(self, store: Any) -> None:
+        self._store = store
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    def check(self, keys: list[str]) -> bool:
+        found = self._store.check(keys)
+        if not found and keys[0].endswith("/result"):
+            self._store.wait(["left/0"])
+        return bool(found)
+
+
+def fails_and_leaves(folder: Path, between_looks: bool = False) -> list[str]:
+    """Test where rank 0's evaluation fails, leave, and save a checkpoint when the group is gone.
+
+    Args:
+        between_looks: Whether rank 0 fails and leaves just after another rank has looked for its result.
+    """
 
     def bad_loss(output: Any, data: Any) -> Any:
         raise ZeroDivisionError("no loss")
 
-    with everyrank.join(device="cpu", timeout_s=60):
+    with everyrank.join(device="cpu", timeout_s=60) as world:
         trainer, test_loader = make_trainer(folder)
+        if between_looks and not world.is_main:
+            find = handover.find_store
+            handover.find_store = lambda: _SlowLook(find())
         trainer.tester.criterion = bad_loss
         said = said_by(lambda: trainer.run_test(test_loader))
     return [said, said_by(trainer.save_checkpoint)]
