@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import re
 import signal
@@ -34,6 +35,9 @@ os.environ[_MARK] = _SESSION
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Unbuffered, print() writes a line and its end one after the other, and what two ranks print gets mixed.
 os.environ.pop("PYTHONUNBUFFERED", None)
+# pytest rewrites the assertions of each test file: once, also where Python may not write down what it compiled.
+sys.dont_write_bytecode = False
+gc.disable()  # until all is collected: of what torch and the tests define nothing is garbage
 # Ignored in a shell's background job or under nohup, but what the tests start must hear them.
 for _signum, _usual in (
     (signal.SIGINT, signal.default_int_handler),
@@ -42,6 +46,12 @@ for _signum, _usual in (
 ):
     if signal.getsignal(_signum) is signal.SIG_IGN:
         signal.signal(_signum, _usual)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -71,7 +71,8 @@ def check_finished(run: Path, uninterrupted: Evidence, stopped: int, num_workers
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_workers", [nightly(0), 2])
+@pytest.mark.nightly  # by day from the command line, below
+@pytest.mark.parametrize("num_workers", [0, 2])
 def test_one_rank(tmp_path: Path, uninterrupted: Evidence, num_workers: int) -> None:
     for place, name in zip(PLACES, SIGNALS, strict=False):
         run = tmp_path / place

@@ -220,7 +220,7 @@ print(json.dumps([codes, results]))
 """
 
 
-@pytest.mark.parametrize("console", ["| true", nightly("> /dev/full"), ">&- 2>&- <&-"])
+@pytest.mark.parametrize("console", ["| true", *map(nightly, ("> /dev/full", ">&- 2>&- <&-"))])
 def test_a_console_that_is_gone_does_not_end_the_run(tmp_path: Path, console: str) -> None:
     command = f"{sys.executable} {ROOT / 'run.py'} driver=local app=hello_dist run.dir=run {console}"
     done = subprocess.run(

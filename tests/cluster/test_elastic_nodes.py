@@ -124,7 +124,7 @@ def test_a_node_with_another_limit_is_refused_and_the_job_goes_on(job: Job) -> N
     assert job.nodes[0].wait() == 0, job.nodes[0].output
 
 
-@pytest.mark.slow
+@pytest.mark.nightly  # by day ranks are killed and their number changes on one host: tests/campaign/test_kills.py
 def test_every_sample_is_trained_on_once_while_nodes_come_and_go(start_on: Start, tmp_path: Path) -> None:
     """The trainer's own ledger, over a late joiner and a killed node: what was undone was done again, once."""
     settings = (

@@ -90,11 +90,11 @@ ON_ONE_MACHINE = {
 @pytest.mark.parametrize(
     "name",
     [
-        "torchrun",
         "spawn",
         "launch-argument",
-        pytest.param("mpi", marks=needs_mpi),
-        *map(nightly, ("torchrun-spawn", "torchrun-fork", "launch", "ray")),
+        # Under torchrun and mpi by day on hosts, below.
+        *map(nightly, ("torchrun", "torchrun-spawn", "torchrun-fork", "launch", "ray")),
+        pytest.param("mpi", marks=[needs_mpi, pytest.mark.nightly]),
     ],
 )
 def test_a_script_is_told_its_place_on_one_machine(

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 from cluster.running import PATIENCE_S, Running, wait_for
-from conftest import nightly
 from everyrank.training.saving.ledger import read_ledger
 
 pytestmark = pytest.mark.cluster
@@ -48,8 +47,8 @@ def test_a_shell_in_a_terminal_of_srun_is_no_run(start_on: Start, slurm: dict[st
     assert "rank 0 of 1 by python: 0" in shell.output
 
 
-# A task a rank is asked by test_scripts.py.
-@pytest.mark.parametrize("task_per", ["node", nightly("rank")])
+@pytest.mark.nightly  # by day jobs that fail and jobs that are preempted, below, and test_scripts.py with a task a rank
+@pytest.mark.parametrize("task_per", ["node", "rank"])
 def test_driver_slurm_runs_a_job_and_shows_rank_0(start_on: Start, slurm: dict[str, str], task_per: str) -> None:
     launch = start_on(
         0,

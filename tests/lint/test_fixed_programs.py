@@ -54,9 +54,8 @@ def test_as_it_was_it_starts_under_none(program: Path) -> None:
     "launcher",
     [
         "python",
-        "launch",
         "run driver=torchrun",
-        *map(nightly, ("torchrun", "launch --use-env", "spawn", "run driver=launch", "run driver=spawn")),
+        *map(nightly, ("launch", "torchrun", "launch --use-env", "spawn", "run driver=launch", "run driver=spawn")),
     ],
 )
 def test_after_fix_it_starts_under_every_launcher(

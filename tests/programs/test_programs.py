@@ -12,10 +12,10 @@ from programs.others import programs
 
 DRIVERS = ("torchrun", "spawn", "launch", *(("mpi",) if shutil.which("mpirun") else ()))
 RAY = (("accelerate_sync", "ray"),) if importlib.util.find_spec("ray") else ()
-# Every program and every launcher by day; under mpirun one that looks for its variables by itself.
+# Every program and every launcher by day.
 BY_DAY = {
     *((name, "torchrun") for name in programs()),
-    *(("accelerate_sync", "spawn"), ("launcher", "launch"), ("accelerate_script", "mpi")),
+    *(("accelerate_sync", "spawn"), ("launcher", "launch"), ("launcher", "mpi")),
 }
 PAIRS = [
     pair if pair in BY_DAY else nightly(*pair)

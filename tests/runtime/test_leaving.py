@@ -71,14 +71,16 @@ def run(program: str, tmp_path: Path, *arguments: str) -> None:
     assert ended.returncode == 0, ended.stderr[-3000:]
 
 
-@pytest.mark.parametrize("who", [_TORCH, _EVERYRANK], ids=["torch", "everyrank"])
+@pytest.mark.parametrize(
+    "who", [pytest.param(_TORCH, marks=pytest.mark.nightly), _EVERYRANK], ids=["torch", "everyrank"]
+)
 def test_many_rounds_of_join_train_leave(who: dict[str, str], tmp_path: Path) -> None:
     """Without the cure it hangs within these rounds, more often than not: the model outlives its group."""
     run(_TRAIN.format(**who) + _ROUNDS, tmp_path)
 
 
 @pytest.mark.parametrize("num_processes", [4, nightly(60)])
-@pytest.mark.parametrize("leave", ["dist.destroy_process_group()", "pass"])
+@pytest.mark.parametrize("leave", ["dist.destroy_process_group()", nightly("pass")])
 def test_every_process_ends_well_with_its_model_alive(leave: str, num_processes: int, tmp_path: Path) -> None:
     """Without the cure few of them do not: how rare that is, is why more are asked at night."""
     run(_TRAIN.format(enter=_TORCH["enter"], leave=leave) + _ENDS, tmp_path, str(num_processes))

@@ -13,6 +13,7 @@ import tiny
 import torch
 
 import everyrank
+from conftest import nightly
 from everyrank.checkpoint.folder import list_checkpoints
 from everyrank.checkpoint.reading import read_checkpoint
 from everyrank.errors import ConfigError, RankFailedError
@@ -172,7 +173,7 @@ def used_exactly_once(run: Path) -> bool:
     return counts == Counter({(epoch, sample): 1 for epoch in range(3) for sample in range(103)})
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [nightly(2), 3])
 def test_killed_and_resumed_bitwise(tmp_path: Path, size: int) -> None:
     whole = launch(tmp_path / "whole", size)
     with pytest.raises(RankFailedError):
