@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,7 @@ import numpy.typing as npt
 from everyrank.errors import DataError
 
 Indices = npt.NDArray[np.int64]
+_Numbers = npt.NDArray[np.uint64]
 
 # The order of a (seed, epoch, num_samples) is part of every checkpoint's meaning: change this only with a new version.
 PERMUTATION_VERSION = 1
@@ -106,18 +108,28 @@ class GlobalPermutation:
         if not self.shuffle:
             return np.arange(start, stop, dtype=np.int64)
         keys = _round_keys(self.num_samples, self.seed, epoch)
+        domain = self._left_size * self._right_size
+        if domain <= min(_BLOCK, 2 * (stop - start)):
+            # An epoch of few samples: what lies outside is then looked up, and need not be encrypted again.
+            images = self._encrypt(np.arange(domain, dtype=np.uint64), keys)
+            return self._walk(images[start:stop].copy(), lambda values: images[values]).astype(np.int64)
         out = np.empty(stop - start, dtype=np.int64)
         for begin in range(start, stop, _BLOCK):
             end = min(begin + _BLOCK, stop)
             values = self._encrypt(np.arange(begin, end, dtype=np.uint64), keys)
-            outside = np.flatnonzero(values >= np.uint64(self.num_samples))
-            while outside.size:
-                values[outside] = self._encrypt(values[outside], keys)
-                outside = outside[values[outside] >= np.uint64(self.num_samples)]
-            out[begin - start : end - start] = values  # below 2**62, so the cast to int64 is exact
+            # below 2**62, so the cast to int64 is exact
+            out[begin - start : end - start] = self._walk(values, lambda values: self._encrypt(values, keys))
         return out
 
-    def _encrypt(self, values: npt.NDArray[np.uint64], keys: tuple[int, ...]) -> npt.NDArray[np.uint64]:
+    def _walk(self, values: _Numbers, encrypt: Callable[[_Numbers], _Numbers]) -> _Numbers:
+        """Encrypt again, in place, what is no sample's number, until it is one."""
+        outside = np.flatnonzero(values >= np.uint64(self.num_samples))
+        while outside.size:
+            values[outside] = encrypt(values[outside])
+            outside = outside[values[outside] >= np.uint64(self.num_samples)]
+        return values
+
+    def _encrypt(self, values: _Numbers, keys: tuple[int, ...]) -> _Numbers:
         left_size, right_size = np.uint64(self._left_size), np.uint64(self._right_size)
         left, right = np.divmod(values, right_size)
         for number in range(0, len(keys), 4):
@@ -139,7 +151,7 @@ def _round_keys(num_samples: int, seed: int, epoch: int) -> tuple[int, ...]:
     return tuple(int.from_bytes(digest[i : i + 8], "little") for i in range(0, len(digest), 8))
 
 
-def _mix(values: npt.NDArray[np.uint64], key: int, key_2: int) -> npt.NDArray[np.uint64]:
+def _mix(values: _Numbers, key: int, key_2: int) -> _Numbers:
     """Hash each element to 63 bits; the sum with the other half then never leaves 64 bits."""
     mixed = values ^ np.uint64(key)
     mixed *= np.uint64(_MULTIPLIER_1)
