@@ -132,7 +132,7 @@ def test_resized_2_1_3_2(references: References, tmp_path: Path) -> None:
         check_resized(references, tmp_path / str(seed), seed)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly  # by day a training that is killed twice: tests/training/test_resume.py
 def test_unchanged_size_is_bitwise_equal(references: References, tmp_path: Path) -> None:
     for seed in range(2):
         check_unchanged_size(references, tmp_path / str(seed), seed)

@@ -90,10 +90,9 @@ ON_ONE_MACHINE = {
 @pytest.mark.parametrize(
     "name",
     [
-        "spawn",
         "launch-argument",
-        # Under torchrun and mpi by day on hosts, below.
-        *map(nightly, ("torchrun", "torchrun-spawn", "torchrun-fork", "launch", "ray")),
+        # By day under torchrun and mpi on hosts, below; spawned: tests/program/test_running.py.
+        *map(nightly, ("spawn", "torchrun", "torchrun-spawn", "torchrun-fork", "launch", "ray")),
         pytest.param("mpi", marks=[needs_mpi, pytest.mark.nightly]),
     ],
 )

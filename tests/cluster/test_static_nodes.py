@@ -166,7 +166,7 @@ def test_a_busy_port_is_named(start_on: Start, hosts: list[Host], tmp_path: Path
 @pytest.mark.parametrize(
     ("settings", "pretend", "named"),
     [
-        (("driver.nnodes=3",), "", ("has driver.nnodes 2,", "but node node1 has 3.")),
+        nightly(("driver.nnodes=3",), "", ("has driver.nnodes 2,", "but node node1 has 3.")),
         ((), "import everyrank; everyrank.__version__ = '0.0.7'", ("has everyrank 0.", "but node node1 has 0.0.7.")),
         nightly((), "import torch; torch.__version__ = '2.6.0'", ("has torch 2.", "but node node1 has 2.6.0.")),
     ],

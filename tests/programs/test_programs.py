@@ -15,7 +15,7 @@ RAY = (("accelerate_sync", "ray"),) if importlib.util.find_spec("ray") else ()
 # Every program and every launcher by day.
 BY_DAY = {
     *((name, "torchrun") for name in programs()),
-    *(("accelerate_sync", "spawn"), ("launcher", "launch"), ("launcher", "mpi")),
+    *(("launcher", "spawn"), ("launcher", "launch"), ("launcher", "mpi")),
 }
 PAIRS = [
     pair if pair in BY_DAY else nightly(*pair)

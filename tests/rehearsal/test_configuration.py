@@ -11,7 +11,10 @@ from conftest import RunCli, nightly
 APP = ("app=hello_dist", "app._target_=probe_apps.Rehearsed")
 
 
-@pytest.mark.parametrize("driver", ["local", "torchrun", nightly("spawn")])
+@pytest.mark.parametrize(
+    "driver",
+    ["local", *map(nightly, ("torchrun", "spawn"))],  # by day under torchrun: test_rehearsal.py
+)
 def test_ranks_join_as_on_gpus(run_cli: RunCli, driver: str) -> None:
     ranks = 1 if driver == "local" else 2
     order = () if driver == "local" else ("driver.nproc_per_node=2",)

@@ -81,6 +81,7 @@ def _parts(output: str) -> dict[tuple[str, str, str], list[float]]:
     return {(rank, name, device): [float(loss) for loss in losses.split()] for rank, name, device, losses in found}
 
 
+@pytest.mark.nightly  # by day under torchrun, below
 def test_spawned_ranks_collect_and_share_their_moments(tmp_path: Path) -> None:
     output = _run(*REHEARSED, sys.executable, PROGRAMS / "spawned.py", tmp_path / "init", cwd=tmp_path)
     assert "2 GPUs" in output

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import everyrank
+from conftest import nightly
 from everyrank.errors import ConfigError, ProcessGroupError, RendezvousError
 from everyrank.runtime.process_group import cleanup_ddp, current_world, initialize_ddp, join
 
@@ -109,7 +110,7 @@ def _three_ways(rank: int, size: int, port: int, folder: str) -> list[Any]:
     return [*seen, sorted(changed)]
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [nightly(2), 3])
 def test_joins_by_port_url_file_and_variables(size: int, run_ranks: Run, free_port: int, tmp_path: Path) -> None:
     ranks = run_ranks(_three_ways, size, size, free_port, str(tmp_path))
     total = size * (size - 1) // 2

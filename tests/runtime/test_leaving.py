@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from conftest import nightly
 from everyrank.elastic.guarded import guarded
 
 _TRAIN = """
@@ -79,11 +78,10 @@ def test_many_rounds_of_join_train_leave(who: dict[str, str], tmp_path: Path) ->
     run(_TRAIN.format(**who) + _ROUNDS, tmp_path)
 
 
-@pytest.mark.parametrize("num_processes", [4, nightly(60)])
-@pytest.mark.parametrize("leave", ["dist.destroy_process_group()", nightly("pass")])
-def test_every_process_ends_well_with_its_model_alive(leave: str, num_processes: int, tmp_path: Path) -> None:
-    """Without the cure few of them do not: how rare that is, is why more are asked at night."""
-    run(_TRAIN.format(enter=_TORCH["enter"], leave=leave) + _ENDS, tmp_path, str(num_processes))
+@pytest.mark.nightly  # without the cure few of them do not: it takes many to see it
+@pytest.mark.parametrize("leave", ["dist.destroy_process_group()", "pass"])
+def test_every_process_ends_well_with_its_model_alive(leave: str, tmp_path: Path) -> None:
+    run(_TRAIN.format(enter=_TORCH["enter"], leave=leave) + _ENDS, tmp_path, "60")
 
 
 def test_a_sitecustomize_of_the_user_is_run_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import torch
 import wide
 
 import everyrank
+from conftest import nightly
 
 
 def hooked(rank: int, **changes: Any) -> dict[str, Any]:
@@ -17,7 +18,7 @@ def hooked(rank: int, **changes: Any) -> dict[str, Any]:
     return {"parallel": hook, **changes}
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [nightly(2), 3])
 def test_gradients_of_low_rank_arrive_whole(tmp_path: Path, size: int) -> None:
     """A batch of three samples gives gradients of rank three: PowerSGD of that rank then is plain DDP."""
     runs = [{"name": "plain"}, hooked(3, name="powersgd")]
