@@ -39,8 +39,7 @@ ready:
 	$(BIN)/python -m compileall -q src tests/support
 
 test: ready
-	$(BIN)/python -m pytest -n $(WORKERS) --no-loadscope-reorder || { echo "== what failed, once more and alone =="; \
-	    $(BIN)/python -m pytest --last-failed --last-failed-no-failures none; }
+	$(BIN)/python -m pytest -n $(WORKERS) --no-loadscope-reorder
 
 nightly: ready
 	$(BIN)/python -m pytest -n $(WORKERS) --no-loadscope-reorder -m nightly

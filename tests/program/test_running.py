@@ -159,7 +159,8 @@ def test_a_program_sees_what_python_alone_shows(
     assert done.returncode == (3 if driver == "local" else 1)
 
 
-@pytest.mark.parametrize(("driver", "fails"), [("local", False), nightly("local", True), nightly("torchrun", False)])
+@pytest.mark.nightly  # by day what spawned ranks see, above, and their script's names: tests/config/test_yaml_loader.py
+@pytest.mark.parametrize(("driver", "fails"), [("local", True), ("torchrun", False)])
 def test_a_programs_own_hydra_record_and_loader_workers(
     run_cli: RunCli, tmp_path: Path, plain: Plain, driver: str, fails: bool
 ) -> None:

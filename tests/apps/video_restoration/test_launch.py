@@ -50,6 +50,24 @@ def _torchrun(num_ranks: int, *arguments: str, **how: Any) -> subprocess.Complet
     return _start("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}", *arguments, **how)
 
 
+def _launch_script(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", str(ROOT / "launch_train.sh"), *arguments],
+        env={**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def _house_entry(options: Path, folder: Path) -> subprocess.CompletedProcess[str]:
+    driver = ("driver=torchrun", "env=local", "app=video_restoration", f"app.opt={options}")
+    done = warm_start.run([sys.executable, str(ROOT / "run.py"), *driver], cwd=folder, timeout_s=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
 def _free_port() -> int:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
@@ -119,7 +137,9 @@ def test_two_ranks_under_torchrun_give_the_curve_of_one(
 ) -> None:
     options = tiny_options(clips, tmp_path, gpu_ids="auto", dist=False, use_static_graph=True)
     options["datasets"]["train"]["dataloader_num_workers"] = 2
-    done = _torchrun(2, SCRIPT, "--opt", str(write_options(options)))
+    done = _launch_script(str(write_options(options)), "2", "--dist")  # which starts torchrun
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "--dist is ignored" in done.stderr
     assert "dataloader_batch_size is 3 in total, 1 or 2 per rank" in done.stderr
     assert "PSNR VRT" in done.stdout
     assert json.loads(done.stdout.splitlines()[-1])["world_size"] == 2
@@ -165,18 +185,7 @@ def test_legacy_launch_resumes_from_the_newest_legacy_checkpoint_that_loads(
     assert _curve(tmp_path) == pytest.approx(_curve(single)[2:], rel=TOLERANCE)
 
 
-def _launch_script(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        ["bash", str(ROOT / "launch_train.sh"), *arguments],
-        env={**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-
-
-def test_launch_script_shards_a_validation_of_pretrained_weights(
+def test_two_ranks_share_a_validation_of_pretrained_weights(
     single: Path, tmp_path: Path, clips: Path, write_options: Write
 ) -> None:
     options = tiny_options(clips, tmp_path)
@@ -184,9 +193,9 @@ def test_launch_script_shards_a_validation_of_pretrained_weights(
     options["path"]["pretrained_netG"] = str(single / "tiny" / "models" / "4_E.pth")
     options["train"]["E_decay"] = 0
     options["val"]["save_img"] = True
-    done = _launch_script(str(write_options(options)), "2", "--dist")
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    done = _house_entry(write_options(options), tmp_path)
+    (result,) = tmp_path.glob("outputs/*/result.json")
+    found = json.loads(result.read_text())
     scores = _scores(single)
     assert found["world_size"] == 2
     assert {name: found[name] for name in scores} == pytest.approx(scores, abs=1e-9)
@@ -271,12 +280,7 @@ def test_the_house_entry_runs_the_same_options(single: Path, tmp_path: Path, cli
     options = tiny_options(clips, tmp_path)
     options["train"]["total_iter"] = 1
     del options["datasets"]["test"]
-    command = [
-        *(sys.executable, str(ROOT / "run.py"), "driver=torchrun", "env=local", "app=video_restoration"),
-        f"app.opt={write_options(options)}",
-    ]
-    done = warm_start.run(command, cwd=tmp_path, timeout_s=120)
-    assert done.returncode == 0, done.stdout + done.stderr
+    _house_entry(write_options(options), tmp_path)
     assert _curve(tmp_path) == pytest.approx(_curve(single)[:1], rel=TOLERANCE)
 
 
