@@ -5,10 +5,14 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
 
 from conftest import ROOT, RunCli, cli_environment
+from everyrank.cli.compose import for_each_composed
 
 
 @pytest.mark.parametrize(
@@ -52,6 +56,17 @@ def test_an_app_whose_import_fails_says_where(run_cli: RunCli, tmp_path: Path) -
     assert done.stderr.count("importing broken failed: ModuleNotFoundError") == 1, done.stderr
     assert "broken.py:1" in done.stderr
     assert "Traceback" not in done.stderr + done.stdout
+
+
+def test_settings_alone_are_composed_as_by_hydras_main() -> None:
+    of_hydra = "'${hydra:runtime.output_dir} ${hydra:job.name} ${hydra:runtime.choices.app} ${hydra:overrides.task}'"
+    settings = ["app=hello_dist", f"app.message={of_hydra}", "env.variables.COLOUR=blue"]
+    seen: list[Any] = []
+    for more in ([], ["hydra.verbose=false"]):  # a setting of Hydra's own is for its main
+        for_each_composed([*settings, *more], lambda cfg: seen.append(OmegaConf.to_container(cfg, resolve=True)))
+        assert not HydraConfig.initialized()
+    assert seen[0] == seen[1]
+    assert f"{Path.cwd()} compose hello_dist ['app=hello_dist'" in seen[0]["app"]["message"]
 
 
 def test_dry_run_tells_all_and_does_nothing(run_cli: RunCli, tmp_path: Path) -> None:

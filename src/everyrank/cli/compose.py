@@ -11,7 +11,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from everyrank.cli.compose_errors import explain
@@ -62,10 +62,16 @@ def _one_job(conf: str, settings: list[str], task: Callable[[DictConfig], Any]) 
     """Settings alone, none of them Hydra's own. Hydra's main would compose twice, to look for its mode first."""
     with hydra.initialize_config_dir(conf, job_name="compose", version_base="1.3"):
         cfg = hydra.compose("config", overrides=settings, return_hydra_config=True)
+        with read_write(cfg.hydra.runtime), open_dict(cfg.hydra.runtime):
+            cfg.hydra.runtime.output_dir = os.path.abspath(cfg.hydra.run.dir)
+        previous = HydraConfig.instance().cfg
         HydraConfig.instance().set_config(cfg)
         with open_dict(cfg):
             del cfg["hydra"]
-        task(cfg)
+        try:
+            task(cfg)
+        finally:
+            HydraConfig.instance().cfg = previous
 
 
 def _by_hydras_main(conf: str, argv: list[str], task: Callable[[DictConfig], Any]) -> None:
