@@ -51,7 +51,8 @@ def bare_interface(hosts: list[Host]) -> Iterator[str]:
     hosts[2].must("ip", "link", "del", "bare0")
 
 
-@pytest.mark.parametrize("interfaces", [("eth1",), nightly(("lo", "bare0"))])
+@pytest.mark.nightly  # by day nodes of torchrun: test_static_nodes.py
+@pytest.mark.parametrize("interfaces", [("eth1",), ("lo", "bare0")])
 def test_tasks_of_srun_on_two_nodes(
     start_on: Start, slurm: dict[str, str], bare_interface: str, interfaces: tuple[str, ...]
 ) -> None:

@@ -20,6 +20,7 @@ needs_mpi = pytest.mark.skipif(
 
 
 @needs_mpi
+@pytest.mark.nightly  # by day a script, on hosts: tests/cluster/test_scripts.py
 def test_ranks_of_mpirun_meet_without_flags(run_cli: RunCli) -> None:
     code = (
         "import everyrank, torch\n"

@@ -12,9 +12,9 @@ from programs.others import programs
 
 DRIVERS = ("torchrun", "spawn", "launch", *(("mpi",) if shutil.which("mpirun") else ()))
 RAY = (("accelerate_sync", "ray"),) if importlib.util.find_spec("ray") else ()
-# Every program and every launcher by day.
+# By day every launcher, and every program but one: of accelerate's two the shorter.
 BY_DAY = {
-    *((name, "torchrun") for name in programs()),
+    *((name, "torchrun") for name in programs().keys() - {"accelerate_script"}),
     *(("launcher", "spawn"), ("launcher", "launch"), ("launcher", "mpi")),
 }
 PAIRS = [

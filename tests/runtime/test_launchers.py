@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import warm_start
 
+from conftest import nightly
+
 PROGRAM = """
 import json, os, signal, sys
 from pathlib import Path
@@ -58,7 +60,7 @@ def test_torchrun(tmp_path: Path) -> None:
     assert _launch(tmp_path, *TORCHRUN) == _expected("torchrun")
 
 
-@pytest.mark.nightly  # by day torch's old launcher starts a mended script, see tests/lint/test_fixed_programs.py
+@pytest.mark.nightly  # by day torch's old launcher restores video: tests/apps/video_restoration/test_launch.py
 def test_launch(tmp_path: Path, free_port: int) -> None:
     assert _launch(tmp_path, *LAUNCH, f"--master-port={free_port}") == _expected("launch")
 
@@ -69,10 +71,11 @@ def test_launch_with_use_env_is_torchrun(tmp_path: Path, free_port: int) -> None
 
 
 @pytest.mark.slow
-def test_a_restart_never_meets_the_addresses_of_the_dead(tmp_path: Path) -> None:
+@pytest.mark.parametrize("num_restarts", [1, nightly(2)])
+def test_a_restart_never_meets_the_addresses_of_the_dead(tmp_path: Path, num_restarts: int) -> None:
     """Torch 2.13 keeps the agent's store through restarts; plain init_process_group reads dead addresses from it."""
-    found = _launch(tmp_path, *TORCHRUN, "--max-restarts=2", "--monitor-interval=0.1", kill=2)
-    assert found == _expected("torchrun", attempt=2)
+    found = _launch(tmp_path, *TORCHRUN, f"--max-restarts={num_restarts}", "--monitor-interval=0.1", kill=num_restarts)
+    assert found == _expected("torchrun", attempt=num_restarts)
 
 
 @pytest.mark.nightly

@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from conftest import nightly
+
 HALF_SET = {"RANK": "1"}
 
 
@@ -18,7 +20,7 @@ def run(code: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("entry", ["with everyrank.join(): pass", "everyrank.initialize_ddp(0, 0)"])
+@pytest.mark.parametrize("entry", [nightly("with everyrank.join(): pass"), "everyrank.initialize_ddp(0, 0)"])
 def test_a_mistake_that_nobody_catches_is_one_message(entry: str) -> None:
     done = run(entry)
     assert done.returncode == 2

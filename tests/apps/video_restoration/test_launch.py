@@ -290,7 +290,7 @@ def test_a_local_rank_without_a_launcher_is_ignored_with_a_notice(tmp_path: Path
     assert "cannot be read" in done.stderr
 
 
-@pytest.mark.nightly  # by day one process, below; two ranks: tests/runtime/test_mistakes.py
+@pytest.mark.nightly  # by day one process, below; a mistake of a rank: tests/drivers/test_ends.py
 def test_a_mistake_is_said_once_by_two_ranks(tmp_path: Path) -> None:
     (tmp_path / "option.json").write_text("{}")
     done = _torchrun(2, SCRIPT, "--opt", str(tmp_path / "options.json"), code=1)  # 1 is torchrun's own
