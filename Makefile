@@ -16,7 +16,9 @@ WORKERS ?= 3
 
 .PHONY: quickstart test nightly quick check format docs bench pages clean ready cluster_tools
 
-PIP     := $(BIN)/pip install --quiet --disable-pip-version-check
+# Python compiles what is imported, once: to compile all that is installed takes longer than to install it.
+unexport PYTHONDONTWRITEBYTECODE
+PIP     := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
 # What torch needs; of two pips that install the same package at once, one fails.
 OF_TORCH := filelock|fsspec|Jinja2|MarkupSafe|mpmath|networkx|sympy|typing_extensions
 
@@ -38,11 +40,9 @@ quickstart: $(STAMP)
 cluster_tools:
 	sh scripts/install_cluster_tools.sh
 
-# Both installations at once. The source is compiled once: an environment may forbid Python to do so, and each of the
-# tests' many processes would.
+# Both installations at once.
 ready:
 	$(MAKE) --jobs=2 --output-sync=line $(STAMP) cluster_tools
-	$(BIN)/python -m compileall -q src tests/support
 
 test: ready
 	$(BIN)/python -m pytest -n $(WORKERS) --no-loadscope-reorder

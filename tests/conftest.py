@@ -35,7 +35,8 @@ os.environ[_MARK] = _SESSION
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Unbuffered, print() writes a line and its end one after the other, and what two ranks print gets mixed.
 os.environ.pop("PYTHONUNBUFFERED", None)
-# pytest rewrites the assertions of each test file: once, also where Python may not write down what it compiled.
+# What is compiled once, pytest's test files too, is not compiled again by each of the many processes to come.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 gc.disable()  # until all is collected: of what torch and the tests define nothing is garbage
 # Ignored in a shell's background job or under nohup, but what the tests start must hear them.
