@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -57,7 +58,7 @@ def test_a_rank_of_another_host_is_blamed_for_its_answer_alone(
             **dict.fromkeys(("in_collective", "in_backward", "in_loader"), False),
             **dict.fromkeys(("stack", "collectives", "workers", "stopped"), ()),
             **dict.fromkeys(("started", "seq", "cpu_s", "data_share", "log_from", "time_s"), 0),
-            **dict.fromkeys(("reads", "handling")),
+            **dict.fromkeys(("reads", "handling", "handled")),
             **{"rank": rank, "pid": 100 + rank, "host": host, "here": host, "groups": {}, "where": f"train.py:{rank}"},
             **{"ended": ended, "request": answers},
         }
@@ -68,6 +69,29 @@ def test_a_rank_of_another_host_is_blamed_for_its_answer_alone(
     assert verdict is not None
     assert verdict.rank == named
     assert (verdict.cause == UNDECIDED) == (named is None)
+
+
+@pytest.mark.parametrize(
+    ("case", "said"),
+    [
+        ("before", "exit code 4"),
+        ("beside", "exit code 4"),
+        ("cleans up", "ValueError: the third sample"),
+    ],
+)
+def test_an_exception_in_hand_is_blamed_only_if_it_ends_the_rank(run_cli: RunCli, case: str, said: str) -> None:
+    program = Path(__file__).parent / "handling_program.py"
+    done = run_cli("driver=torchrun", "app=script", "--", str(program), case)
+    assert done.returncode == 1
+    assert f"error: rank 1 of 2 failed: {said}" in done.stderr, done.stderr
+
+
+def test_a_rank_says_where_it_is_in_a_folder_of_any_name(run_cli: RunCli, tmp_path: Path) -> None:
+    folder = tmp_path / ("試験の" * 20) / ("二番目" * 20)
+    folder.mkdir(parents=True)
+    program = shutil.copy(Path(__file__).parent / "handling_program.py", folder)
+    done = run_cli("driver=torchrun", "driver.nproc_per_node=1", "app=script", "--", str(program), "alone")
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_killed_rank_is_named_and_the_other_is_ended(run_cli: RunCli) -> None:

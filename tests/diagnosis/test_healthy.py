@@ -113,6 +113,7 @@ def _report(rank: int, **facts: object) -> Report:
         **{"request": 1, "seq": 2, "ended": None, "stack": (), "where": "train.py:3 in main", "in_collective": True},
         **{"in_backward": False, "in_loader": False, "cpu_s": 0.0, "data_share": 0.0, "reads": None, "handling": None},
         **{"groups": {}, "workers": (), "log_from": 0, "stopped": (), "process": ProcessFacts("S", 0.0, 0)},
+        handled=None,
         collectives=tuple(Collective("0", seq, "all_reduce", "4", "Float", "train.py:3", seq < 2) for seq in (1, 2)),
     )
     return replace(waits, **facts)

@@ -36,6 +36,7 @@ class Beat:
         pid: Its process.
         collective: Its main thread is inside a call of torch.distributed.
         where: The user's line it was at; empty where it was at none.
+        handled: A name, within its process, of the exception that it was handling; None if it was handling none.
     """
 
     rank: int
@@ -44,6 +45,7 @@ class Beat:
     pid: int
     collective: bool
     where: str
+    handled: str | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +75,7 @@ class Report:
     data_share: float
     reads: str | None
     handling: Mapping[str, Any] | None
+    handled: str | None
     collectives: tuple[Collective, ...]
     groups: Mapping[str, list[int]]
     workers: tuple[Mapping[str, Any], ...]
@@ -157,6 +160,7 @@ def read_beats(folder: str) -> dict[int, Beat]:
             pid=int(row["pid"]),
             collective=bool(row["collective"]),
             where=str(row["where"]) if is_users_place(str(row["where"])) else "",
+            handled=row["handled"],
         )
         for rank, row in _rows(folder, _BEAT)
     }

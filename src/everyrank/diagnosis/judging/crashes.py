@@ -72,12 +72,22 @@ class _Case:
         self.errors = dict(self._errors())
 
     def _errors(self) -> Iterable[tuple[int, Mapping[str, Any]]]:
-        """Exceptions by rank: recorded ones, and those that a rank was still cleaning up after when we ended it."""
+        """Exceptions by rank: recorded ones, and those that a rank was still cleaning up after when we ended it.
+
+        Programs deal with exceptions that are no fault, too: one counts to the rank's last sign of life, and only if no
+        other rank ended by itself.
+        """
+        beats = read_beats(self.folder)
+        by_others = (-signal.SIGTERM, -signal.SIGABRT)  # the latter by a library that lost its peer
+        silent = {rank for rank, failure in self._silent() if failure.exit_code not in by_others}
         for rank, failure in self.failures.items():
+            report, beat = self.reports.get(rank), beats.get(rank)
             if failure.error:
                 yield rank, failure.error
-            elif rank in self.reports and self.reports[rank].handling and self.reports[rank].ended is None:
-                yield rank, self.reports[rank].handling or {}
+            elif report is None or beat is None or report.ended or silent - {rank}:
+                continue
+            elif report.handling and report.handled == beat.handled:
+                yield rank, report.handling
 
     def own_error(self) -> Stall | None:
         own = [error for error in self.errors.values() if not error.get("lost_peer")]

@@ -47,7 +47,7 @@ from everyrank.diagnosis.reports import read_beats, read_reports
 _WATCHED = "EVERYRANK_WATCHED"  # pid of the process that reports as RANK: its children do not
 _TICK_S = 0.2
 _REPORT_EVERY_S = 10.0
-_BEAT_BYTES = 512
+_BEAT_BYTES = 4096  # the same for each, and enough for a place whose every character is escaped
 _HOLD_S = 1.0  # how long a rank that lost a peer lets the others say what they do, before it ends
 _LAST_S = 5.0  # how long the others live on when the guilty rank is told to end
 _LEAVE_S = 10.0  # how long the end of the program waits for this thread, which may be writing to a slow disk
@@ -177,6 +177,12 @@ class Reporter:
     def _stack(self) -> list[Place]:
         return stack_of(sys._current_frames().get(self._main.ident or 0))
 
+    def _handled(self) -> Exception | None:
+        """The exception that the program deals with in this moment, as in its ``except`` or ``finally`` block."""
+        handled: Any = sys._current_exceptions().get(self._main.ident or 0)
+        error = handled[1] if isinstance(handled, tuple) else handled
+        return error if isinstance(error, Exception) else None
+
     def _write_beat(self) -> None:
         stack = self._stack()
         self._in_data.append(waits_for_data(stack))
@@ -186,6 +192,7 @@ class Reporter:
             "pid": self.pid,
             "collective": waits_in_collective(stack),
             "where": (where(stack) or "")[-300:],
+            "handled": _name(self._handled()),
         }
         assert self._beat is not None  # see _be
         os.pwrite(self._beat, json.dumps(beat).encode()[:_BEAT_BYTES].ljust(_BEAT_BYTES), 0)
@@ -199,8 +206,7 @@ class Reporter:
             collectives, groups = read_recorder()
             facts = look_at(self.pid)
             asks_workers = thoroughly and waits_for_data(stack)
-            handled = sys._current_exceptions().get(self._main.ident or 0)
-            error = handled[1] if isinstance(handled, tuple) else handled
+            error = self._handled()
             report = {
                 "rank": self.rank,
                 "pid": self.pid,
@@ -219,7 +225,8 @@ class Reporter:
                 "cpu_s": facts.cpu_s if facts else 0.0,
                 "data_share": round(sum(self._in_data) / max(1, len(self._in_data)), 4),
                 "reads": reads_from(self.pid),
-                "handling": describe_error(error, self.rank, 1) if isinstance(error, Exception) else None,
+                "handling": describe_error(error, self.rank, 1) if error is not None else None,
+                "handled": _name(error),
                 "collectives": to_json(with_calls(collectives)),
                 "groups": groups,
                 "workers": workers_of(self.pid, stacks_file(self.folder, self.rank)) if asks_workers else [],
@@ -292,6 +299,10 @@ def ended(at: str | None = None) -> None:
     """Say that this rank's program has come to its end, where no ``atexit`` will; ``at`` is the line of its exit."""
     if _reporter is not None and _reporter.pid == os.getpid():
         _reporter.end(at)
+
+
+def _name(error: Exception | None) -> str | None:
+    return None if error is None else f"{type(error).__name__[:100]} {id(error)}"
 
 
 def _sequence(group: Any) -> int:
