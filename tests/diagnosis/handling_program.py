@@ -18,7 +18,7 @@ from typing import Any
 from everyrank.diagnosis.rank_files import attempt_dir, beat_file, report_file
 from everyrank.diagnosis.reports import read_beats
 
-RANK = int(os.environ["RANK"])
+RANK = int(os.environ.get("RANK", "0"))
 FOLDER = attempt_dir(os.environ["EVERYRANK_WATCH"])
 
 
@@ -58,13 +58,13 @@ def destroy_and_wait() -> None:
     import torch.distributed as dist
 
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    if RANK == 0:
-        dist.all_reduce(torch.ones(1))
     try:
-        raise ValueError("the third sample")
+        if RANK == 1:
+            raise ValueError("the third sample")
+        dist.all_reduce(torch.ones(1))
     finally:
         dist.destroy_process_group()
-        signal.pause()
+        until(lambda: RANK == 0)
 
 
 CASE = sys.argv[1]
