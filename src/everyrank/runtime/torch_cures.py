@@ -15,7 +15,8 @@ Where no launcher holds the store (``mpirun``, ``srun``, Ray), rank 0 of a plain
 every address of the machine. If all ranks are on this machine, the store gets a socket that listens on 127.0.0.1 alone.
 
 Optimizers and DistributedDataParallel import torch's compiler when they are made, only to tell it what it may not
-compile: two seconds of a core, and seventy megabytes, in each rank. Here it is imported when something needs it.
+compile: two seconds of a core, and seventy megabytes, in each rank. So does torch_geometric, to ask whether a model is
+compiled. Here it is imported when something needs it.
 
 This file needs neither torch nor the rest of everyrank: ``startup/sitecustomize.py`` loads it by its path, in every
 Python program that we start.
@@ -44,6 +45,8 @@ _LEFT_ALONE = (
     ("torch.optim.optimizer", "Optimizer.load_state_dict"),
     ("torch.nn.parallel.distributed", "DistributedDataParallel._inside_ddp_forward"),
 )
+# What imports the compiler to ask, when it is called, whether something is compiled.
+_ASK_ONLY = ("torch_geometric.isinstance",)
 _THREAD_NAME = "pt_gloo_runloop"
 _LOOK_S = 0.006  # a thread that waits for Python's lock looks again every 5 ms, which the kernel counts
 _SETTLE_S = 30.0  # on a machine where a thread that could run is not let for long
@@ -55,42 +58,50 @@ def install() -> None:
         module = sys.modules.get(name)
         if module is not None:
             cure(module)
-        elif not any(getattr(finder, "cures", None) == name for finder in sys.meta_path):
-            sys.meta_path.insert(0, _AfterImport(name, cure))
+        elif not any(getattr(finder, "finds", None) == name for finder in sys.meta_path):
+            sys.meta_path.insert(0, _AtImport(name, _cured_by(cure)))
 
 
-class _AfterImport:
-    """Lets the other finders find one module, and cures it after its import."""
+class _AtImport:
+    """Lets the other finders find one module, and has a say in its import.
 
-    def __init__(self, name: str, cure: Callable[[Any], None]) -> None:
-        self.cures = name
-        self._cure = cure
+    Args:
+        name: The module.
+        execute: Called in place of what executes the module: with that, and the module.
+    """
+
+    def __init__(self, name: str, execute: Callable[[Callable[[Any], None], Any], None]) -> None:
+        self.finds = name
+        self._execute = execute
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name != self.cures:
+        if name != self.finds:
             return None
         sys.meta_path.remove(self)
         for finder in sys.meta_path:
             spec = finder.find_spec(name, path, target)
             if spec is not None:
-                self._cure_after(spec.loader)
+                self._have_a_say(spec.loader)
                 return spec
         return None
 
-    def _cure_after(self, loader: Any) -> None:
+    def _have_a_say(self, loader: Any) -> None:
         execute = loader.exec_module
+        loader.exec_module = lambda module: self._execute(execute, module)
 
-        def exec_module(module: ModuleType) -> None:
-            was_enabled = gc.isenabled()
-            gc.disable()  # a tenth of the import is spent on looking for garbage that it does not make
-            try:
-                execute(module)
-            finally:
-                if was_enabled:
-                    gc.enable()
-            self._cure(module)
 
-        loader.exec_module = exec_module
+def _cured_by(cure: Callable[[Any], None]) -> Callable[[Callable[[Any], None], Any], None]:
+    def execute_and_cure(execute: Callable[[Any], None], module: Any) -> None:
+        was_enabled = gc.isenabled()
+        gc.disable()  # a tenth of the import is spent on looking for garbage that it does not make
+        try:
+            execute(module)
+        finally:
+            if was_enabled:
+                gc.enable()
+        cure(module)
+
+    return execute_and_cure
 
 
 def _cure(module: Any) -> None:
@@ -255,6 +266,18 @@ def _compile_on_demand(torch: Any) -> None:
     decorate = torch._disable_dynamo
     torch._disable_dynamo = _marking(decorate, leave_alone)
 
+    def with_stand_in(execute: Callable[[Any], None], module: Any) -> None:
+        if vars(torch).get("_dynamo") is stand_in:
+            sys.modules.setdefault(_COMPILER, stand_in)
+        try:
+            execute(module)
+        finally:
+            _stand_aside(_COMPILER)
+
+    for name in _ASK_ONLY:
+        if name not in sys.modules:
+            sys.meta_path.insert(0, _AtImport(name, with_stand_in))
+
     def undo() -> None:
         vars(torch).pop("_dynamo", None)
         torch._disable_dynamo = decorate
@@ -313,7 +336,14 @@ class _OnDemand(type(sys)):  # type: ignore[misc]
 def _import(name: str) -> Any:
     import importlib
 
+    _stand_aside(name)
     return importlib.import_module(name)
+
+
+def _stand_aside(name: str) -> None:
+    """Let the next import of a module find itself, and not what stands for it."""
+    if isinstance(sys.modules.get(name), _OnDemand):
+        del sys.modules[name]
 
 
 class _BeforeCompiler:

@@ -45,8 +45,29 @@ def differentiate_a_step():
     return torch.autograd.grad(stepped.sum(), weight)[0].tolist()
 
 
+def convolve():
+    """The loss of a layer of torch_geometric's on a batch of its graphs, and the derivative by its bias."""
+    from torch_geometric.data import Batch, Data
+    from torch_geometric.nn import SAGEConv, global_mean_pool
+
+    torch.manual_seed(0)
+    layer, edges = SAGEConv(3, 3), torch.tensor([[0, 1, 2], [1, 2, 0]])
+    batch = Batch.from_data_list([Data(x=torch.randn(3, 3), edge_index=edges) for _ in range(2)])
+    loss = global_mean_pool(layer(batch.x, batch.edge_index), batch.batch).square().mean()
+    loss.backward()
+    return loss.item(), layer.lin_l.bias.grad.tolist()
+
+
+def is_told_when_compiled():
+    """Whether torch_geometric, imported before the compiler, knows the class of a model that is compiled."""
+    from torch_geometric import is_torch_instance
+
+    model = torch.compile(torch.nn.Linear(2, 2), backend="eager")
+    return [is_torch_instance(model, torch.nn.Linear), is_torch_instance(model, torch.nn.Conv1d)]
+
+
 def plain():
-    return [train(optimizer) for optimizer in OPTIMIZERS], differentiate_a_step()
+    return [train(optimizer) for optimizer in OPTIMIZERS], differentiate_a_step(), convolve()
 
 
 def compile_after_training():
@@ -89,6 +110,7 @@ def main(meeting):
     said = {"imported": COMPILER in sys.modules, "plain": trained, "names": use_names()}
     said |= {"looked_at": is_looked_at(decorate)}
     said |= {"compiled": compile_after_training(), "reducer": choose_a_reducer()}
+    said |= {"told": is_told_when_compiled()}
     print(json.dumps(said))
     dist.destroy_process_group()
 
