@@ -12,8 +12,8 @@ import pytest
 import everyrank
 
 PROGRAMS = str(Path(__file__).parent / "programs")
-# FSDP2 imports the compiler; without a preload each rank of each launch would import all of it again.
-_PRELOAD = ("everyrank.training.trainer", "torch._dynamo", "torch.distributed.fsdp", "torchmetrics")
+# Without a preload each rank of each launch would import all of it again.
+_PRELOAD = ("everyrank.training.trainer", "torch.distributed.fsdp", "torchmetrics")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -14,9 +14,9 @@ group. For the second: the lock is free, before the interpreter ends, until gloo
 Where no launcher holds the store (``mpirun``, ``srun``, Ray), rank 0 of a plain program does, and torch then listens on
 every address of the machine. If all ranks are on this machine, the store gets a socket that listens on 127.0.0.1 alone.
 
-Optimizers and DistributedDataParallel import torch's compiler when they are made, only to tell it what it may not
-compile: two seconds of a core, and seventy megabytes, in each rank. So does torch_geometric, to ask whether a model is
-compiled. Here it is imported when something needs it.
+Optimizers, DistributedDataParallel, FSDP2 and ``torch.utils.checkpoint`` import torch's compiler, only to tell it what
+it may not compile, or to read a setting of it: two seconds of a core, and seventy megabytes, in each rank. So does
+torch_geometric, to ask whether a model is compiled. Here it is imported when something needs it.
 
 This file needs neither torch nor the rest of everyrank: ``startup/sitecustomize.py`` loads it by its path, in every
 Python program that we start.
@@ -25,6 +25,7 @@ Python program that we start.
 from __future__ import annotations
 
 import gc
+import os
 import sys
 
 # Every Python program that we start pays for these imports: there are few, and the rest is made where it is used.
@@ -37,16 +38,13 @@ if TYPE_CHECKING:
     from typing import Any
 
 _COMPILER = "torch._dynamo"
-# What torch asks the compiler to leave alone, of all that a plain training calls.
-_LEFT_ALONE = (
-    ("torch.optim.optimizer", "Optimizer.add_param_group"),
-    ("torch.optim.optimizer", "Optimizer.zero_grad"),
-    ("torch.optim.optimizer", "Optimizer.state_dict"),
-    ("torch.optim.optimizer", "Optimizer.load_state_dict"),
-    ("torch.nn.parallel.distributed", "DistributedDataParallel._inside_ddp_forward"),
-)
+# Modules that import the compiler and then use nothing of it but what its stand-in has.
+_CONTENT = ("torch._compile", "torch._subclasses.fake_tensor")
+# Modules that keep the compiler from a function for one call of it.
+_CALL_AT_ONCE = ("torch._compile", "torch.distributed.fsdp._fully_shard._fsdp_common", "torch.utils.checkpoint")
 # What imports the compiler to ask, when it is called, whether something is compiled.
 _ASK_ONLY = ("torch_geometric.isinstance",)
+_IMPORTERS = ("importlib._bootstrap", "_frozen_importlib")
 _THREAD_NAME = "pt_gloo_runloop"
 _LOOK_S = 0.006  # a thread that waits for Python's lock looks again every 5 ms, which the kernel counts
 _SETTLE_S = 30.0  # on a machine where a thread that could run is not let for long
@@ -189,7 +187,6 @@ def _settle() -> None:
 
 def _gloo_threads() -> Iterator[tuple[str, str, str]]:
     """Id, state and number of sleeps of each thread of gloo's; nothing where the kernel does not tell (not Linux)."""
-    import os
 
     tasks = "/proc/self/task"
     for task in os.listdir(tasks) if os.path.isdir(tasks) else ():
@@ -218,7 +215,6 @@ def _meet_on_loopback(rendezvous: Any) -> None:
 
 def _loopback_listener(options: dict[str, Any]) -> socket | None:
     """A socket for the store that torch is about to serve; None if torch is to open its own."""
-    import os
 
     # Some operators of Kubernetes call the master localhost in its own pod: what counts is where the ranks are.
     on_one_machine = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE", "")
@@ -241,30 +237,30 @@ def _compile_on_demand(torch: Any) -> None:
     """
     if "_dynamo" in vars(torch):
         return
-    import inspect
+    import contextlib
 
     functions: list[Any] = []
-    stand_in = _OnDemand(_COMPILER, utils=_OnDemand(f"{_COMPILER}.utils", get_optimize_ddp_mode=_mode))
+
+    def disable(*args: Any, **options: Any) -> Any:
+        asking = sys._getframe(1).f_globals.get("__name__")
+        if asking not in _CALL_AT_ONCE:
+            return _import(_COMPILER).disable(*args, **options)
+        if asking == "torch._compile":
+            functions.append(args[0])  # it keeps the answer, as an attribute of the function
+        return args[0]
+
+    stand_in = _OnDemand(
+        _COMPILER,
+        disable=disable,
+        utils=_OnDemand(f"{_COMPILER}.utils", get_optimize_ddp_mode=_mode),
+        compiled_autograd=_OnDemand(f"{_COMPILER}.compiled_autograd", _disable=contextlib.nullcontext),
+    )
     vars(torch)["_dynamo"] = stand_in
-
-    def leave_alone(function: Any) -> None:
-        if vars(torch).get("_dynamo") is stand_in:  # the decorator below may be held, and used, for longer
-            function.__dynamo_disable = function  # where torch keeps what the compiler makes of it
-            functions.append(function)
-
-    for module, name in _LEFT_ALONE:
-        found: Any = sys.modules.get(module)
-        for part in name.split("."):
-            found = getattr(found, part, None)
-        if found is not None:
-            leave_alone(inspect.unwrap(found))
     optimizers: list[Any] = [cls for cls in vars(torch.optim).values() if isinstance(cls, type)]
     for optimizer in optimizers:
         step = vars(optimizer).get("step")
         if _COMPILER in getattr(getattr(step, "__code__", None), "co_names", ()):
             optimizer.step = _step_without_compiler(torch, step)
-    decorate = torch._disable_dynamo
-    torch._disable_dynamo = _marking(decorate, leave_alone)
 
     def with_stand_in(execute: Callable[[Any], None], module: Any) -> None:
         if vars(torch).get("_dynamo") is stand_in:
@@ -280,25 +276,10 @@ def _compile_on_demand(torch: Any) -> None:
 
     def undo() -> None:
         vars(torch).pop("_dynamo", None)
-        torch._disable_dynamo = decorate
         for function in functions:
             vars(function).pop("__dynamo_disable", None)
 
-    sys.meta_path.insert(0, _BeforeCompiler(undo))
-
-
-def _marking(decorate: Any, leave_alone: Callable[[Any], None]) -> Any:
-    """torch's decorator for what the compiler must leave alone, for modules that are imported from now on."""
-    import functools
-
-    @functools.wraps(decorate)
-    def decorated(fn: Any = None, *args: Any, **kwargs: Any) -> Any:
-        if fn is None:
-            return functools.partial(decorated, *args, **kwargs)
-        leave_alone(fn)
-        return decorate(fn, *args, **kwargs)
-
-    return decorated
+    sys.meta_path.insert(0, _BeforeCompiler(stand_in, undo))
 
 
 def _step_without_compiler(torch: Any, step: Any) -> Any:
@@ -320,17 +301,45 @@ def _mode() -> str:
 
 
 class _OnDemand(type(sys)):  # type: ignore[misc]
-    """Stands for a module until something of it is used that is not given here."""
+    """Stands for a module until something of it is used that torch's own modules are not given here.
+
+    Whatever it is asked for, it is no longer found by an import after that.
+    """
 
     def __init__(self, name: str, **given: object) -> None:
         super().__init__(name)
-        self.__dict__.update(given)
+        self.__dict__["__given"] = given
 
     def __getattr__(self, name: str) -> Any:
+        asking = sys._getframe(1).f_globals.get("__name__", "")
+        if asking in _IMPORTERS:
+            raise AttributeError(name)
+        _stand_aside(self.__name__)
+        if asking.startswith("torch."):
+            if name in self.__dict__["__given"]:
+                return self.__dict__["__given"][name]
+            if name == "config":
+                return _settings()
         return getattr(_import(self.__name__), name)
 
     def __setattr__(self, name: str, value: object) -> None:
-        setattr(_import(self.__name__), name, value)
+        if name.startswith("__"):  # by the import
+            super().__setattr__(name, value)
+        else:
+            setattr(_import(self.__name__), name, value)
+
+
+def _settings() -> ModuleType:
+    """The compiler's module of settings, which needs nothing of the compiler."""
+    import importlib.util
+
+    name = f"{_COMPILER}.config"
+    if name not in sys.modules:
+        file = os.path.join(sys.modules["torch"].__path__[0], *name.split(".")[1:]) + ".py"
+        spec: Any = importlib.util.spec_from_file_location(name, file)
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
 
 
 def _import(name: str) -> Any:
@@ -347,12 +356,34 @@ def _stand_aside(name: str) -> None:
 
 
 class _BeforeCompiler:
-    """Undoes what stands in for the compiler, just before its import."""
+    """Gives the stand-in to whom it is enough; before any other import of the compiler, undoes what stands for it."""
 
-    def __init__(self, undo: Callable[[], None]) -> None:
+    def __init__(self, stand_in: _OnDemand, undo: Callable[[], None]) -> None:
+        self._stand_in = stand_in
         self._undo = undo
 
-    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> None:
-        if name == _COMPILER and self in sys.meta_path:
-            sys.meta_path.remove(self)
-            self._undo()
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name != _COMPILER or self not in sys.meta_path:
+            return None
+        if _importer() in _CONTENT:
+            from importlib.machinery import ModuleSpec
+
+            _settings()
+            return ModuleSpec(name, self)  # type: ignore[arg-type]
+        sys.meta_path.remove(self)
+        self._undo()
+        return None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return self._stand_in
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Nothing: it is there."""
+
+
+def _importer() -> str:
+    """The module whose import statement the import machinery works on."""
+    frame: Any = sys._getframe(2)
+    while frame is not None and frame.f_globals.get("__name__") in _IMPORTERS:
+        frame = frame.f_back
+    return str(frame.f_globals.get("__name__")) if frame is not None else ""

@@ -9,7 +9,9 @@ import sys
 
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 COMPILER = "torch._dynamo"
 OPTIMIZERS = (torch.optim.SGD, torch.optim.AdamW, torch.optim.RMSprop)
@@ -66,8 +68,40 @@ def is_told_when_compiled():
     return [is_torch_instance(model, torch.nn.Linear), is_torch_instance(model, torch.nn.Conv1d)]
 
 
+def recompute(layers):
+    """The derivatives of layers that are computed again in the backward pass, in both of torch's ways."""
+    inputs = torch.linspace(-1, 1, 8).view(2, 4).requires_grad_()
+    said = []
+    for is_reentrant in (False, True):
+        loss = checkpoint(layers, inputs, use_reentrant=is_reentrant).square().mean()
+        said.append(torch.autograd.grad(loss, layers.parameters())[0].tolist() if not is_reentrant else loss.item())
+    return said
+
+
+def shard():
+    """The weights of a model that FSDP2 shards, after three steps."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
+    fully_shard(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.randn(8, 4)).square().mean().backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    return [weight.full_tensor().tolist() for weight in model.parameters()]
+
+
+def differentiate_each_sample():
+    slope = torch.func.vmap(torch.func.grad(lambda x: x.sin() * 2))
+    return slope(torch.linspace(0, 1, 4)).tolist()
+
+
 def plain():
-    return [train(optimizer) for optimizer in OPTIMIZERS], differentiate_a_step(), convolve()
+    torch.manual_seed(0)
+    layers = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(), torch.nn.Linear(4, 4))
+    steps = [train(optimizer) for optimizer in OPTIMIZERS], differentiate_a_step(), convolve()
+    return *steps, recompute(layers), shard(), differentiate_each_sample()
 
 
 def compile_after_training():
@@ -77,6 +111,10 @@ def compile_after_training():
     for optimizer in OPTIMIZERS:
         counter = CompileCounter()
         said.append((train(optimizer), train(optimizer, counter), counter.frame_count, counter.op_count))
+    counter = CompileCounter()
+    torch.manual_seed(0)
+    layers = torch.compile(torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU()), backend=counter)
+    said.append((recompute(layers), shard(), counter.frame_count, counter.op_count))
     return said
 
 
@@ -94,21 +132,10 @@ def use_names():
     return [torch._dynamo.of_the_user, torch._dynamo is module, config is module.config, utils is module.utils]
 
 
-def is_looked_at(decorate):
-    """Whether the compiler would look at a function that a decorator taken before its import is to keep it from."""
-
-    def function(): ...
-
-    decorate(function)
-    return hasattr(function, "__dynamo_disable")
-
-
 def main(meeting):
-    decorate = torch._disable_dynamo
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=0, world_size=1)
     trained = plain(), gc.isenabled()
     said = {"imported": COMPILER in sys.modules, "plain": trained, "names": use_names()}
-    said |= {"looked_at": is_looked_at(decorate)}
     said |= {"compiled": compile_after_training(), "reducer": choose_a_reducer()}
     said |= {"told": is_told_when_compiled()}
     print(json.dumps(said))
