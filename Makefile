@@ -19,14 +19,14 @@ WORKERS ?= 3
 # Python compiles what is imported, once: to compile all that is installed takes longer than to install it.
 unexport PYTHONDONTWRITEBYTECODE
 PIP     := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
-# What torch needs; of two pips that install the same package at once, one fails.
-OF_TORCH := filelock|fsspec|Jinja2|MarkupSafe|mpmath|networkx|sympy|typing_extensions
+# What torch needs, and what is there already: of two pips that install the same package at once, one fails.
+FIRST   := filelock|fsspec|Jinja2|MarkupSafe|mpmath|networkx|setuptools|sympy|typing_extensions
 
 # torch by itself and pinned: whatever needs torch is then content with the build that is there. Beside it the lock, which
 # is complete (make check asks pip): its packages need no order.
 $(STAMP): requirements/lock.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) --no-deps $$(grep -E '^($(OF_TORCH))==' requirements/lock.txt)
+	$(PIP) --no-deps $$(grep -E '^($(FIRST))==' requirements/lock.txt)
 	$(PIP) torch==2.13.0 & torch=$$!; \
 	    grep -v '^#' requirements/lock.txt | xargs -P 2 -n 15 $(PIP) --no-deps; others=$$?; \
 	    wait $$torch && exit $$others
