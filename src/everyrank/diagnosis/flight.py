@@ -106,7 +106,7 @@ def read_recorder() -> tuple[list[Collective], dict[str, list[int]]]:
         name: json.loads(group["ranks"]) for name, group in (trace.get("pg_config") or {}).items() if group["ranks"]
     }
     leave = getattr(sys.modules.get("torch.distributed.distributed_c10d"), "destroy_process_group", None)
-    last_ids = getattr(leave, "last_ids", ())  # see runtime/torch_cures.py
+    last_ids = getattr(leave, "last_ids", ())  # see runtime/torch_cures/groups.py
     entries = [_collective(entry, last_ids) for entry in trace.get("entries") or () if not entry["is_p2p"]]
     return entries, groups
 

@@ -97,11 +97,18 @@ def differentiate_each_sample():
     return slope(torch.linspace(0, 1, 4)).tolist()
 
 
+def profile():
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        torch.ones(2).add(1)
+    return "aten::add" in [event.key for event in profiler.key_averages()]
+
+
 def plain():
+    torch.use_deterministic_algorithms(True)
     torch.manual_seed(0)
     layers = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(), torch.nn.Linear(4, 4))
     steps = [train(optimizer) for optimizer in OPTIMIZERS], differentiate_a_step(), convolve()
-    return *steps, recompute(layers), shard(), differentiate_each_sample()
+    return *steps, recompute(layers), shard(), differentiate_each_sample(), profile()
 
 
 def compile_after_training():
@@ -132,10 +139,25 @@ def use_names():
     return [torch._dynamo.of_the_user, torch._dynamo is module, config is module.config, utils is module.utils]
 
 
+def use_settings():
+    """What was set without the compiler is set in it, and the other way round."""
+    import torch._inductor.utils
+
+    module = sys.modules["torch._inductor"]
+    said = [
+        torch._inductor is module,
+        module.config.deterministic,
+        module.utils is sys.modules["torch._inductor.utils"],
+    ]
+    torch.use_deterministic_algorithms(False)
+    return [*said, module.config.deterministic, module.config is sys.modules["torch._inductor.config"]]
+
+
 def main(meeting):
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=0, world_size=1)
     trained = plain(), gc.isenabled()
     said = {"imported": COMPILER in sys.modules, "plain": trained, "names": use_names()}
+    said |= {"settings": use_settings()}
     said |= {"compiled": compile_after_training(), "reducer": choose_a_reducer()}
     said |= {"told": is_told_when_compiled()}
     print(json.dumps(said))

@@ -1,0 +1,44 @@
+"""Cures of torch for any program: leaving a gloo group without its deadlock, listening on loopback, a quicker start.
+
+This package needs neither torch nor the rest of everyrank, and its modules name each other by relative imports:
+``startup/sitecustomize.py`` loads it by its path, in every Python program that we start. Each pays for what is imported
+here: there is little, and the rest is imported where it is used.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+
+from .at_import import AtImport
+from .compiler import compile_on_demand
+from .groups import cure_groups
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+
+def install() -> None:
+    """Cure this process: now what it has imported of torch, else right after that import."""
+    for name, cure in (("torch.distributed.distributed_c10d", cure_groups), ("torch", compile_on_demand)):
+        module = sys.modules.get(name)
+        if module is not None:
+            cure(module)
+        elif not any(getattr(finder, "finds", None) == name for finder in sys.meta_path):
+            sys.meta_path.insert(0, AtImport(name, _cured_by(cure)))
+
+
+def _cured_by(cure: Callable[[Any], None]) -> Callable[[Callable[[Any], None], Any], None]:
+    def execute_and_cure(execute: Callable[[Any], None], module: Any) -> None:
+        was_enabled = gc.isenabled()
+        gc.disable()  # a tenth of the import is spent on looking for garbage that it does not make
+        try:
+            execute(module)
+        finally:
+            if was_enabled:
+                gc.enable()
+        cure(module)
+
+    return execute_and_cure
