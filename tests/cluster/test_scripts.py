@@ -45,11 +45,12 @@ class Told:
 def promised(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
     """The variables by which the installed torchrun tells a rank its place."""
     folder = tmp_path_factory.mktemp("torchrun")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--log-dir={folder}", str(SCRIPT)]
-    subprocess.run([*command, str(folder)], env=cli_environment(), cwd=folder, check=True, capture_output=True)
-    (alone,) = told_to(folder, 1)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--log-dir={folder}", "--no-python"]
+    told = subprocess.run([*command, "env", "-0"], env=cli_environment(), cwd=folder, check=True, capture_output=True)
     own = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")
-    names = {name for name in alone.variables if name.startswith(own) and name not in os.environ}
+    names = {line.partition("=")[0] for line in told.stdout.decode().split("\0")}
+    names = {name for name in names if name.startswith(own) and name not in os.environ}
+    assert "TORCHELASTIC_RUN_ID" in names
     return names - {"TORCHELASTIC_SIGNALS_TO_HANDLE"}  # what torchrun tells itself
 
 

@@ -32,7 +32,7 @@ def test_it_is_imported_when_it_is_used_and_all_is_the_same_to_the_last_bit(tmp_
     assert cured["plain"][-1] is True, "garbage is collected again"
     assert cured["names"] == [7, True, True, True]
     assert cured["settings"] == [True, True, True, False, True]
-    assert cured["told"] == [True, False]
+    assert cured["told"] == [True, False, ["weight", "bias"]]
     assert all(num_frames > 0 and num_ops > 0 for *_, num_frames, num_ops in cured["compiled"])
     assert cured["reducer"] > 0
 

@@ -9,6 +9,7 @@ import sys
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -65,7 +66,8 @@ def is_told_when_compiled():
     from torch_geometric import is_torch_instance
 
     model = torch.compile(torch.nn.Linear(2, 2), backend="eager")
-    return [is_torch_instance(model, torch.nn.Linear), is_torch_instance(model, torch.nn.Conv1d)]
+    names = [*get_model_state_dict(model)]  # as does torch.distributed.checkpoint, which leaves out how it is wrapped
+    return [is_torch_instance(model, torch.nn.Linear), is_torch_instance(model, torch.nn.Conv1d), names]
 
 
 def recompute(layers):
@@ -89,7 +91,7 @@ def shard():
         model(torch.randn(8, 4)).square().mean().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-    return [weight.full_tensor().tolist() for weight in model.parameters()]
+    return {name: weight.full_tensor().tolist() for name, weight in get_model_state_dict(model).items()}
 
 
 def differentiate_each_sample():

@@ -2,7 +2,8 @@
 
 Optimizers, DistributedDataParallel, FSDP2 and ``torch.utils.checkpoint`` import it only to tell it what it may not
 compile, or to read a setting of it, as do ``torch.use_deterministic_algorithms`` and torch's profiler: two seconds of a
-core, and seventy megabytes, in each rank. So does torch_geometric, to ask whether a model is compiled.
+core, and seventy megabytes, in each rank. So do torch.distributed.checkpoint and torch_geometric, to ask whether a model
+is compiled.
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ def compile_on_demand(torch: Any) -> None:
         _COMPILER,
         disable=disable,
         utils=_OnDemand(f"{_COMPILER}.utils", get_optimize_ddp_mode=_mode),
+        eval_frame=_OnDemand(f"{_COMPILER}.eval_frame", OptimizedModule=_Compiled),
         compiled_autograd=_OnDemand(f"{_COMPILER}.compiled_autograd", _disable=contextlib.nullcontext),
     )
     vars(torch)["_dynamo"] = stand_in
@@ -108,6 +110,10 @@ def _step_without_compiler(torch: Any, step: Any) -> Any:
 def _mode() -> str:
     """What the compiler would do with DistributedDataParallel if nobody changes its settings."""
     return "ddp_optimizer"
+
+
+class _Compiled:
+    """What a module is not, as long as nothing is compiled."""
 
 
 class _OnDemand(type(sys)):  # type: ignore[misc]
