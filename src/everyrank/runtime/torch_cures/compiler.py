@@ -2,8 +2,8 @@
 
 Optimizers, DistributedDataParallel, FSDP2 and ``torch.utils.checkpoint`` import it only to tell it what it may not
 compile, or to read a setting of it, as do ``torch.use_deterministic_algorithms`` and torch's profiler: two seconds of a
-core, and seventy megabytes, in each rank. So do torch.distributed.checkpoint and torch_geometric, to ask whether a model
-is compiled.
+core, and seventy megabytes, in each rank. So do torch.distributed.checkpoint and torch_geometric, to ask whether a
+model is compiled.
 """
 
 from __future__ import annotations
