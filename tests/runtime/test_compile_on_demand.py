@@ -29,6 +29,7 @@ def test_it_is_imported_when_it_is_used_and_all_is_the_same_to_the_last_bit(tmp_
     bare, cured = (_run(tmp_path / str(is_cured), is_cured) for is_cured in (False, True))
     assert (bare.pop("imported"), cured.pop("imported")) == (True, False)
     assert cured == bare
+    assert cured["threads"] == bare["threads"][:1] * 8
     assert cured["plain"][-1] is True, "garbage is collected again"
     assert cured["names"] == [7, True, True, True]
     assert cured["settings"] == [True, True, True, False, True]

@@ -6,6 +6,7 @@ python compiling.py FILE_TO_MEET_AT
 import gc
 import json
 import sys
+import threading
 
 import torch
 import torch.distributed as dist
@@ -105,6 +106,24 @@ def profile():
     return "aten::add" in [event.key for event in profiler.key_averages()]
 
 
+def compute_in_threads():
+    """What eight threads compute that begin at once: each the same, and none fails."""
+    torch.manual_seed(0)
+    layers, begin, said = torch.nn.Linear(4, 4), threading.Barrier(8), []
+
+    def work():
+        begin.wait()
+        torch.use_deterministic_algorithms(True)
+        said.append((recompute(layers), differentiate_each_sample()))
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return said
+
+
 def plain():
     torch.use_deterministic_algorithms(True)
     torch.manual_seed(0)
@@ -157,8 +176,9 @@ def use_settings():
 
 def main(meeting):
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=0, world_size=1)
+    in_threads = compute_in_threads()  # first: what is imported then is imported by all at once
     trained = plain(), gc.isenabled()
-    said = {"imported": COMPILER in sys.modules, "plain": trained, "names": use_names()}
+    said = {"threads": in_threads, "imported": COMPILER in sys.modules, "plain": trained, "names": use_names()}
     said |= {"settings": use_settings()}
     said |= {"compiled": compile_after_training(), "reducer": choose_a_reducer()}
     said |= {"told": is_told_when_compiled()}

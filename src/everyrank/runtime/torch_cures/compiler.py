@@ -131,7 +131,7 @@ class _OnDemand(type(sys)):  # type: ignore[misc]
         if asking in _IMPORTERS:
             raise AttributeError(name)
         _stand_aside(self.__name__)
-        if asking.partition(".")[0] == "torch":
+        if asking.partition(".")[0] == "torch" and self.__name__ not in sys.modules:
             if name in self.__dict__["__given"]:
                 return self.__dict__["__given"][name]
             if f"{self.__name__}.{name}" in _SETTINGS:
@@ -146,19 +146,24 @@ class _OnDemand(type(sys)):  # type: ignore[misc]
 
 
 def _alone(name: str) -> ModuleType:
-    """One module of a package, without the package."""
+    """One module of a package, without the package; where another thread imports it, when it is there."""
     import importlib.util
 
-    if name not in sys.modules:
-        file = os.path.join(sys.modules["torch"].__path__[0], *name.split(".")[1:]) + ".py"
-        spec: Any = importlib.util.spec_from_file_location(name, file)
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        try:
-            spec.loader.exec_module(sys.modules[name])
-        except BaseException:
-            del sys.modules[name]
-            raise
+    for one in (*(part for part in (_CONTENT.get(name),) if part), name):
+        file = os.path.join(sys.modules["torch"].__path__[0], *one.split(".")[1:]) + ".py"
+        with _import_lock(one):
+            if one not in sys.modules:
+                _bootstrap()._load_unlocked(importlib.util.spec_from_file_location(one, file))
     return sys.modules[name]
+
+
+def _bootstrap() -> Any:
+    return sys.modules["_frozen_importlib"]
+
+
+def _import_lock(name: str) -> Any:
+    """What the import machinery holds while it imports a module."""
+    return _bootstrap()._ModuleLockManager(name)
 
 
 def _import(name: str) -> Any:
@@ -171,7 +176,9 @@ def _import(name: str) -> Any:
 def _stand_aside(name: str) -> None:
     """Let the next import of a module find itself, and not what stands for it."""
     if isinstance(sys.modules.get(name), _OnDemand):
-        del sys.modules[name]
+        with _import_lock(name):
+            if isinstance(sys.modules.get(name), _OnDemand):
+                del sys.modules[name]
 
 
 class _BeforeCompiler:
