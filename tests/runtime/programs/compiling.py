@@ -72,7 +72,7 @@ def is_told_when_compiled():
 
 
 def recompute(layers):
-    """The derivatives of layers that are computed again in the backward pass, in both of torch's ways."""
+    """Of layers that are computed again in the backward pass: their derivative, and the loss in torch's older way."""
     inputs = torch.linspace(-1, 1, 8).view(2, 4).requires_grad_()
     said = []
     for is_reentrant in (False, True):

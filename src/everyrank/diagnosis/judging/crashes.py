@@ -69,6 +69,7 @@ class _Case:
     ) -> None:
         self.failures = {failure.rank: failure for failure in failures}
         self.reports, self.folder, self.num_oom_kills = reports, folder, num_oom_kills
+        self.beats = read_beats(folder)
         self.errors = dict(self._errors())
 
     def _errors(self) -> Iterable[tuple[int, Mapping[str, Any]]]:
@@ -77,11 +78,10 @@ class _Case:
         Programs deal with exceptions that are no fault, too: one counts to the rank's last sign of life, and only if no
         other rank ended by itself.
         """
-        beats = read_beats(self.folder)
         by_others = (-signal.SIGTERM, -signal.SIGABRT)  # the latter by a library that lost its peer
         silent = {rank for rank, failure in self._silent() if failure.exit_code not in by_others}
         for rank, failure in self.failures.items():
-            report, beat = self.reports.get(rank), beats.get(rank)
+            report, beat = self.reports.get(rank), self.beats.get(rank)
             if failure.error:
                 yield rank, failure.error
             elif report is None or beat is None or report.ended or silent - {rank}:
@@ -123,8 +123,7 @@ class _Case:
     def terminated(self) -> Stall | None:
         """A death by SIGTERM; but launchers end the others by it, so whoever was silent before them is the one."""
         ended = {rank: failure for rank, failure in self._silent() if failure.exit_code == -signal.SIGTERM}
-        beats = read_beats(self.folder)
-        ages = sorted(((beats[rank].age_s if rank in beats else 0.0), rank) for rank in ended)
+        ages = sorted(((self.beats[rank].age_s if rank in self.beats else 0.0), rank) for rank in ended)
         if len(ages) > 1 and ages[-1][0] - ages[-2][0] < _CLEARLY_S:
             return None
         return self._killed(ages[-1][1], signal.SIGTERM) if ages else None
@@ -228,7 +227,7 @@ class _Case:
         report = self.reports.get(rank)
         if report is not None and report.ended == "exit" and report.where:
             return report.where
-        beat = read_beats(self.folder).get(rank)
+        beat = self.beats.get(rank)
         return beat.where or None if beat else None
 
     def verdict(self, found: Stall, attempt: int) -> Verdict:

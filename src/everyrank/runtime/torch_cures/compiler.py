@@ -29,8 +29,8 @@ _CONTENT = {
     "torch.profiler.profiler": f"{_BACKEND}.config",
     f"{_BACKEND}.config": f"{_BACKEND}.custom_graph_pass",
 }
-# Its modules of settings, which need nothing of it.
-_SETTINGS = (f"{_COMPILER}.config", f"{_BACKEND}.config", f"{_BACKEND}.custom_graph_pass")
+# The modules among them, of settings, which need nothing of their package.
+_SETTINGS = {*_CONTENT.values()} - {_COMPILER}
 # Modules that keep the compiler from a function for one call of it.
 _CALL_AT_ONCE = ("torch._compile", "torch.distributed.fsdp._fully_shard._fsdp_common", "torch.utils.checkpoint")
 # What imports the compiler to ask, when it is called, whether something is compiled.
@@ -149,11 +149,12 @@ def _alone(name: str) -> ModuleType:
     """One module of a package, without the package; where another thread imports it, when it is there."""
     import importlib.util
 
-    for one in (*(part for part in (_CONTENT.get(name),) if part), name):
-        file = os.path.join(sys.modules["torch"].__path__[0], *one.split(".")[1:]) + ".py"
-        with _import_lock(one):
-            if one not in sys.modules:
-                _bootstrap()._load_unlocked(importlib.util.spec_from_file_location(one, file))
+    if name in _CONTENT:  # what it imports is there before its lock is held
+        _alone(_CONTENT[name])
+    file = os.path.join(sys.modules["torch"].__path__[0], *name.split(".")[1:]) + ".py"
+    with _import_lock(name):
+        if name not in sys.modules:
+            _bootstrap()._load_unlocked(importlib.util.spec_from_file_location(name, file))
     return sys.modules[name]
 
 

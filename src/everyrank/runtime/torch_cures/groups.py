@@ -116,7 +116,6 @@ def _settle() -> None:
 
 def _gloo_threads() -> Iterator[tuple[str, str, str]]:
     """Id, state and number of sleeps of each thread of gloo's; nothing where the kernel does not tell (not Linux)."""
-
     tasks = "/proc/self/task"
     for task in os.listdir(tasks) if os.path.isdir(tasks) else ():
         try:
@@ -144,7 +143,6 @@ def _meet_on_loopback(rendezvous: Any) -> None:
 
 def _loopback_listener(options: dict[str, Any]) -> socket | None:
     """A socket for the store that torch is about to serve; None if torch is to open its own."""
-
     # Some operators of Kubernetes call the master localhost in its own pod: what counts is where the ranks are.
     on_one_machine = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE", "")
     host = options.get("host_name", "")
