@@ -68,11 +68,16 @@ def destroy_and_wait() -> None:
 
 
 CASE = sys.argv[1]
-if CASE == "before" and RANK == 1:
+if CASE == "before" and RANK == 0:
     handle(lambda: None)
     left_s = time.time()
     until(lambda: last_sign_s() > left_s + 0.001)
-    os._exit(4)
+    Path("handled").touch()
+if CASE == "before" and RANK == 1:
+    until(lambda: os.path.exists("handled"))
+    raise ValueError("the third sample")
+if CASE == "killed" and RANK == 1:
+    handle(lambda: os.kill(os.getpid(), signal.SIGKILL))
 if CASE == "beside" and RANK == 0:
     handle(lambda: (Path("handles").touch(), signal.pause()))
 if CASE == "beside":

@@ -74,7 +74,8 @@ def test_a_rank_of_another_host_is_blamed_for_its_answer_alone(
 @pytest.mark.parametrize(
     ("case", "said"),
     [
-        ("before", "exit code 4"),
+        ("before", "ValueError: the third sample"),
+        ("killed", "killed by SIGKILL"),
         ("beside", "exit code 4"),
         ("cleans up", "ValueError: the third sample"),
     ],

@@ -76,15 +76,15 @@ class _Case:
         """Exceptions by rank: recorded ones, and those that a rank was still cleaning up after when we ended it.
 
         Programs deal with exceptions that are no fault, too: one counts to the rank's last sign of life, and only if no
-        other rank ended by itself.
+        rank ended by itself, this one or another.
         """
         by_others = (-signal.SIGTERM, -signal.SIGABRT)  # the latter by a library that lost its peer
-        silent = {rank for rank, failure in self._silent() if failure.exit_code not in by_others}
+        by_itself = any(failure.exit_code not in by_others for _, failure in self._silent())
         for rank, failure in self.failures.items():
             report, beat = self.reports.get(rank), self.beats.get(rank)
             if failure.error:
                 yield rank, failure.error
-            elif report is None or beat is None or report.ended or silent - {rank}:
+            elif report is None or beat is None or report.ended or by_itself:
                 continue
             elif report.handling and report.handled == beat.handled:
                 yield rank, report.handling
