@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import json
 import os
+import signal
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,9 +39,9 @@ class Loops:
                 if world.is_main:
                     _write(folder / "state.json", state)
                     _write(folder / f"world-{attempt}-{world.world_size}", state["steps"])
-                signal = watch.agreed()
-                if signal:
-                    raise Preempted(f"told to stop by {signal} after step {state['steps']}")
+                told = watch.agreed()
+                if told:
+                    raise Preempted(f"told to stop by {told} after step {state['steps']}")
                 if everyrank.broadcast_decision((folder / "stop").exists()):
                     return {"steps": state["steps"], "world_size": world.world_size}
                 time.sleep(0.02)  # an optimizer step
@@ -49,7 +50,8 @@ class Loops:
 class Listeners:
     """Sums over the ranks, and prints the addresses on which anything new listens in this network namespace.
 
-    Not new are the sockets of ``app.before``, as /proc/net/tcp writes them. Then one rank raises.
+    Not new are the sockets of ``app.before``, as /proc/net/tcp writes them. Then one rank is killed; in the next
+    attempt it raises.
     """
 
     def run(self, cfg: DictConfig) -> None:
@@ -59,6 +61,8 @@ class Listeners:
                 print(f"sum {total}, niceness {os.nice(0)}", flush=True)
                 print(f"somebody listens on {', '.join(sorted(_listening(cfg.app.before)))}", flush=True)
             everyrank.barrier()
+            if world.rank == cfg.app.guilty and not world.restart_count:
+                os.kill(os.getpid(), signal.SIGKILL)
             if world.rank == cfg.app.guilty:
                 raise LookupError(f"the sample {world.rank} is missing")
             everyrank.barrier()

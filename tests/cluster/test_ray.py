@@ -64,6 +64,21 @@ def cluster(hosts: list[Host]) -> Iterator[str]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def test_ranks_of_one_host_stand_together_and_see_its_gpus() -> None:
+    from everyrank.drivers.ray_ranks import Place, variables_of
+
+    b, a = "10.0.0.2", "10.0.0.1"
+    places = [Place("b", b, 5000, ["3"]), Place("b", b, 5001, ["1"]), Place("a", a, 5002, ["0"])]
+    names = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK", "CUDA_VISIBLE_DEVICES")
+    found = variables_of(places)
+    assert [[one[name] for name in names] for one in found] == [
+        ["0", "0", "2", "0", "3,1"],
+        ["1", "1", "2", "0", "3,1"],
+        ["2", "0", "1", "1", "0"],
+    ]
+    assert {(one["WORLD_SIZE"], one["MASTER_ADDR"], one["MASTER_PORT"]) for one in found} == {("3", "10.0.0.2", "5000")}
+
+
 @pytest.mark.parametrize(
     ("address", "found"),
     [
@@ -106,15 +121,17 @@ def test_a_cluster_runs_an_app_on_two_hosts(start_on: Start, cluster: str) -> No
 
 
 @pytest.mark.slow
-def test_a_ray_of_its_own_listens_on_loopback_only_and_names_the_guilty_rank(
+def test_a_ray_of_its_own_listens_on_loopback_only_and_names_the_guilty_rank_of_each_attempt(
     start_on: Start, hosts: list[Host], tmp_path: Path
 ) -> None:
     """Beside what listens on that host already. What a rank prints last, Ray may not show: its log has it."""
     sockets = hosts[2].must("cat", "/proc/net/tcp", "/proc/net/tcp6").splitlines()
     before = ",".join(f"'{line.split()[1]}'" for line in sockets if line.split()[3] == "0A")
     app = ("app=custom", "app._target_=elastic_apps.Listeners", "+app.guilty=1", f"+app.before=[{before}]")
-    launch = start_on(2, "driver=ray", "driver.num_workers=2", *app, env=QUIET)
+    launch = start_on(2, "driver=ray", "driver.num_workers=2", "driver.max_failures=1", *app, env=QUIET)
     assert launch.wait() == 1, launch.output
+    assert "notice: rank 1 failed: killed by SIGKILL" in launch.output
+    assert "all ranks start again (restart 1)" in launch.output
     (log,) = tmp_path.glob("outputs/*/logs/rank-0.log")
     said = log.read_text()
     assert "somebody listens on 127.0.0.1\n" in said
@@ -123,12 +140,33 @@ def test_a_ray_of_its_own_listens_on_loopback_only_and_names_the_guilty_rank(
 
 
 @pytest.mark.nightly
-def test_ctrl_c_ends_it_and_leaves_nothing(start_on: Start, tmp_path: Path) -> None:
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_reaches_the_ranks_which_stop(start_on: Start, tmp_path: Path, signum: signal.Signals) -> None:
     folder = tmp_path / "job"
     folder.mkdir()
     app = ("app=custom", "app._target_=elastic_apps.Loops", f"+app.folder={folder}")
     launch = start_on(2, "driver=ray", "driver.num_workers=2", *app, env=QUIET)
     wait_for(lambda: (folder / "world-0-2").exists(), PATIENCE_S, lambda: launch.output)
-    launch.process.send_signal(signal.SIGINT)
-    assert launch.wait() == 130, launch.output
-    assert "ended by SIGINT; no rank is left" in launch.output
+    launch.process.send_signal(signum)
+    assert launch.wait() == 75, launch.output
+    assert f"told to stop by {signum.name}" in launch.output
+
+
+@pytest.mark.nightly
+def test_the_ranks_end_with_a_launcher_that_is_killed(start_on: Start, tmp_path: Path) -> None:
+    folder = tmp_path / "job"
+    folder.mkdir()
+    app = ("app=custom", "app._target_=elastic_apps.Loops", f"+app.folder={folder}")
+    launch = start_on(2, "driver=ray", "driver.num_workers=2", *app, env=QUIET)
+    wait_for(lambda: len(list(folder.glob("pid-*"))) == 2, PATIENCE_S, lambda: launch.output)
+    ranks = [int(file.read_text()) for file in folder.glob("pid-*")]
+    launch.process.kill()
+    wait_for(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in ranks), PATIENCE_S, lambda: launch.output)
+
+
+@pytest.mark.nightly
+def test_more_gpus_than_there_are_is_one_message(start_on: Start) -> None:
+    launch = start_on(2, "driver=ray", "driver.use_gpu=true", "app=hello_dist", env=QUIET)
+    assert launch.wait() == 2, launch.output
+    assert "error: driver.use_gpu=true and driver.num_workers=2 were set, but Ray finds 0 GPUs" in launch.output
+    assert "Traceback" not in launch.output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 
 from everyrank.diagnosis import verdict as causes
@@ -55,6 +56,15 @@ def describe(verdict: Verdict, world_size: int, num_restarts: int = 0) -> str:
     if verdict.cause in _FIXES:
         lines.append(f"  Fix: {_FIXES[verdict.cause]}")
     return "\n".join(lines)
+
+
+def tell_restart(verdict: Verdict | None, attempt: int) -> None:
+    """Say who failed: otherwise a run that recovers by itself would keep its trouble to itself."""
+    if verdict is not None:
+        who = f"rank {verdict.rank}" if verdict.rank is not None else "undecided:"
+        where = f" (at {verdict.where})" if verdict.where else ""
+        line = f"notice: {who} {verdict.said}{where}; all ranks start again (restart {attempt + 1})"
+        print(line, file=sys.stderr, flush=True)
 
 
 def _details(verdict: Verdict) -> list[str]:

@@ -1,26 +1,29 @@
-"""``driver=ray``: Ray Train places the ranks on a cluster (or on this machine) and starts them again when they fail."""
+"""``driver=ray``: Ray places the ranks on a cluster, or on this machine; where they fail they are started again."""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
+import math
 import os
 import shutil
-import signal
-import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from everyrank.config.schema import field, section
-from everyrank.diagnosis.outcome import Outcome
-from everyrank.diagnosis.rank_files import clear_errors
+from everyrank.diagnosis.judge import conclude
+from everyrank.diagnosis.outcome import Outcome, RankFailure
+from everyrank.diagnosis.rank_files import clear_errors, existing, log_file
+from everyrank.diagnosis.telling import tell_restart
 from everyrank.drivers.cluster import RAY, recorded_failures, secrets_of
 from everyrank.drivers.driver import Driver, DriverConfig, LaunchPlan, LaunchRequest, python_path
 from everyrank.elastic.signals import forwarded
-from everyrank.errors import EXIT_BAD_INPUT, DriverError
+from everyrank.errors import EXIT_BAD_INPUT, EXIT_OK, EXIT_PREEMPTED, DriverError
 from everyrank.rendezvous.interfaces import why_unreachable
 
 _RIGHT_ADDRESS = (
@@ -28,48 +31,48 @@ _RIGHT_ADDRESS = (
     "leave it out to start a local Ray."
 )
 _PATIENCE_S = 5.0
+_GRACE_S = 1.0  # for the other ranks to end by themselves after one failed
 _JOINING_S = 30.0  # a cluster takes a node in within a second
 
 
 @section
 class RayConfig(DriverConfig):
-    """``driver=ray``: Ray Train."""
+    """``driver=ray``: ranks on a Ray cluster."""
 
     num_workers: int = field(default=2, ge=1, doc="Ranks.")
     address: str | None = field(default=None, doc="Address of a running cluster, or auto; null: start a local one.")
     use_gpu: bool = field(default=False, doc="One GPU for each rank.")
     cpus_per_worker: float = field(default=1.0, gt=0, doc="Cores that Ray sets aside for each rank.")
-    max_failures: int = field(default=0, ge=-1, doc="How often Ray starts the ranks again; -1: without end.")
+    max_failures: int = field(default=0, ge=-1, doc="How often all ranks are started again; -1: without end.")
 
 
 class RayDriver(Driver[RayConfig]):
-    """Runs the app as the training loop of a ``TorchTrainer``."""
+    """Has Ray place one actor for each rank."""
 
     name = "ray"
     config_type = RayConfig
 
     def plan(self, request: LaunchRequest) -> LaunchPlan:
-        """Plan the trainer."""
+        """Plan the ranks."""
         c = self.config
         where = f"the cluster at {c.address}" if c.address else "a local Ray, started for this run"
         return self.planned(
             request,
             (sys.executable, *request.worker),
             c.num_workers,
-            summary=(f"workers: {c.num_workers}, by Ray Train on {where}", f"a GPU for each: {c.use_gpu}"),
+            summary=(f"workers: {c.num_workers}, by Ray on {where}", f"a GPU for each: {c.use_gpu}"),
         )
 
     def run(self, plan: LaunchPlan, request: LaunchRequest) -> Outcome:
-        """Run the trainer to its end.
+        """Run the ranks to their end.
 
         Raises:
-            DriverError: There is no Ray, or ``driver.address`` is none of a cluster's.
+            DriverError: There is no Ray, ``driver.address`` is none of a cluster's, or this machine has too few GPUs.
         """
         RAY.require()
         address = self.config.address
         if address is not None:
             _check_address(address)
-        clear_errors(request.log_dir)
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         if address is None:
             # Ray listens on all addresses of a machine that may be part of a cluster. This one is not.
@@ -80,66 +83,77 @@ class RayDriver(Driver[RayConfig]):
 
         # Ray's own folder holds sockets, whose paths must be short, so it is not in the run's.
         folder = None if address else tempfile.mkdtemp(prefix="ray-", dir="/tmp")
-        variables = {**plan.env, **secrets_of(plan.env), **python_path(request)}
         try:
-            self._connect(ray, variables, folder)
-            with forwarded(_interrupt, lambda: _interrupt(signal.SIGINT)) as told:
-                try:
-                    return self._fit(plan, request)
-                except KeyboardInterrupt:
-                    return Outcome(signum=told.signum, world_size=self.config.num_workers)
+            self._connect(ray, folder)
+            return self._attempts(plan, request)
         finally:
             ray.shutdown()
             if folder is not None:
                 _remove(folder)
 
-    def _fit(self, plan: LaunchPlan, request: LaunchRequest) -> Outcome:
-        from ray.train import FailureConfig, RunConfig, ScalingConfig
-        from ray.train.torch import TorchTrainer
+    def _attempts(self, plan: LaunchPlan, request: LaunchRequest) -> Outcome:
+        variables = {**plan.env, **secrets_of(plan.env), **python_path(request)}
+        for attempt in itertools.count():
+            clear_errors(request.log_dir)
+            variables["TORCHELASTIC_RESTART_COUNT"] = str(attempt)
+            outcome = self._attempt(plan, request, variables)
+            is_final = outcome.signum is not None or outcome.exit_code in (EXIT_OK, EXIT_BAD_INPUT, EXIT_PREEMPTED)
+            if is_final or attempt == self.config.max_failures:
+                break
+            if outcome.message:
+                print(outcome.message, file=sys.stderr, flush=True)
+            size = outcome.world_size
+            tell_restart(conclude(request.run_dir, outcome.failures, world_size=size, attempt=attempt), attempt)
+        return replace(outcome, num_restarts=attempt)
 
-        from everyrank.drivers.ray_backend import MeetByVariables
+    def _attempt(self, plan: LaunchPlan, request: LaunchRequest, variables: Mapping[str, str]) -> Outcome:
+        from everyrank.drivers.ray_ranks import Gang
 
         c = self.config
         resources = {"CPU": c.cpus_per_worker, **({"GPU": 1.0} if c.use_gpu else {})}
-        trainer: Any = TorchTrainer(
-            _train,
-            train_loop_config={
-                "config_file": request.config_file,
-                "cwd": request.cwd,
-                "command": list(plan.command) if request.program is not None else None,
-            },
-            torch_config=MeetByVariables(),
-            scaling_config=ScalingConfig(num_workers=c.num_workers, use_gpu=c.use_gpu, resources_per_worker=resources),
-            run_config=RunConfig(
-                name="ray", storage_path=request.run_dir, failure_config=FailureConfig(max_failures=c.max_failures)
-            ),
-        )
-        # Its own way to take Ctrl-C waits until all ranks have started, and does not come back to us.
-        trainer._register_sigint_handler = lambda controller: None
+        gang = Gang(c.num_workers, resources, self._waits, _PATIENCE_S)
         try:
-            trainer.fit()
-        except Exception as error:
-            failures = recorded_failures(request.log_dir)
-            message = "" if failures else f"error: Ray Train: {error}"
-            return Outcome(failures=failures, message=message, world_size=c.num_workers)
-        return Outcome(world_size=c.num_workers)
+            with forwarded(gang.signal, gang.close) as told:
+                ended = gang.run(plan.command[1:], request.cwd, variables, _GRACE_S)
+        finally:
+            gang.close()
+        failures = {failure.rank: failure for failure in recorded_failures(request.log_dir)}
+        for rank, code in ended.codes.items():
+            if code and rank not in failures:
+                log = existing(log_file(request.log_dir, rank))
+                failures[rank] = RankFailure(rank=rank, exit_code=code, log_file=log)
+        message = ""
+        if ended.lost and not failures:
+            rank, said = min(ended.lost.items())
+            message = f"error: Ray could not run rank {rank} of {c.num_workers}: {said}"
+        return Outcome(
+            failures=tuple(failure for _, failure in sorted(failures.items())),
+            signum=told.signum,
+            message=message,
+            world_size=c.num_workers,
+        )
 
-    def _connect(self, ray: Any, variables: dict[str, str], folder: str | None) -> None:
+    def _waits(self, there: Mapping[str, float]) -> None:
         c = self.config
-        runtime_env = {"env_vars": variables}
+        found = ", ".join(f"{name} {there.get(name, 0):g}" for name in ("CPU", "GPU"))
+        wanted = f"{c.num_workers} times {c.cpus_per_worker:g} CPU{' and a GPU' if c.use_gpu else ''}"
+        print(f"notice: waiting for {wanted}; there is {found} in all", file=sys.stderr, flush=True)
+
+    def _connect(self, ray: Any, folder: str | None) -> None:
+        c = self.config
         try:
             if c.address:
                 with _in_time(c.address):
-                    ray.init(address=c.address, runtime_env=runtime_env)
+                    ray.init(address=c.address)
             else:
                 ray.init(
                     address="local",  # whatever RAY_ADDRESS says
-                    num_cpus=max(int(c.num_workers * c.cpus_per_worker + 1), 2),
+                    num_cpus=math.ceil(c.num_workers * c.cpus_per_worker),
                     include_dashboard=False,
-                    runtime_env=runtime_env,
                     _node_ip_address="127.0.0.1",
                     _temp_dir=folder,
                 )
+                num_gpus = int(ray.cluster_resources().get("GPU", 0))
         except Exception as error:  # Ray raises no class of its own, where its processes take too long to start
             if c.address is None:
                 raise DriverError(f"a local Ray could not be started: {error}") from error
@@ -148,10 +162,11 @@ class RayDriver(Driver[RayConfig]):
                 f"{error}. {_RIGHT_ADDRESS} If the cluster asks for a token (what Ray wrote above says so), also set "
                 "RAY_AUTH_MODE=token."
             ) from error
-
-
-def _interrupt(signum: int) -> None:
-    raise KeyboardInterrupt(signal.Signals(signum).name)
+        if c.address is None and c.use_gpu and num_gpus < c.num_workers:
+            raise DriverError(
+                f"driver.use_gpu=true and driver.num_workers={c.num_workers} were set, but Ray finds {num_gpus} GPUs "
+                "on this machine. Fix: fewer ranks, or driver.use_gpu=false."
+            )
 
 
 @contextlib.contextmanager
@@ -203,20 +218,3 @@ def _check_address(address: str) -> None:
         raise DriverError(
             f"driver.address={address} was set, but no Ray cluster answers there ({reason}). {_RIGHT_ADDRESS}"
         )
-
-
-def _train(loop: dict[str, Any]) -> None:
-    """What one Ray worker runs: this rank."""
-    os.chdir(loop["cwd"])
-    if loop["command"] is not None:
-        code = subprocess.run(loop["command"], check=False).returncode
-    else:
-        from importlib import import_module
-
-        try:
-            import_module("everyrank.worker").run_rank(loop["config_file"])
-            code = 0
-        except SystemExit as exit_:  # it would end Ray's own process
-            code = int(exit_.code or 0)
-    if code:
-        raise RuntimeError(f"rank {os.environ.get('RANK')} ended with exit code {code}")

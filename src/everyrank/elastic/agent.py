@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -20,6 +19,7 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from everyrank.diagnosis.judge import conclude
 from everyrank.diagnosis.outcome import RankFailure
 from everyrank.diagnosis.rank_files import error_file, existing, log_file, read_error
+from everyrank.diagnosis.telling import tell_restart
 from everyrank.elastic.forkserver import Forkserver, RankProcess
 from everyrank.elastic.process.sweep import sweep
 from everyrank.elastic.spec import EngineRun
@@ -269,14 +269,9 @@ class RankAgent(LocalElasticAgent):
         )
 
     def _tell_restart(self) -> None:
-        """Say who failed: otherwise a run that recovers by itself would keep its trouble to itself."""
         group, attempt = self._worker_group, self._attempt()
         verdict = conclude(self._run.run_dir, self.failures(), world_size=group.workers[0].world_size, attempt=attempt)
-        if verdict is not None:
-            who = f"rank {verdict.rank}" if verdict.rank is not None else "undecided:"
-            where = f" (at {verdict.where})" if verdict.where else ""
-            line = f"notice: {who} {verdict.said}{where}; all ranks start again (restart {attempt + 1})"
-            print(line, file=sys.stderr, flush=True)
+        tell_restart(verdict, attempt)
 
     @property
     def _short_patience_s(self) -> int:
