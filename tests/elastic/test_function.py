@@ -38,6 +38,15 @@ def test_results_come_back_by_rank_and_the_engine_stays_warm() -> None:
     assert first[0][2] == second[0][2], "the second call forks from the first call's server: torch is imported once"
 
 
+def test_ranks_of_a_caller_that_has_the_trainer_need_not_import_it() -> None:
+    assert everyrank.TrainerDDP.__module__ == "everyrank.training.trainer"
+
+    def has_it() -> bool:
+        return "everyrank.training.trainer" in sys.modules
+
+    assert everyrank.launch(has_it) == [True, True]
+
+
 def test_an_exception_reaches_the_caller_with_its_rank_and_traceback() -> None:
     def fails() -> None:
         if os.environ["RANK"] == "1":

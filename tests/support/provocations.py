@@ -25,7 +25,6 @@ from everyrank.errors import RankFailedError, UserError
 from everyrank.launch_env.process_environment import ProcessEnvironment
 from everyrank.runtime.device import bind_device
 
-_PRELOAD = ("everyrank.training.trainer",)  # imported once for the ranks of all launches
 _SAID: dict[str, str] = {}  # by the runs that several entries look at
 _ROWS: dict[int, list[dict[str, Any]]] = {}  # history of the same training at several world sizes
 
@@ -184,7 +183,7 @@ class Provoker:
 
     def pruned(self) -> str:
         optuna = pytest.importorskip("optuna")
-        results = everyrank.launch(_prune, str(self.folder / "pruned"), nproc_per_node=2, preload=_PRELOAD)
+        results = everyrank.launch(_prune, str(self.folder / "pruned"), nproc_per_node=2)
         assert results[0] == results[1]
         assert results[0].startswith(optuna.TrialPruned.__name__)
         return results[0]
@@ -216,7 +215,7 @@ class Provoker:
         """The histories of each rank, trained once for all entries."""
         if size not in _ROWS:
             folder = str(self.folder / f"trained-{size}")
-            _ROWS[size] = everyrank.launch(_train, folder, nproc_per_node=size, preload=_PRELOAD)
+            _ROWS[size] = everyrank.launch(_train, folder, nproc_per_node=size)
         return _ROWS[size]
 
     def _train_certify(self, nproc: str, code: int) -> str:
@@ -227,7 +226,7 @@ class Provoker:
 def _failure(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
     """Run on two ranks and return the message and traceback of the rank that failed."""
     with pytest.raises((RankFailedError, UserError)) as failure:
-        everyrank.launch(function, *args, kwargs=kwargs, nproc_per_node=2, preload=_PRELOAD)
+        everyrank.launch(function, *args, kwargs=kwargs, nproc_per_node=2)
     return f"{getattr(failure.value, 'traceback', '')}\n{failure.value}"
 
 

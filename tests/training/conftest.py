@@ -13,7 +13,7 @@ import everyrank
 
 PROGRAMS = str(Path(__file__).parent / "programs")
 # Without a preload each rank of each launch would import all of it again.
-_PRELOAD = ("everyrank.training.trainer", "torch.distributed.fsdp", "torchmetrics")
+_PRELOAD = ("torch.distributed.fsdp", "torchmetrics")
 
 
 @pytest.fixture(scope="session", autouse=True)
