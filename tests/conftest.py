@@ -22,6 +22,8 @@ import pytest
 import warm_start
 from xdist.scheduler import LoadScopeScheduling
 
+from everyrank.runtime import torch_cures
+
 ROOT = Path(__file__).resolve().parent.parent
 _MARK = "EVERYRANK_TEST_SESSION"
 _SESSION = uuid.uuid4().hex
@@ -38,6 +40,7 @@ os.environ.pop("PYTHONUNBUFFERED", None)
 # What is compiled once, pytest's test files too, is not compiled again by each of the many processes to come.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
+torch_cures.install()  # as in every rank
 gc.disable()  # until all is collected: of what torch and the tests define nothing is garbage
 # Ignored in a shell's background job or under nohup, but what the tests start must hear them.
 for _signum, _usual in (
