@@ -6,6 +6,7 @@ Public names are loaded when they are first used, so that ``import everyrank`` c
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -74,6 +75,11 @@ _EXPORTS = {
 }
 
 __all__ = ["__version__", *_EXPORTS]
+
+
+def modules_in_use() -> set[str]:
+    """The modules behind the public names that this process has imported."""
+    return {f"{__name__}.{module}" for module in _EXPORTS.values()} & sys.modules.keys()
 
 
 def __getattr__(name: str) -> Any:

@@ -120,6 +120,16 @@ def test_a_cluster_runs_an_app_on_two_hosts(start_on: Start, cluster: str) -> No
     assert "network interface: eth0" in launch.output, "the two ranks are on one host"
 
 
+@pytest.mark.nightly
+def test_ranks_that_wait_for_a_place_say_so_and_can_be_called_off(start_on: Start, cluster: str) -> None:
+    launch = start_on(0, "driver=ray", f"driver.address={cluster}", "driver.num_workers=3", "app=hello_dist", env=QUIET)
+    said = "notice: waiting for 3 times 1 CPU; there is CPU 2, GPU 0 in all"
+    wait_for(lambda: said in launch.output, PATIENCE_S, lambda: launch.output)
+    launch.process.send_signal(signal.SIGINT)
+    assert launch.wait() == 130, launch.output
+    assert "Traceback" not in launch.output
+
+
 @pytest.mark.slow
 def test_a_ray_of_its_own_listens_on_loopback_only_and_names_the_guilty_rank_of_each_attempt(
     start_on: Start, hosts: list[Host], tmp_path: Path

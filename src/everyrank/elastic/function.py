@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ParamSpec, TypeVar
 
+from everyrank import modules_in_use
 from everyrank.diagnosis.judge import conclude
 from everyrank.diagnosis.outcome import Outcome
 from everyrank.diagnosis.telling import as_error
@@ -23,9 +24,6 @@ from everyrank.errors import EXIT_OK, EveryrankError, UserError
 
 P = ParamSpec("P")
 T = TypeVar("T")
-
-# What of ours takes long to import: whoever has it sends functions that need it.
-_OURS = ("everyrank.training.trainer",)
 
 
 def launch(
@@ -56,8 +54,8 @@ def launch(
         master_port: A port for the ranks' store; 0 finds a free one.
         env: More environment variables for the ranks.
         kwargs: Its keyword arguments.
-        preload: Modules to import once, before ranks are forked (``forkserver``): ranks then start with them. The
-            trainer is one of them where the caller has imported it.
+        preload: Modules to import once, before ranks are forked (``forkserver``): ranks then start with them. So
+            they do with what of everyrank the caller has imported.
         watch: Watch the ranks, as ``watch.enabled`` of the command line: who keeps the others waiting is then named.
 
     Returns:
@@ -77,7 +75,7 @@ def launch(
         "start_method": resolve_start_method(start_method, "start_method"),
         "max_restarts": max_restarts,
         "master_port": master_port,
-        "preload": (*preload, *(name for name in _OURS if name in sys.modules)),
+        "preload": (*preload, *sorted(modules_in_use())),
     }
     with tempfile.TemporaryDirectory(prefix="everyrank-launch-", ignore_cleanup_errors=True) as folder:
         with open(os.path.join(folder, "function"), "wb") as file:
