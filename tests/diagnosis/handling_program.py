@@ -78,6 +78,8 @@ if CASE == "before" and RANK == 1:
     raise ValueError("the third sample")
 if CASE == "killed" and RANK == 1:
     handle(lambda: os.kill(os.getpid(), signal.SIGKILL))
+if CASE == "exits" and RANK == 1:
+    handle(lambda: os._exit(4))
 if CASE == "beside" and RANK == 0:
     handle(lambda: (Path("handles").touch(), signal.pause()))
 if CASE == "beside":

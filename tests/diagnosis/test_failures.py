@@ -76,6 +76,7 @@ def test_a_rank_of_another_host_is_blamed_for_its_answer_alone(
     [
         ("before", "ValueError: the third sample"),
         ("killed", "killed by SIGKILL"),
+        ("exits", "exit code 4"),
         ("beside", "exit code 4"),
         ("cleans up", "ValueError: the third sample"),
     ],

@@ -13,7 +13,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from everyrank.config.secrets import Secret
-from everyrank.diagnosis.launcher_words import exit_codes
 from everyrank.diagnosis.outcome import RankFailure
 from everyrank.diagnosis.rank_files import existing, log_file, read_error
 from everyrank.drivers.driver import LaunchRequest
@@ -102,15 +101,15 @@ class LastWords:
         return self._kept.decode(errors="replace")
 
 
-def recorded_failures(log_dir: str, words: str = "") -> tuple[RankFailure, ...]:
+def recorded_failures(log_dir: str, codes: Mapping[int, int] | None = None) -> tuple[RankFailure, ...]:
     """The ranks that left a record of an exception in the run's logs, and those whose end their launcher tells.
 
     Args:
         log_dir: Folder of the logs.
-        words: What the launcher printed.
+        codes: Exit codes by rank, where the launcher tells them.
     """
     failures = {failure.rank: failure for failure in _failures(log_dir)}
-    for rank, code in exit_codes(words).items():
+    for rank, code in (codes or {}).items():
         if rank not in failures and code != EXIT_OK:
             log = existing(log_file(log_dir, rank))
             failures[rank] = RankFailure(rank=rank, exit_code=code, log_file=log)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 from everyrank.config.schema import field, section
+from everyrank.diagnosis.launcher_words import exit_codes
 from everyrank.diagnosis.outcome import Outcome
 from everyrank.diagnosis.rank_files import clear_errors
 from everyrank.drivers.cluster import recorded_failures
@@ -98,7 +99,7 @@ class LegacyLaunchDriver(Driver[LegacyLaunchConfig]):
             with forwarded(signals_to(process), lambda: os.killpg(process.pid, signal.SIGKILL)) as told:
                 code = process.wait()
         with open(log_path, encoding="utf-8", errors="replace") as log_text:
-            failures = recorded_failures(request.log_dir, log_text.read()) if code else ()
+            failures = recorded_failures(request.log_dir, exit_codes(log_text.read())) if code else ()
         message = ""
         if code and not failures and told.signum is None:
             message = f"error: torch.distributed.launch ended with exit code {code}\n  its log: {log_path}"

@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 
 from everyrank.config.schema import field, section
+from everyrank.diagnosis.launcher_words import exit_codes
 from everyrank.diagnosis.outcome import Outcome, RankFailure
 from everyrank.diagnosis.rank_files import clear_errors
 from everyrank.drivers.cluster import MPI, LastWords, check_hosts, recorded_failures
@@ -103,7 +104,7 @@ class MpiDriver(Driver[MpiConfig]):
             words = LastWords(process)
             with forwarded(signals_to(process), lambda: os.killpg(process.pid, signal.SIGKILL)) as told:
                 code = process.wait()
-        failures = recorded_failures(request.log_dir, words.text()) if code else ()
+        failures = recorded_failures(request.log_dir, exit_codes(words.text())) if code else ()
         if code == EXIT_PREEMPTED and not failures:
             failures = (RankFailure(rank=0, exit_code=code),)
         message = f"error: mpirun ended with exit code {code}; what it said is above" if code and not failures else ""

@@ -17,8 +17,8 @@ from typing import Any
 
 from everyrank.config.schema import field, section
 from everyrank.diagnosis.judge import conclude
-from everyrank.diagnosis.outcome import Outcome, RankFailure
-from everyrank.diagnosis.rank_files import clear_errors, existing, log_file
+from everyrank.diagnosis.outcome import Outcome
+from everyrank.diagnosis.rank_files import clear_errors
 from everyrank.diagnosis.telling import tell_restart
 from everyrank.drivers.cluster import RAY, recorded_failures, secrets_of
 from everyrank.drivers.driver import Driver, DriverConfig, LaunchPlan, LaunchRequest, python_path
@@ -117,17 +117,13 @@ class RayDriver(Driver[RayConfig]):
                 ended = gang.run(plan.command[1:], request.cwd, variables, _GRACE_S)
         finally:
             gang.close()
-        failures = {failure.rank: failure for failure in recorded_failures(request.log_dir)}
-        for rank, code in ended.codes.items():
-            if code and rank not in failures:
-                log = existing(log_file(request.log_dir, rank))
-                failures[rank] = RankFailure(rank=rank, exit_code=code, log_file=log)
+        failures = recorded_failures(request.log_dir, ended.codes)
         message = ""
         if ended.lost and not failures:
             rank, said = min(ended.lost.items())
             message = f"error: Ray could not run rank {rank} of {c.num_workers}: {said}"
         return Outcome(
-            failures=tuple(failure for _, failure in sorted(failures.items())),
+            failures=failures,
             signum=told.signum,
             message=message,
             world_size=c.num_workers,

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+from everyrank.diagnosis.launcher_words import exit_codes
 from everyrank.diagnosis.outcome import Outcome, RankFailure
 from everyrank.diagnosis.rank_files import clear_errors, existing, log_file
 from everyrank.drivers.cluster import SLURM, recorded_failures, secrets_of
@@ -71,7 +72,7 @@ class SlurmDriver(Driver[SlurmConfig]):
 
         with forwarded(send, lambda: send(signal.SIGKILL)) as told:
             state, code = self._follow(job, log_file(request.log_dir, 0))
-        failures = recorded_failures(request.log_dir, "\n".join(_last_lines(log, 200)))
+        failures = recorded_failures(request.log_dir, exit_codes("\n".join(_last_lines(log, 200))))
         return self._outcome(job, state, code, log, told.signum, failures)
 
     def _submit(self, plan: LaunchPlan) -> str:
