@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from everyrank.checkpoint.folder import list_checkpoints
+from everyrank.runtime import torch_cures
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "own_loop.py"
 NUM_STEPS = 33
@@ -124,4 +125,5 @@ def main(folder: Path, seed: int, attempts: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    torch_cures.install()  # before an optimizer's step is another function
     main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])

@@ -29,6 +29,7 @@ def test_it_is_imported_when_it_is_used_and_all_is_the_same_to_the_last_bit(tmp_
     bare, cured = (_run(tmp_path / str(is_cured), is_cured) for is_cured in (False, True))
     assert (bare.pop("imported"), cured.pop("imported")) == (True, False)
     assert cured == bare
+    assert [words.partition("(")[0] for words in cured["plain"][1]] == ["RuntimeError", "IndexError", "TypeError"]
     assert cured["threads"] == bare["threads"][:1] * 8
     assert cured["plain"][-1] is True, "garbage is collected again"
     assert cured["names"] == [7, True, True, True]
@@ -41,11 +42,13 @@ def test_it_is_imported_when_it_is_used_and_all_is_the_same_to_the_last_bit(tmp_
 def test_ranks_of_an_app_train_without_it(run_cli: RunCli, tmp_path: Path) -> None:
     (tmp_path / "saying.py").write_text(
         "import sys\n"
+        "import torch\n"
         "from everyrank.certification.data import mean_squared_error\n\n\n"
         "def loss(output, data):\n"
-        "    with open('imported-' + str('torch._dynamo' in sys.modules), 'a'):\n"
+        "    torch.func.vmap(torch.nn.functional.cross_entropy)(torch.ones(2, 1, 3), torch.zeros(2, 1, dtype=int))\n"
+        "    with open('imported-' + '-'.join({'torch._dynamo', 'sympy'} & {*sys.modules}), 'a'):\n"
         "        return mean_squared_error(output, data)\n"
     )
     done = run_cli("driver=torchrun", "app=certify", "app.criterion=saying.loss")
     assert done.returncode == 0, done.stderr
-    assert [path.name for path in tmp_path.glob("imported-*")] == ["imported-False"]
+    assert [path.name for path in tmp_path.glob("imported-*")] == ["imported-"]

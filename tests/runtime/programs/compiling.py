@@ -97,7 +97,20 @@ def shard():
 
 def differentiate_each_sample():
     slope = torch.func.vmap(torch.func.grad(lambda x: x.sin() * 2))
-    return slope(torch.linspace(0, 1, 4)).tolist()
+    output, target = torch.linspace(0, 1, 6).view(2, 1, 3), torch.tensor([[0], [2]])
+    losses = torch.func.vmap(torch.nn.functional.cross_entropy)(output, target)
+    return slope(torch.linspace(0, 1, 4)).tolist(), losses.tolist()
+
+
+def complain():
+    """What torch says of conditions that do not hold, and of what is none."""
+    said = []
+    for check, condition in ((torch._check, False), (torch._check_index, False), (torch._check, torch.ones(1))):
+        try:
+            check(condition, lambda: "this is wrong")
+        except Exception as error:
+            said.append(repr(error))
+    return said
 
 
 def profile():
@@ -143,7 +156,15 @@ def compile_after_training():
     torch.manual_seed(0)
     layers = torch.compile(torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU()), backend=counter)
     said.append((recompute(layers), shard(), counter.frame_count, counter.op_count))
+    counter = CompileCounter()
+    doubled = torch.compile(double_checked, backend=counter)(torch.ones(3)).tolist()
+    said.append((doubled, counter.frame_count, counter.op_count))
     return said
+
+
+def double_checked(values):
+    torch._check(values.shape[0] > 1)
+    return values * 2
 
 
 def choose_a_reducer():
@@ -177,7 +198,7 @@ def use_settings():
 def main(meeting):
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=0, world_size=1)
     in_threads = compute_in_threads()  # first: what is imported then is imported by all at once
-    trained = plain(), gc.isenabled()
+    trained = plain(), complain(), gc.isenabled()
     said = {"threads": in_threads, "imported": COMPILER in sys.modules, "plain": trained, "names": use_names()}
     said |= {"settings": use_settings()}
     said |= {"compiled": compile_after_training(), "reducer": choose_a_reducer()}

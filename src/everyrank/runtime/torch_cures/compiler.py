@@ -3,7 +3,8 @@
 Optimizers, DistributedDataParallel, FSDP2 and ``torch.utils.checkpoint`` import it only to tell it what it may not
 compile, or to read a setting of it, as do ``torch.use_deterministic_algorithms`` and torch's profiler: two seconds of a
 core, and seventy megabytes, in each rank. So do torch.distributed.checkpoint and torch_geometric, to ask whether a
-model is compiled.
+model is compiled. And torch's checks of what an operator is given, for each sample of a cross entropy among others,
+import its symbolic shapes, half a second of a core, to find that True is true.
 """
 
 from __future__ import annotations
@@ -84,9 +85,14 @@ def compile_on_demand(torch: Any) -> None:
         if name not in sys.modules:
             sys.meta_path.insert(0, AtImport(name, with_stand_in))
 
+    check, stand_in_check = torch._check_with, _check_at_once(torch._check_with)
+    torch._check_with = stand_in_check
+
     def forget() -> None:
         for function in functions:
             vars(function).pop("__dynamo_disable", None)
+        if torch._check_with is stand_in_check:  # the compiler knows torch's own by what it is
+            torch._check_with = check
 
     sys.meta_path.insert(0, _BeforeCompiler(stand_in, forget))
     if "_inductor" not in vars(torch):
@@ -105,6 +111,17 @@ def _step_without_compiler(torch: Any, step: Any) -> Any:
             return step.__wrapped__(self, *args, **kwargs)
 
     return stepped
+
+
+def _check_at_once(check: Any) -> Any:
+    import functools
+
+    @functools.wraps(check)
+    def checked(error_type: Any, cond: Any, message: Any) -> None:
+        if cond is not True:
+            check(error_type, cond, message)
+
+    return checked
 
 
 def _mode() -> str:

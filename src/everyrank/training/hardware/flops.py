@@ -7,8 +7,9 @@ what the devices could do at best (arXiv:2204.02311, appendix B; operations that
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
@@ -78,7 +79,7 @@ class FlopCount:
         """Count in the block. What is compiled runs uncompiled there: its kernels have no formula."""
         from torch.utils.flop_counter import FlopCounterMode
 
-        with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
+        with _uncompiled(), FlopCounterMode(display=False) as counter:
             yield
         self.flops = counter.get_total_flops()
 
@@ -102,3 +103,8 @@ class FlopCount:
         if len(peaks) == len(found):
             figures["mfu"] = figures["tflops_per_s"] * 1e12 / sum(peaks)
         return figures
+
+
+def _uncompiled() -> AbstractContextManager[object]:
+    """What is compiled runs as it is written. Nothing is, as long as nobody has imported the compiler; nor do we."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
