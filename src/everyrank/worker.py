@@ -62,14 +62,14 @@ def run_rank(config_file: str) -> None:
 
 
 def _run_file(config_file: str, local_rank: int | None) -> int:
-    import yaml
+    from everyrank.config import plain_yaml
 
     if not os.path.isfile(config_file):
         print(f"error: the config file {config_file} does not exist", file=sys.stderr)
         return EXIT_BAD_INPUT
     with open(config_file, encoding="utf-8") as file:
         text = file.read()
-    run = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))["run"]
+    run = plain_yaml.load(text)["run"]
     if run["program"] is not None:
         return run_program(run, local_rank)
     from omegaconf import OmegaConf

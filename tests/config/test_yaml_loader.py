@@ -97,6 +97,7 @@ def test_only_what_a_tag_names_is_imported() -> None:
         ("b: !pyobject __main__.compute_los", "no attribute 'compute_los'"),
         ("a: 1\na: 2", "'a' is written twice"),
         ("a: [1, 2", r"not valid YAML(.|\n)*line 1"),
+        ("a:\n\tb: 1", r"not valid YAML(.|\n)*character '\\t' that cannot start any token(.|\n)*line 2"),
     ],
 )
 def test_mistakes_name_file_line_and_tag(tmp_path: Path, text: str, message: str) -> None:

@@ -13,13 +13,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from everyrank.cli.compose import compose
 from everyrank.cli.program_arguments import SCRIPT_APP, name_script, script_words
 from everyrank.cli.run_config import DistributedConfig, EnvConfig, RehearseConfig, RunConfig, check_resume
 from everyrank.cli.run_folder import RunFolder, keep_apart
+from everyrank.config import plain_yaml
 from everyrank.config.resolve import import_object
 from everyrank.config.schema import build
 from everyrank.config.secrets import handed_over, hide
@@ -77,7 +77,7 @@ def _carry_out(
     """Carry a plan out in a folder that is held, and say how it ended."""
     # what a program prints is its own
     print(plan.render(with_files=False), file=sys.stderr if request.program is not None else sys.stdout, flush=True)
-    for line in folder.notices(yaml.safe_load(request.config_text)):  # as it is written: without secrets
+    for line in folder.notices(plain_yaml.load(request.config_text)):  # as it is written: without secrets
         print(f"notice: {line}", file=sys.stderr)
     _write_files(plan)
     if plan.driver == "local" and request.program is None:
@@ -154,7 +154,7 @@ def _request(
     variables = handed_over(resolved, raw)
     request = LaunchRequest(
         config_file=os.path.join(folder.path, "run.yaml"),
-        config_text=yaml.safe_dump(hide(resolved, raw), sort_keys=False, allow_unicode=True),
+        config_text=plain_yaml.dump(hide(resolved, raw)),
         run_dir=folder.path,
         cwd=os.getcwd(),
         env={**variables, **_rehearsal(resolved, variables)},

@@ -19,6 +19,7 @@ from typing import Any
 
 import yaml
 
+from everyrank.config import plain_yaml
 from everyrank.errors import ConfigError, UserError
 from everyrank.runtime.run_lock import RunLock, is_locked
 
@@ -123,7 +124,7 @@ class RunFolder:
         """Settings that make a result, and that this folder was used with before where they were others."""
         try:
             with open(os.path.join(self.path, "run.yaml"), encoding="utf-8") as file:
-                before = dict(_settings(yaml.safe_load(file)))
+                before = dict(_settings(plain_yaml.load(file)))
         except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError):
             return []
         now = dict(_settings(resolved))

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from everyrank.config.plain_yaml import DUMPER, LOADER
 from everyrank.config.resolve import import_object, object_path
 from everyrank.errors import ConfigError
 
@@ -41,7 +42,11 @@ def get_loader() -> type[yaml.SafeLoader]:
         {'optimizer': <class 'torch.optim.adamw.AdamW'>}
     """
 
-    class Loader(yaml.SafeLoader):
+    return _with_our_tags(yaml.SafeLoader)
+
+
+def _with_our_tags(safe: type[yaml.SafeLoader]) -> type[yaml.SafeLoader]:
+    class Loader(safe):  # type: ignore[misc,valid-type]
         """A safe loader with the tags of everyrank."""
 
     Loader.add_constructor(PYOBJECT_TAG, _construct_object)
@@ -57,7 +62,7 @@ def read_yaml(path: str | Path) -> Any:
         ConfigError: If the file is missing, is not YAML (line and column are named), or names an object that does not
             exist.
     """
-    return _load(path, get_loader())
+    return _load(path, _with_our_tags(LOADER))
 
 
 def _load(path: str | Path, loader: type[yaml.SafeLoader]) -> Any:
@@ -67,7 +72,17 @@ def _load(path: str | Path, loader: type[yaml.SafeLoader]) -> Any:
     except OSError as error:
         raise ConfigError(f"The configuration file {path} cannot be read: {error.strerror}.") from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+        raise ConfigError(f"{path} is not valid YAML: {_told_by_python(path) or error}") from error
+
+
+def _told_by_python(path: str | Path) -> yaml.YAMLError | None:
+    """What PyYAML's own parser finds wrong. It tells it better than the one in C, which names no tab, for instance."""
+    try:
+        with open(path, encoding="utf-8") as stream:
+            yaml.compose(stream, yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        return error
+    return None
 
 
 @dataclass(frozen=True)
@@ -83,7 +98,7 @@ def names_of(config: Mapping[str, Any]) -> Any:
 
 
 def _names_loader() -> type[yaml.SafeLoader]:
-    loader = get_loader()
+    loader = _with_our_tags(LOADER)
     for tag in (PYOBJECT_TAG, _UNNAMED_TAG):
         loader.add_constructor(tag, lambda loader, node: Named(str(node.value)))
     return loader
@@ -145,7 +160,7 @@ def _construct_mapping(loader: yaml.SafeLoader, node: yaml.Node) -> Any:
 
 
 def _dumper() -> type[yaml.SafeDumper]:
-    class Dumper(yaml.SafeDumper):
+    class Dumper(DUMPER):  # type: ignore[misc,valid-type]
         """A safe dumper that writes objects by name."""
 
         def ignore_aliases(self, data: Any) -> bool:

@@ -61,16 +61,17 @@ def _listen(orders: TextIO) -> None:
 
 
 def _run(config_file: str, arguments: list[str], path: list[str], attached: bool) -> int:
-    import yaml
     from omegaconf import OmegaConf
+
+    from everyrank.config import plain_yaml
 
     with open(config_file, encoding="utf-8") as file:
         text = file.read()
-    run = yaml.safe_load(text)
+    run = plain_yaml.load(text)
     settings: dict[str, Any] = {}
     for argument in arguments:
         key, _, value = argument.removeprefix("driver.").partition("=")
-        settings[key] = yaml.safe_load(value)
+        settings[key] = plain_yaml.load(value)
     driver = TorchrunDriver(build(TorchrunConfig, settings, what="command line of the node"))
     program = run["run"]["program"]
     request = LaunchRequest(

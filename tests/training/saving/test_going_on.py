@@ -168,10 +168,10 @@ def test_a_configuration_from_elsewhere_does_not_choose_what_is_called(tmp_path:
     make(tmp_path, num_epochs=1).run_training()
     config = tmp_path / "config.yaml"
     text = config.read_text()
-    assert "!pyobject 'tiny.TinyNet'" in text
+    assert "!pyobject tiny.TinyNet" in text
     for name in ("os.system", "subprocess.Popen"):
         command = f"touch {tmp_path}/called"
-        harm = text.replace("!pyobject 'tiny.TinyNet'", f"!pyobject {name}").replace("args: []", f"args: ['{command}']")
+        harm = text.replace("!pyobject tiny.TinyNet", f"!pyobject {name}").replace("args: []", f"args: ['{command}']")
         config.write_text(harm)
         with pytest.raises(ConfigError, match=r"which is no class of nn.Module. Pass it: load_model\(path, model\)"):
             TrainerDDP.load_model(tmp_path)
