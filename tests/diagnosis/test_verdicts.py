@@ -40,7 +40,7 @@ FAULTY = str(ROOT / "benchmarks" / "faulty_program.py")
 def test_each_kind_of_fault_is_named(tmp_path: Path) -> None:
     out = tmp_path / "verdicts.json"
     command = [sys.executable, str(ROOT / "benchmarks" / "verdicts.py"), "--num=25", "--bare=0", "--jobs=1"]
-    command += ["--stall=5", "--end-after=7", "--drivers", "torchrun", "--told", "--out", str(out)]
+    command += ["--stall=4", "--end-after=5", "--drivers", "torchrun", "--told", "--out", str(out)]
     subprocess.run(command, check=True, cwd=tmp_path)
     rows = {row["kind"]: row for row in json.loads(out.read_text())["faults"]}
     assert len(rows) == 25

@@ -35,11 +35,15 @@ class _ByValue:
 
     def __init__(self, function: Callable[..., Any]) -> None:
         module = sys.modules[function.__module__]
+        # Whoever names torch.tensor and torch.distributed is taken for one that needs this module of their names.
+        tensor = sys.modules.pop("torch.distributed.tensor", None)
         cloudpickle.register_pickle_by_value(module)
         try:
             self.pickled = cloudpickle.dumps(function)
         finally:
             cloudpickle.unregister_pickle_by_value(module)
+            if tensor is not None:
+                sys.modules["torch.distributed.tensor"] = tensor
 
     def __reduce__(self) -> Any:
         return cloudpickle.loads, (self.pickled,)

@@ -113,6 +113,11 @@ def complain():
     return said
 
 
+def place_of_an_operator():
+    """The file and the line that registered it."""
+    return torch._library.simple_registry.singleton.find("prims::abs").fake_impl.kernel.source  # noqa: ER302
+
+
 def profile():
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         torch.ones(2).add(1)
@@ -142,6 +147,7 @@ def plain():
     torch.manual_seed(0)
     layers = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(), torch.nn.Linear(4, 4))
     steps = [train(optimizer) for optimizer in OPTIMIZERS], differentiate_a_step(), convolve()
+    steps = *steps, place_of_an_operator()
     return *steps, recompute(layers), shard(), differentiate_each_sample(), profile()
 
 

@@ -41,6 +41,8 @@ PRIVATE_NAMES = (
     "torch._logging._internal:log_state.enable_artifact",
     "torch._logging._internal:log_state.is_artifact_enabled",
     "torch.utils.data.dataloader:_MultiProcessingDataLoaderIter._shutdown_workers",
+    "torch._library.utils:get_source",
+    "torch:_check_with",
     "torch:_foreach_lerp_",
     "torch:_foreach_mul_",
     "torch:_foreach_add_",

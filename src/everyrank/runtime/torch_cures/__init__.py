@@ -32,13 +32,34 @@ def install() -> None:
 
 def _cured_by(cure: Callable[[Any], None]) -> Callable[[Callable[[Any], None], Any], None]:
     def execute_and_cure(execute: Callable[[Any], None], module: Any) -> None:
-        was_enabled = gc.isenabled()
-        gc.disable()  # a tenth of the import is spent on looking for garbage that it does not make
-        try:
-            execute(module)
-        finally:
-            if was_enabled:
-                gc.enable()
+        _execute_quickly(execute, module)
         cure(module)
 
     return execute_and_cure
+
+
+def _execute_quickly(execute: Callable[[Any], None], module: Any) -> None:
+    """Execute a module of torch's without what takes a sixth of the time, and leaves nothing.
+
+    That is a search for garbage, which an import does not make, and for the text of each line that registers an
+    operator, of which torch notes the file and the number.
+    """
+    import inspect
+
+    was_enabled, frame_info = gc.isenabled(), inspect.getframeinfo
+
+    def place(frame: Any, context: int = 1) -> Any:
+        is_torchs = sys._getframe(1).f_globals.get("__name__") == "torch._library.utils"
+        return frame_info(frame, 0 if is_torchs else context)
+
+    gc.disable()
+    inspect.getframeinfo = place
+    try:
+        execute(module)
+    finally:
+        inspect.getframeinfo = frame_info
+        if was_enabled:
+            if not gc.get_freeze_count():  # to the oldest generation, else it is searched three times soon
+                gc.freeze()
+                gc.unfreeze()
+            gc.enable()
