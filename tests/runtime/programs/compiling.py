@@ -5,6 +5,7 @@ python compiling.py FILE_TO_MEET_AT
 
 import gc
 import json
+import logging
 import sys
 import threading
 
@@ -118,6 +119,14 @@ def place_of_an_operator():
     return torch._library.simple_registry.singleton.find("prims::abs").fake_impl.kernel.source  # noqa: ER302
 
 
+def tell_of_an_exception():
+    """As torch's agent does of a rank that fails."""
+    record = logging.LogRecord("torch", logging.ERROR, "", 0, "it failed", (), (ValueError, ValueError("why"), None))
+    record.taskName = None
+    lines = logging.getLogger("torch").handlers[0].format(record).splitlines()
+    return [line.partition("] ")[2] for line in lines]
+
+
 def profile():
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         torch.ones(2).add(1)
@@ -147,7 +156,7 @@ def plain():
     torch.manual_seed(0)
     layers = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(), torch.nn.Linear(4, 4))
     steps = [train(optimizer) for optimizer in OPTIMIZERS], differentiate_a_step(), convolve()
-    steps = *steps, place_of_an_operator()
+    steps = *steps, place_of_an_operator(), tell_of_an_exception()
     return *steps, recompute(layers), shard(), differentiate_each_sample(), profile()
 
 

@@ -25,6 +25,7 @@ _COMPILER, _BACKEND = "torch._dynamo", "torch._inductor"
 # Who imports what of the compiler, and then uses nothing of it but what its stand-ins have.
 _CONTENT = {
     "torch._compile": _COMPILER,
+    "torch._logging._internal": _COMPILER,  # where it tells of an exception
     "torch._subclasses.fake_tensor": f"{_COMPILER}.config",
     "torch": f"{_BACKEND}.config",  # use_deterministic_algorithms
     "torch.profiler.profiler": f"{_BACKEND}.config",
@@ -145,10 +146,11 @@ class _OnDemand(type(sys)):  # type: ignore[misc]
 
     def __getattr__(self, name: str) -> Any:
         asking = sys._getframe(1).f_globals.get("__name__", "")
-        if asking in _IMPORTERS:
+        is_torch = asking.partition(".")[0] == "torch"
+        if asking in _IMPORTERS or (is_torch and name == "__path__"):  # as `from package import module` does
             raise AttributeError(name)
         _stand_aside(self.__name__)
-        if asking.partition(".")[0] == "torch" and self.__name__ not in sys.modules:
+        if is_torch and self.__name__ not in sys.modules:
             if name in self.__dict__["__given"]:
                 return self.__dict__["__given"][name]
             if f"{self.__name__}.{name}" in _SETTINGS:
