@@ -16,8 +16,8 @@ WORKERS ?= 3
 
 .PHONY: quickstart test nightly quick check format docs bench pages clean ready cluster_tools
 
-# Python compiles what is imported, once: to compile all that is installed takes longer than to install it. Only torch and
-# our own are compiled at once, by all cores.
+# Python compiles what is imported, once: to compile all that is installed takes longer than to install it. Only torch,
+# but for what few use, and our own are compiled at once, by all cores.
 unexport PYTHONDONTWRITEBYTECODE
 # The Python at hand installs into the environment if its pip can: one of its own comes with the lock, sooner than venv's.
 HAS_PIP := $(shell $(PYTHON) -c 'import pip; print("yes" * (int(pip.__version__.split(".")[0]) > 22))' 2>/dev/null)
@@ -25,7 +25,7 @@ PIP     := $(if $(HAS_PIP),$(PYTHON) -m pip --python $(BIN)/python,$(BIN)/pip) -
            --quiet --no-deps --no-compile
 UV      := $(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps
 LOCKED  := --requirement requirements/lock.txt scikit-video==1.1.11 --editable .
-COMPILE := $(BIN)/python -m compileall -q -j 0 -x testing/_internal
+COMPILE := $(BIN)/python -m compileall -q -j 0 -x 'torch/(_inductor|testing)/'
 
 # torch by itself, pinned and by pip: whatever needs torch is then content with the build that is there. The lock is
 # complete (make check asks pip), so its packages need no order: uv brings them in a tenth of pip's time. Where it reaches
