@@ -51,7 +51,8 @@ def test_the_same_weights_at_every_world_size(tmp_path: Path) -> None:
             *(*TINY, "app.training.dtype=float64", "+app.training.plots=false"),
             *(f"env.data_dir={tmp_path}", f"run.dir={tmp_path / str(size)}"),
         )
-        results = everyrank.launch(on_rank, cfg, nproc_per_node=size, preload=tuple(cfg.app.preload))
+        preload = (*cfg.app.preload, "matplotlib.figure")  # which each run's figure would import
+        results = everyrank.launch(on_rank, cfg, nproc_per_node=size, preload=preload)
         assert results == [results[0]] * size
         weights.append(load_file(tmp_path / str(size) / "model.safetensors"))
         numbers.append({name: value for name, value in results[0].items() if name != "weights"})
