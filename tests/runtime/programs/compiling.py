@@ -156,8 +156,8 @@ def plain():
     torch.manual_seed(0)
     layers = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(), torch.nn.Linear(4, 4))
     steps = [train(optimizer) for optimizer in OPTIMIZERS], differentiate_a_step(), convolve()
-    steps = *steps, place_of_an_operator(), tell_of_an_exception()
-    return *steps, recompute(layers), shard(), differentiate_each_sample(), profile()
+    told = place_of_an_operator(), tell_of_an_exception()
+    return *steps, *told, recompute(layers), shard(), differentiate_each_sample(), profile()
 
 
 def compile_after_training():
