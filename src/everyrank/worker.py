@@ -20,6 +20,7 @@ from everyrank.diagnosis.rank import reporter
 from everyrank.diagnosis.rank.record import record_error, render
 from everyrank.diagnosis.rank_files import error_file, log_file
 from everyrank.elastic.lifetime import die_with_parent
+from everyrank.elastic.process.leaving import finish_after
 from everyrank.errors import (
     EXIT_BAD_INPUT,
     EXIT_FAILURE,
@@ -229,4 +230,4 @@ def _write_result(path: str, result: Any) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    finish_after(main)

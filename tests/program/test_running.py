@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import gzip
 import json
 import os
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,6 +102,44 @@ if end == "hook":
     sys.excepthook = lambda *of: print("hooked", of[0].__name__, file=sys.stderr)
     raise ValueError("mine")
 """
+# Nothing here is closed. Python writes it all down when it takes itself apart.
+OPEN = """import ctypes, gzip, io, os, zipfile
+
+class Log:
+    def __init__(self):
+        self.file, self.itself = open("log", "w"), self
+        self.file.write("a line")
+
+class Backwards(io.RawIOBase):
+    def __init__(self):
+        self.fd = os.open("backwards", os.O_CREAT | os.O_WRONLY)
+    def writable(self):
+        return True
+    def write(self, data, put=os.write):
+        return put(self.fd, bytes(data)[::-1])
+
+text, raw, both = open("text", "w"), open("raw", "wb"), open("both", "w+b")
+print("a line", file=text)
+raw.write(b"a line")
+both.write(b"a line")
+log = Log()
+packed = gzip.open("packed", "wt")
+packed.write("a line")
+archive = zipfile.ZipFile("archive", "w")
+archive.writestr("name", "a line")
+backwards = io.BufferedWriter(Backwards())
+backwards.write(b"a line")
+class Ends:
+    def __init__(self, word):
+        self.word = word
+    def __del__(self, write=os.write):
+        write(1, self.word)
+
+first = Ends(b"one that was held ended\\n")
+second = Ends(b"one that held itself ended\\n")
+second.itself = second
+ctypes.CDLL(None).printf(b"a line of C\\n")
+"""
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +172,7 @@ def write_programs(folder: Path) -> None:
     (folder / "helper.py").write_text("VALUE = 42\n")
     (folder / "made_of.py").write_text(MADE_OF)
     (folder / "ends.py").write_text(ENDS)
+    (folder / "open.py").write_text(OPEN)
 
 
 @pytest.mark.parametrize(
@@ -187,6 +228,21 @@ def test_a_program_ends_as_under_python_alone(run_cli: RunCli, tmp_path: Path, p
     assert done.returncode == alone.returncode
     assert sorted(done.stdout.splitlines()) == sorted(alone.stdout.splitlines())
     assert done.stderr.endswith(alone.stderr.replace(str(plain.folder), str(tmp_path)))
+
+
+@pytest.mark.parametrize("driver", ["torchrun", "spawn", pytest.param("mpi", marks=pytest.mark.cluster)])
+def test_what_a_program_left_in_buffers_is_written(run_cli: RunCli, tmp_path: Path, plain: Plain, driver: str) -> None:
+    write_programs(tmp_path)
+    alone = plain.run("open.py")
+    assert len(alone.stdout.splitlines()) == 3
+    done = run_cli(f"driver={driver}", "-n", "1", "--", "open.py")
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.splitlines()) == sorted(alone.stdout.splitlines())
+    for folder in (plain.folder, tmp_path):
+        found = {name: (folder / name).read_text() for name in ("text", "raw", "both", "log", "backwards")}
+        assert found == {"text": "a line\n", "backwards": "enil a"} | dict.fromkeys(("raw", "both", "log"), "a line")
+        assert gzip.decompress((folder / "packed").read_bytes()) == b"a line"
+        assert zipfile.ZipFile(folder / "archive").read("name") == b"a line"
 
 
 def test_other_programs_are_executed(run_cli: RunCli, tmp_path: Path) -> None:

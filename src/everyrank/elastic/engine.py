@@ -23,6 +23,7 @@ from typing import Any
 from everyrank.diagnosis.outcome import Outcome
 from everyrank.elastic import wire
 from everyrank.elastic.lifetime import die_with_parent
+from everyrank.elastic.process.leaving import finish_after
 from everyrank.elastic.process.preloaded import Preloaded
 from everyrank.elastic.spec import EngineRun
 from everyrank.errors import EveryrankError, UserError
@@ -198,4 +199,4 @@ def _outcome(execute: Any, run: EngineRun, forkserver: Any, stdio: tuple[int, in
 
 
 if __name__ == "__main__":
-    _serve(socket.socket(fileno=int(sys.argv[1])))
+    finish_after(lambda: _serve(socket.socket(fileno=int(sys.argv[1]))))

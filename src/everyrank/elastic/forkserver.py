@@ -23,7 +23,8 @@ from typing import Any
 from everyrank.elastic import wire
 from everyrank.elastic.entry import call_entry
 from everyrank.elastic.lifetime import die_with_parent
-from everyrank.elastic.process.fresh import as_if_fresh, end_sooner, finish
+from everyrank.elastic.process.fresh import as_if_fresh
+from everyrank.elastic.process.leaving import end_sooner, finish
 from everyrank.elastic.process.preloaded import import_all
 from everyrank.elastic.process.surroundings import Surroundings
 from everyrank.elastic.process.sweep import MARK, sweep

@@ -10,6 +10,7 @@ import sys
 from torch.distributed.elastic.rendezvous import RendezvousParameters, rendezvous_handler_registry
 from torch.distributed.launch import main
 
+from everyrank.elastic.process.leaving import finish_after
 from everyrank.rendezvous.loopback import LoopbackRendezvous
 
 _BACKEND = "loopback"  # as LoopbackRendezvous calls itself
@@ -21,4 +22,4 @@ def _rendezvous(parameters: RendezvousParameters) -> LoopbackRendezvous:
 
 if __name__ == "__main__":
     rendezvous_handler_registry.register(_BACKEND, _rendezvous)
-    main([f"--rdzv-backend={_BACKEND}", *sys.argv[1:]])
+    finish_after(lambda: main([f"--rdzv-backend={_BACKEND}", *sys.argv[1:]]))

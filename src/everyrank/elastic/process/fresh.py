@@ -1,20 +1,15 @@
-"""What a fork keeps that a fresh interpreter would have anew; and the way out of an interpreter."""
+"""What a fork keeps that a fresh interpreter would have anew."""
 
 from __future__ import annotations
 
-import atexit
-import contextlib
 import importlib
 import logging
 import os
 import re
 import sys
-import threading
 import time
-import traceback
-import weakref
 from collections.abc import Mapping
-from typing import Any, NoReturn
+from typing import Any
 
 # Variables that the dynamic loader, Python, OpenMP, BLAS or torch read once, when they are loaded. Of torch's, some are
 # read later; OMP_NUM_THREADS and TORCH_DISTRIBUTED_DEBUG are read again below.
@@ -52,14 +47,6 @@ def as_if_fresh() -> None:
     torch.distributed.set_debug_level_from_env()
 
 
-def end_sooner() -> None:
-    """Do not take torch's operators apart, library by library, when this process or a fork of it ends: 30 ms."""
-    for finalizer in list(getattr(weakref.finalize, "_registry", ())):
-        alive = finalizer.peek()
-        if alive is not None and alive[1].__module__ == "torch.library":
-            finalizer.atexit = False
-
-
 def _fresh_randomness() -> None:
     """Unseeded generators start anywhere in a fresh interpreter; forked copies would all draw the same numbers."""
     import random
@@ -69,38 +56,3 @@ def _fresh_randomness() -> None:
         sys.modules["numpy.random"].seed()
     if "torch" in sys.modules:
         sys.modules["torch"].default_generator.seed()
-
-
-def finish(error: BaseException | None) -> NoReturn:
-    """Leave the process as the interpreter does at its end, with the code for ``error``; never returns.
-
-    Threads are waited for, functions registered with ``atexit`` run, output is flushed. The interpreter itself is not
-    taken down, which takes as long as a start and in which C++ threads may abort.
-    """
-    code = _exit_code(error)
-    for step in (threading._shutdown, atexit._run_exitfuncs):  # type: ignore[attr-defined]
-        try:
-            step()
-        except BaseException:
-            traceback.print_exc()
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except (OSError, ValueError):
-            code = code or 1
-        except AttributeError:  # closed for good
-            continue
-    os._exit(code)
-
-
-def _exit_code(error: BaseException | None) -> int:
-    if error is None:
-        return 0
-    if isinstance(error, SystemExit):
-        if error.code is None or isinstance(error.code, int):
-            return error.code or 0
-        with contextlib.suppress(OSError, ValueError):
-            print(error.code, file=sys.stderr)
-        return 1
-    sys.excepthook(type(error), error, error.__traceback__)
-    return 1
