@@ -25,7 +25,7 @@ from multiprocessing.connection import Connection
 from typing import TextIO
 
 from everyrank.elastic.process.fresh import as_if_fresh, read_too_early
-from everyrank.elastic.process.leaving import end_sooner, finish
+from everyrank.elastic.process.leaving import finish
 from everyrank.elastic.process.surroundings import Surroundings
 from everyrank.program.main_module import run_module, run_script
 
@@ -212,7 +212,6 @@ def _fresh_path() -> list[str]:
 
 def _become(order: _Order, outputs: list[Connection]) -> None:
     """Be the program, from its arguments to its end; never returns."""
-    end_sooner()
     gc.freeze()  # else the first full collection visits, and so copies, every object that came with torch
     os.setsid()
     if order.host is not None:

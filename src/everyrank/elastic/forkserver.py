@@ -24,7 +24,7 @@ from everyrank.elastic import wire
 from everyrank.elastic.entry import call_entry
 from everyrank.elastic.lifetime import die_with_parent
 from everyrank.elastic.process.fresh import as_if_fresh
-from everyrank.elastic.process.leaving import end_sooner, finish
+from everyrank.elastic.process.leaving import finish
 from everyrank.elastic.process.preloaded import import_all
 from everyrank.elastic.process.surroundings import Surroundings
 from everyrank.elastic.process.sweep import MARK, sweep
@@ -114,7 +114,6 @@ class Forkserver:
 
 def _serve(channel: socket.socket) -> None:
     """Fork ranks until the engine closes the channel or dies, then end what is left of them."""
-    end_sooner()
     # Signals meant for the ranks reach them through the engine, once.
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(signum, signal.SIG_IGN)
