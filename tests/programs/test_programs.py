@@ -12,11 +12,9 @@ from programs.others import programs
 
 DRIVERS = ("torchrun", "spawn", "launch", *(("mpi",) if shutil.which("mpirun") else ()))
 RAY = (("accelerate_sync", "ray"),) if importlib.util.find_spec("ray") else ()
-# By day every launcher, and every program but one: of accelerate's two the shorter.
-BY_DAY = {
-    *((name, "torchrun") for name in programs().keys() - {"accelerate_script"}),
-    *(("launcher", "spawn"), ("launcher", "launch"), ("launcher", "mpi")),
-}
+# By day every program but one (of accelerate's two the shorter), and one spawned; a plain script under every launcher:
+# tests/cluster/test_scripts.py.
+BY_DAY = {*((name, "torchrun") for name in programs().keys() - {"accelerate_script"}), ("launcher", "spawn")}
 PAIRS = [
     pair if pair in BY_DAY else nightly(*pair)
     for pair in (*((name, driver) for name in sorted(programs()) for driver in DRIVERS), *RAY)
