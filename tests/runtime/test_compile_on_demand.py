@@ -32,6 +32,9 @@ def test_it_is_imported_when_it_is_used_and_all_is_the_same_to_the_last_bit(tmp_
     assert [words.partition("(")[0] for words in cured["plain"][1]] == ["RuntimeError", "IndexError", "TypeError"]
     assert cured["threads"] == bare["threads"][:1] * 8
     assert cured["plain"][-1] is True, "garbage is collected again"
+    origins = cured["plain"][0][3]
+    assert len(origins) > 100
+    assert {module for _, module in origins.values()} == {"torch._library.custom_ops"}
     assert cured["names"] == [7, True, True, True]
     assert cured["settings"] == [True, True, True, False, True]
     assert cured["told"] == [True, False, ["weight", "bias"]]

@@ -39,25 +39,31 @@ def _cured_by(cure: Callable[[Any], None]) -> Callable[[Callable[[Any], None], A
 
 
 def _execute_quickly(execute: Callable[[Any], None], module: Any) -> None:
-    """Execute a module of torch's without what takes a sixth of the time, and leaves nothing.
+    """Execute a module of torch's without what takes a fifth of the time, and leaves nothing.
 
-    That is a search for garbage, which an import does not make, and for the text of each line that registers an
-    operator, of which torch notes the file and the number.
+    That is a search for garbage, which an import does not make; and, for each operator that is registered, for the text
+    of the line, of which torch notes the file and the number, and through the files of all modules for the one whose
+    frame that is.
     """
     import inspect
 
-    was_enabled, frame_info = gc.isenabled(), inspect.getframeinfo
+    was_enabled, frame_info, module_of = gc.isenabled(), inspect.getframeinfo, inspect.getmodule
 
     def place(frame: Any, context: int = 1) -> Any:
         is_torchs = sys._getframe(1).f_globals.get("__name__") == "torch._library.utils"
         return frame_info(frame, 0 if is_torchs else context)
 
+    def module_at(object: Any, _filename: str | None = None) -> Any:
+        is_torchs = sys._getframe(1).f_globals.get("__name__") == "torch.library"
+        named = sys.modules.get(object.f_globals.get("__name__", "")) if is_torchs else None
+        return named or module_of(object, _filename)
+
     gc.disable()
-    inspect.getframeinfo = place
+    inspect.getframeinfo, inspect.getmodule = place, module_at
     try:
         execute(module)
     finally:
-        inspect.getframeinfo = frame_info
+        inspect.getframeinfo, inspect.getmodule = frame_info, module_of
         if was_enabled:
             if not gc.get_freeze_count():  # to the oldest generation, else it is searched three times soon
                 gc.freeze()
