@@ -18,8 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 COMPILER = "torch._dynamo"
-COMPILED = (torch.optim.SGD, torch.optim.AdamW)
-OPTIMIZERS = (*COMPILED, torch.optim.RMSprop)
+OPTIMIZERS = (torch.optim.SGD, torch.optim.AdamW, torch.optim.RMSprop)
 
 
 def train(optimizer_class, counter=None):
@@ -171,7 +170,7 @@ def compile_after_training():
     from torch._dynamo.testing import CompileCounter
 
     said = []
-    for optimizer in COMPILED:
+    for optimizer in OPTIMIZERS:
         counter = CompileCounter()
         said.append((train(optimizer), train(optimizer, counter), counter.frame_count, counter.op_count))
     counter = CompileCounter()
