@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from everyrank.diagnosis.rank import reporter
 from everyrank.diagnosis.rank.record import record_error, render
-from everyrank.diagnosis.rank_files import error_file, log_file
+from everyrank.diagnosis.rank_files import log_file
 from everyrank.elastic.lifetime import die_with_parent
 from everyrank.elastic.process.leaving import finish_after
 from everyrank.errors import (
@@ -199,8 +199,7 @@ def load_app(target: str) -> Any:
 
 
 def _report(error: BaseException, rank: int, log_dir: str, exit_code: int) -> int:
-    paths = (error_file(log_dir, rank), os.environ.get("TORCHELASTIC_ERROR_FILE"))
-    record = record_error(error, rank, exit_code, *paths)
+    record = record_error(error, rank, exit_code, log_dir)
     text = render(record)
     with contextlib.suppress(OSError), open(log_file(log_dir, rank), "a", encoding="utf-8") as log:
         log.write(text + "\n")

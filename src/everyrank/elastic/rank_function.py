@@ -23,7 +23,7 @@ def call(folder: str) -> None:
         _write(os.path.join(folder, f"result-{rank}"), result)
         reporter.ended()
     except Exception as error:
-        record = record_error(error, rank, EXIT_FAILURE, os.environ.get("TORCHELASTIC_ERROR_FILE"))
+        record = record_error(error, rank, EXIT_FAILURE)
         try:
             _write(os.path.join(folder, f"exception-{rank}"), error)
         except Exception as second:  # an exception that cannot be pickled is still in the record, as text

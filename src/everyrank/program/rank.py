@@ -87,8 +87,7 @@ def _exit_code(run: Callable[[], None], rank: int, log_dir: str) -> int:
         return EXIT_INTERRUPTED
     except BaseException as error:
         error.__traceback__ = _without_ours(error.__traceback__)
-        paths = (error_file(log_dir, rank), os.environ.get("TORCHELASTIC_ERROR_FILE"))
-        record = record_error(error, rank, EXIT_FAILURE, *paths)
+        record = record_error(error, rank, EXIT_FAILURE, log_dir)
         _show(error, quiet=record["is_written"] and os.environ.get(SUPERVISED) == "1")
         reporter.told(record)
         return EXIT_FAILURE

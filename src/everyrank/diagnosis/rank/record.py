@@ -7,12 +7,12 @@ import json
 import os
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from everyrank.diagnosis.classify import is_lost_peer, named_rank
 from everyrank.diagnosis.frames import raised_at
-from everyrank.diagnosis.rank_files import write_whole
+from everyrank.diagnosis.rank_files import error_file, write_whole
 from everyrank.errors import UserError
 
 _ATTEMPTS = 3
@@ -45,30 +45,32 @@ def describe_error(error: BaseException, rank: int, exit_code: int) -> dict[str,
     }
 
 
-def record_error(error: BaseException, rank: int, exit_code: int, *paths: str | None) -> dict[str, Any]:
-    """Write the exception that ends this rank where the launcher looks for it.
+def record_error(error: BaseException, rank: int, exit_code: int, log_dir: str | None = None) -> dict[str, Any]:
+    """Write the exception that ends this rank where the launcher looks for it, and where torchrun says it does.
 
     Args:
         error: The exception.
         rank: This process's global rank.
         exit_code: The code this process will exit with.
-        paths: The files to write; None is passed over.
+        log_dir: The folder in which our launchers look; None if none does.
 
     Returns:
         The record; ``is_written`` in it tells whether a file holds it, which a full disk forbids.
     """
+    ours = error_file(log_dir, rank) if log_dir else None
+    paths = [path for path in dict.fromkeys((ours, os.environ.get("TORCHELASTIC_ERROR_FILE"))) if path]
     for left in reversed(range(_ATTEMPTS)):
         try:
-            return _record(describe_error(error, rank, exit_code), *paths)
+            return _record(describe_error(error, rank, exit_code), paths)
         except RuntimeError:  # of a signal's handler: torch's raises for each loader worker that ends
             if not left:
                 raise
     raise AssertionError
 
 
-def _record(record: dict[str, Any], *paths: str | None) -> dict[str, Any]:
+def _record(record: dict[str, Any], paths: Iterable[str]) -> dict[str, Any]:
     num_written = 0
-    for path in filter(None, dict.fromkeys(paths)):
+    for path in paths:
         with contextlib.suppress(OSError):
             os.makedirs(os.path.dirname(path), exist_ok=True)
             write_whole(path, json.dumps(record))

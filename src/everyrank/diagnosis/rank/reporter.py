@@ -31,7 +31,6 @@ from everyrank.diagnosis.rank_files import (
     ask_for_reports,
     attempt_dir,
     beat_file,
-    error_file,
     existing,
     fatal_file,
     is_told_to_end,
@@ -274,8 +273,7 @@ class Reporter:
             if is_news and self.rank is not None and isinstance(error, Exception):
                 with contextlib.suppress(OSError):
                     os.makedirs(self._logs, exist_ok=True)
-                    paths = (error_file(self._logs, self.rank), os.environ.get("TORCHELASTIC_ERROR_FILE"))
-                    record = record_error(error, self.rank, 1, *paths)
+                    record = record_error(error, self.rank, 1, self._logs)
             before(kind, error, trace)
             if record is not None:
                 told(record)
