@@ -103,7 +103,7 @@ if end == "hook":
     raise ValueError("mine")
 """
 # Nothing here is closed. Python writes it all down when it takes itself apart.
-OPEN = """import ctypes, gzip, io, os, zipfile
+OPEN = """import ctypes, gzip, helper, io, os, zipfile
 
 class Log:
     def __init__(self):
@@ -125,6 +125,8 @@ both.write(b"a line")
 log = Log()
 packed = gzip.open("packed", "wt")
 packed.write("a line")
+helper.kept = gzip.open("kept", "wt")
+helper.kept.write("a line")
 archive = zipfile.ZipFile("archive", "w")
 archive.writestr("name", "a line")
 backwards = io.BufferedWriter(Backwards())
@@ -241,7 +243,8 @@ def test_what_a_program_left_in_buffers_is_written(run_cli: RunCli, tmp_path: Pa
     for folder in (plain.folder, tmp_path):
         found = {name: (folder / name).read_text() for name in ("text", "raw", "both", "log", "backwards")}
         assert found == {"text": "a line\n", "backwards": "enil a"} | dict.fromkeys(("raw", "both", "log"), "a line")
-        assert gzip.decompress((folder / "packed").read_bytes()) == b"a line"
+        for name in ("packed", "kept"):
+            assert gzip.decompress((folder / name).read_bytes()) == b"a line"
         assert zipfile.ZipFile(folder / "archive").read("name") == b"a line"
 
 
